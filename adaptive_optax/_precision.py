@@ -1,0 +1,65 @@
+"""The precision rule: arithmetic, moments and scalars are float32, or float64 where the parameters are."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from adaptive_optax._checks import concrete
+
+
+def wide_dtype(x: Any) -> jnp.dtype:
+    """Returns the dtype in which a leaf is computed: float32, float64, complex64 or complex128."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def real_dtype(x: Any) -> jnp.dtype:
+    """Returns the dtype of a leaf's magnitude, float32 or float64."""
+    return jnp.finfo(wide_dtype(x)).dtype
+
+
+def scalar_dtype(tree: Any) -> jnp.dtype:
+    """Returns the dtype of the scalars that go with a tree: float64 if any leaf is, else float32."""
+    dtype = jnp.dtype(jnp.float32)
+    for leaf in jax.tree.leaves(tree):
+        dtype = jnp.promote_types(dtype, real_dtype(leaf))
+    return dtype
+
+
+def widen(tree: Any) -> Any:
+    """Casts every leaf to the dtype in which it is computed."""
+    return jax.tree.map(lambda x: jnp.asarray(x, wide_dtype(x)), tree)
+
+
+def abs_square(tree: Any) -> Any:
+    """Returns |x|^2, real and non-negative, in float32 at least."""
+
+    def leaf(x):
+        x = x.astype(wide_dtype(x))
+        return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
+
+    return jax.tree.map(leaf, tree)
+
+
+def scale(x: jax.Array, factor: Any) -> jax.Array:
+    """Returns x times a real factor, in the dtype of x."""
+    if jnp.iscomplexobj(x):
+        return jax.lax.complex(scale(x.real, factor), scale(x.imag, factor))
+    return x * (factor if isinstance(factor, float) else factor.astype(x.dtype))
+
+
+def divide(x: jax.Array, divisor: jax.Array) -> jax.Array:
+    """Returns x over a real divisor, in the dtype of x."""
+    if jnp.iscomplexobj(x):
+        return jax.lax.complex(divide(x.real, divisor), divide(x.imag, divisor))
+    return x / divisor.astype(x.dtype)
+
+
+def value_at(hyperparameter: Any, count: jax.Array, dtype: Any) -> jax.Array:
+    """Evaluates a number, an array or a schedule at a step count, as a strongly typed scalar."""
+    value = hyperparameter(count) if callable(hyperparameter) else hyperparameter
+    known = concrete(value)
+    # Through a Python float, so that a NumPy float64 is rounded once and no weak type gets through.
+    return jnp.asarray(value if known is None else known, dtype)

@@ -1,0 +1,1 @@
+"""Control: reading and steering what a chain does."""

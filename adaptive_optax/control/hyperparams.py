@@ -1,0 +1,63 @@
+"""Hyperparameters in the state: what the last step used."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+
+def get_hyperparams(opt_state: Any) -> dict[str, jax.Array]:
+    """Returns the hyperparameters that the last step used.
+
+    Every state of this library carries the values that may move: learning rate, decays, eps, momentum,
+    weight decay. Before the first step they are those of the first step.
+
+    Args:
+        opt_state: The state of any transformation, at any depth of `optax.chain`, `optax.partition` and
+            wrappers; also `nnx.Optimizer(...).opt_state`.
+
+    Returns:
+        Name to scalar array. A name that occurs once stands bare; one that occurs more often has its place
+        before it, the chain indices and partition labels that tell its occurrences apart: `"0/decay"`.
+
+    Example:
+        >>> import adaptive_optax as ao, jax.numpy as jnp
+        >>> state = ao.adam(ao.exponential_decay(0.1, 100, 0.5)).init(jnp.ones(2))
+        >>> sorted(ao.get_hyperparams(state))
+        ['b1', 'b2', 'eps', 'learning_rate']
+    """
+    found = list(_walk(opt_state, ()))
+    names = [name for _, name, _ in found]
+    result = {}
+    for place, name, value in found:
+        others = [p for p, n, _ in found if n == name and p != place]
+        key = name if names.count(name) == 1 else "/".join([*_telling(place, others), name])
+        result[key] = value
+    return result
+
+
+def _walk(state: Any, place: tuple[str, ...]):
+    # Variables of nnx: OptVariable and OptArray wrap arrays, never containers that hold hyperparameters.
+    if hasattr(state, "hyperparameters"):
+        for name in state.hyperparameters:
+            yield place, name, _unwrapped(getattr(state, name))
+    if isinstance(state, dict):
+        children = state.items()
+    elif hasattr(state, "_fields"):
+        children = (("", getattr(state, field)) for field in state._fields)
+    elif isinstance(state, tuple | list):
+        children = enumerate(state)
+    else:
+        return
+    for key, child in children:
+        yield from _walk(child, (*place, str(key)) if key != "" else place)
+
+
+def _telling(place: tuple[str, ...], others: list[tuple[str, ...]]) -> list[str]:
+    """The parts of a place that are not the same in all other places."""
+    return [part for i, part in enumerate(place) if any(i >= len(o) or o[i] != part for o in others)]
+
+
+def _unwrapped(value: Any) -> jax.Array:
+    return value.get_value() if hasattr(value, "get_value") else value

@@ -1,0 +1,141 @@
+"""Invariants checked at run time with chex, for a transformation that is not trusted yet."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import chex
+import jax.numpy as jnp
+import optax
+
+from adaptive_optax._checks import check_same_tree
+from adaptive_optax._paths import paths_and_leaves
+from adaptive_optax._precision import abs_square, wide_dtype
+from adaptive_optax.transforms.direction import Direction
+
+# The rounding of a direction that attains its bound, float32.
+_SLACK = 1e-5
+
+_HOW_TO_RUN = (
+    "verified(...) checks values, which a plain jax.jit does not have: wrap the outermost jitted function, "
+    "step = chex.chexify(jax.jit(step)), and call step.wait_checks() after the last step. The function must "
+    "be functional: with nnx, split the model and the optimizer outside and merge them inside it."
+)
+
+
+def verified(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """Checks at every step that a transformation keeps its invariants.
+
+    Wrap a transformation in it while looking for the step at which a run goes wrong; leave it out otherwise
+    (then it costs nothing). It returns what `inner` returns. Checked, with the path of the first leaf that
+    fails in the message:
+
+    * updates have the structure and shapes of the gradients and are float32 or wider;
+    * the state keeps its structure, shapes and dtypes;
+    * updates are finite, and so is every state element that was finite before;
+    * second moments are not negative;
+    * `count` grows by one;
+    * where `inner` is `scale_by_adam` or `scale_by_rms` itself: in every group of its granularity the
+      direction's root mean square is within its tight bound (see `adam_bound`), for the decays used.
+
+    Eagerly it works as it is. Under `jit` the caller wraps the outermost jitted function in `chex.chexify`::
+
+        # linen, or any parameters in a tree
+        @chex.chexify
+        @jax.jit
+        def step(params, opt_state, batch):
+            grads = jax.grad(loss)(params, batch)
+            updates, opt_state = tx.update(grads, opt_state, params)
+            return optax.apply_updates(params, updates), opt_state
+
+        # nnx: split outside, merge inside; chexify(nnx.jit(...)) does not work
+        graphdef, state = nnx.split((model, optimizer))
+
+        @chex.chexify
+        @jax.jit
+        def step(state, batch):
+            model, optimizer = nnx.merge(graphdef, state)
+            optimizer.update(model, nnx.grad(loss)(model, batch))
+            return nnx.state((model, optimizer))
+
+        ...
+        step.wait_checks()  # checks run asynchronously: wait for the last ones
+        nnx.update((model, optimizer), state)
+
+    Args:
+        inner: Any transformation.
+
+    Returns:
+        The transformation, with the state of `inner`.
+
+    Raises:
+        AssertionError: At a failed check; under `chexify` at the next call or at `wait_checks()`.
+        RuntimeError: If traced without `chexify`, saying what to write.
+
+    State cost: none.
+
+    Example:
+        >>> import adaptive_optax as ao, jax.numpy as jnp
+        >>> tx = ao.verified(ao.scale_by_adam())
+        >>> state = tx.init({"w": jnp.ones(2)})
+        >>> try:
+        ...     tx.update({"w": jnp.array([1.0, jnp.nan])}, state)
+        ... except AssertionError as error:
+        ...     print("'w'" in str(error))
+        True
+    """
+    inner = optax.with_extra_args_support(inner) if not isinstance(inner, Direction) else inner
+    bound = inner.bound if isinstance(inner, Direction) else None
+
+    def update_fn(updates, state, params=None, **extra_args):
+        new_updates, new_state = inner.update(updates, state, params, **extra_args)
+        _check_static(updates, new_updates, state, new_state)
+        try:
+            _check_values(new_updates, state, new_state)
+            if bound is not None:
+                _check_moments(bound, new_updates, new_state)
+        except RuntimeError as error:
+            if "chexify" not in str(error):
+                raise
+            raise RuntimeError(_HOW_TO_RUN) from error
+        return new_updates, new_state
+
+    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+
+
+def _require(holds: Any, message: str) -> None:
+    """Asserts a scalar truth value, concrete or, under chexify, traced."""
+    chex.assert_trees_all_equal(jnp.asarray(holds), jnp.asarray(True), custom_message=message)
+
+
+def _check_static(gradients: Any, updates: Any, state: Any, new_state: Any) -> None:
+    check_same_tree("verified", "the updates", updates, "the gradients", gradients)
+    check_same_tree("verified", "the new state", new_state, "the state", state)
+    for path, u in paths_and_leaves(updates):
+        if u.dtype != wide_dtype(u):
+            raise AssertionError(f"verified: the update of {path!r} is {u.dtype}, float32 or wider is due.")
+    for (path, old), (_, new) in zip(paths_and_leaves(state), paths_and_leaves(new_state), strict=True):
+        if old.dtype != new.dtype:
+            raise AssertionError(f"verified: the state {path!r} went from {old.dtype} to {new.dtype}.")
+
+
+def _check_values(updates: Any, state: Any, new_state: Any) -> None:
+    for path, u in paths_and_leaves(updates):
+        _require(jnp.all(jnp.isfinite(u)), f"verified: the update of {path!r} is not finite")
+    for (path, old), (_, new) in zip(paths_and_leaves(state), paths_and_leaves(new_state), strict=True):
+        if jnp.issubdtype(new.dtype, jnp.inexact):
+            stayed = jnp.isfinite(new) | ~jnp.isfinite(old)
+            _require(jnp.all(stayed), f"verified: the state {path!r} became not finite")
+        if path.split("/")[-1] == "count":
+            _require(new == old + 1, f"verified: {path!r} did not grow by one")
+
+
+def _check_moments(bound: Any, updates: Any, new_state: Any) -> None:
+    for name, storage in bound.storages.items():
+        if name != "mu":
+            for path, v in paths_and_leaves(storage.decode(getattr(new_state, name))):
+                _require(jnp.all(v >= 0), f"verified: the second moment {name!r} of {path!r} is negative")
+    limit = (bound.max_ratio(new_state) * (1 + _SLACK)) ** 2
+    pooled = bound.granularity.pool(abs_square(updates))
+    for path, mean_square in paths_and_leaves(bound.granularity.spread(pooled, updates)):
+        _require(jnp.all(mean_square <= limit), f"verified: the direction of {path!r} exceeds its bound")

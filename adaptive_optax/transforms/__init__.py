@@ -1,0 +1,1 @@
+"""Transformations: one algorithm a file, each with its state and its mathematics."""

@@ -1,0 +1,326 @@
+"""Adam: a moving mean of the gradient over its moving root mean square, at any granularity."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, Literal, NamedTuple, TypedDict
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from adaptive_optax._checks import (
+    check_bool,
+    check_choice,
+    check_inexact,
+    check_integer,
+    check_same_tree,
+    check_scalar,
+    concrete,
+)
+from adaptive_optax._precision import abs_square, scalar_dtype, scale, value_at, widen
+from adaptive_optax.moments.ema import decay_at, divide_by_root, ema, ema_weight
+from adaptive_optax.moments.granularity import Granularity, as_granularity
+from adaptive_optax.moments.storage import Storage, as_nearest, as_storage
+from adaptive_optax.transforms.direction import Bound, Direction
+
+
+class ScaleByAdamState(NamedTuple):
+    """State of `scale_by_adam`. The scalars are float32, or float64 if a parameter is.
+
+    Attributes:
+        count: Number of steps taken, int32 scalar.
+        mu: First moment m, like the parameters, float32 at least.
+        nu: Second moment v, one value a group, float32 at least.
+        nu_max: Largest second moment so far, like `nu`; None unless `amsgrad`.
+        b1: The decay of `mu` in the last step.
+        b2: The decay of `nu` in the last step.
+        eps: The eps of the last step.
+        mu_weight: Sum of the weights in `mu`, 1 - b1^count for a constant b1.
+        nu_weight: Sum of the weights in `nu`.
+        bound_sq: The square of the tight bound on |m| / sqrt(v), for the decays used so far.
+    """
+
+    count: jax.Array
+    mu: Any
+    nu: Any
+    nu_max: Any
+    b1: jax.Array
+    b2: jax.Array
+    eps: jax.Array
+    mu_weight: jax.Array
+    nu_weight: jax.Array
+    bound_sq: jax.Array
+
+    hyperparameters = ("b1", "b2", "eps")  # not a field: it has no annotation
+
+
+class AdamKeywords(TypedDict, total=False):
+    """The keyword-only arguments of `scale_by_adam`, which `adam` and `adamw` hand on."""
+
+    eps_form: Literal["paper", "tensorflow"]
+    nesterov: bool
+    amsgrad: bool
+    bias_correction: bool
+    granularity: Granularity | str
+    mu_storage: Storage | str
+    nu_storage: Storage | str
+
+
+def scale_by_adam(
+    b1: Any = 0.9,
+    b2: Any = 0.999,
+    eps: Any = 1e-8,
+    eps_root: Any = 0.0,
+    mu_dtype: Any = None,
+    *,
+    eps_form: Literal["paper", "tensorflow"] = "paper",
+    nesterov: bool = False,
+    amsgrad: bool = False,
+    bias_correction: bool = True,
+    granularity: Granularity | str = "coordinate",
+    mu_storage: Storage | str = "float32",
+    nu_storage: Storage | str = "float32",
+) -> Direction:
+    r"""Turns gradients into Adam's direction.
+
+    Use it as the adaptive part of a chain. With a coarser `granularity` the second moment takes next to no
+    memory; `"global"` gives momentum with one adaptive step size.
+
+    With groups :math:`I_k` of :math:`n_k` coordinates, in the order of the code:
+
+    .. math::
+        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
+        v_t &= \beta_2 v_{t-1} + (1 - \beta_2) \tfrac{1}{n_k} \textstyle\sum_{i \in I_k} |g_{i,t}|^2 \\
+        \hat m_t &= m_t / w_{1,t}, \qquad \hat v_t = v_t / w_{2,t} \\
+        u_t &= \hat m_t / (\sqrt{\hat v_t + \epsilon_r} + \epsilon)
+
+    g is `updates`; m, v, :math:`w_1`, :math:`w_2` are the state's `mu`, `nu`, `mu_weight`, `nu_weight`;
+    :math:`\epsilon_r` is `eps_root`. The weights' sums follow the averages' own recursion, so the correction
+    is exact when `b1` or `b2` moves; for constants it is :math:`1 - \beta^t`.
+
+    Variants:
+        * `eps_form="tensorflow"`: :math:`(\sqrt{w_2} / w_1)\, m / (\sqrt{v + \epsilon_r} + \epsilon)`, the
+          "epsilon hat" of Kingma and Ba's section 2, as in TensorFlow and Keras (where eps is 1e-7).
+        * `nesterov`: :math:`\beta_1 m_t / w_{1,t+1} + (1 - \beta_1) g_t / w_{1,t}` in place of
+          :math:`\hat m_t`, as in optax. PyTorch's NAdam also moves :math:`\beta_1`.
+        * `amsgrad`: the largest :math:`\hat v` so far in place of :math:`\hat v` (the largest v where v is
+          not corrected: without `bias_correction`, and in the "tensorflow" form).
+
+    The direction's length has a tight bound, `adam_bound`: 7.27 for the defaults in the long run, not 1.
+
+    Args:
+        b1: :math:`\beta_1` in [0, 1), or a schedule. 0.9 averages over about ten steps.
+        b2: :math:`\beta_2` in [0, 1), or a schedule. 0.999 averages over about a thousand steps.
+        eps: :math:`\epsilon \ge 0`, in units of the gradient, or a schedule.
+        eps_root: :math:`\epsilon_r \ge 0`, in units of the squared gradient; needed to differentiate
+            through a step whose v is 0.
+        mu_dtype: optax's: the dtype in which m is kept, rounded to nearest. None stands for `mu_storage`.
+        eps_form: `"paper"` or `"tensorflow"`.
+        nesterov: Whether to look ahead (Dozat 2016).
+        amsgrad: Whether v never falls (Reddi et al. 2018).
+        bias_correction: Whether to divide by the weights' sums.
+        granularity: Which coordinates share a second moment: a `Granularity`, "coordinate", "tensor" or
+            "global".
+        mu_storage: The format of m between steps: a `Storage` or "float32".
+        nu_storage: The format of v, likewise.
+
+    Numbers may be JAX scalars or tracers; a tracer's range cannot be checked.
+
+    Returns:
+        The transformation. `update(updates, state)` returns float32 (or wider) directions; `params` and
+        extra arguments are ignored.
+
+    Raises:
+        ValueError: If an argument is out of range or `mu_dtype` comes with `mu_storage` (at construction), a
+            leaf is not floating (at init) or the gradients' tree is not that of the state (at update).
+
+    Warns:
+        UserWarning: If b1^2 >= b2, where the direction has no bound.
+
+    State cost: two float32 copies of the parameters; with a coarser granularity one and a value a group.
+
+    Valid for gradients of 0 and of 1e-17 to 1e18 (to 1e15 where coordinates share a moment); smaller ones
+    count as 0 in v. A larger one makes the state non-finite, for good.
+
+    Example:
+        >>> import adaptive_optax as ao, jax.numpy as jnp, optax
+        >>> tx = optax.chain(ao.scale_by_adam(), ao.scale_by_learning_rate(0.1))
+        >>> params = jnp.array([3.0, -2.0])
+        >>> state = tx.init(params)
+        >>> for _ in range(100):
+        ...     updates, state = tx.update(2 * params, state)
+        ...     params = optax.apply_updates(params, updates)
+        >>> bool(jnp.abs(params).max() < 0.3)
+        True
+
+    Source: Kingma and Ba 2015, "Adam", algorithm 1; Dozat 2016; Reddi, Kale and Kumar 2018, algorithm 2.
+    The bound is derived for this library; the one in Kingma and Ba's section 2.1 does not hold.
+    """
+    for name, decay in (("b1", b1), ("b2", b2)):
+        check_scalar(name, decay, "[0, 1)", schedule=True)
+    check_scalar("eps", eps, "[0, inf)", schedule=True)
+    check_scalar("eps_root", eps_root, "[0, inf)")
+    check_choice("eps_form", eps_form, ("paper", "tensorflow"))
+    for name, flag in (("nesterov", nesterov), ("amsgrad", amsgrad), ("bias_correction", bias_correction)):
+        check_bool(name, flag)
+    granularity = as_granularity(granularity)
+    mu_storage, nu_storage = as_storage("mu_storage", mu_storage), as_storage("nu_storage", nu_storage)
+    if mu_dtype is not None:
+        if mu_storage != as_storage("mu_storage", "float32"):
+            raise ValueError(f"Give mu_dtype or mu_storage, not both, got {mu_dtype!r} and {mu_storage!r}.")
+        mu_storage = as_nearest("mu_dtype", mu_dtype)
+    known_b1, known_b2 = concrete(b1), concrete(b2)
+    if known_b1 is not None and known_b2 is not None and 0 < known_b1 and known_b1**2 >= known_b2:
+        warnings.warn(f"b1**2 >= b2 ({b1}**2 >= {b2}): Adam's direction has no bound.", stacklevel=2)
+    corrects_nu = bias_correction and eps_form == "paper"
+
+    def init_fn(params):
+        check_inexact("scale_by_adam", "params", params)
+        dtype = scalar_dtype(params)
+        count = jnp.zeros((), jnp.int32)
+        template = granularity.template(params)
+        return ScaleByAdamState(
+            count=count,
+            mu=mu_storage.init(params, "mu"),
+            nu=nu_storage.init(template, "nu"),
+            nu_max=nu_storage.init(template, "nu") if amsgrad else None,
+            b1=value_at(b1, count, dtype),
+            b2=value_at(b2, count, dtype),
+            eps=value_at(eps, count, dtype),
+            mu_weight=jnp.zeros((), dtype),
+            nu_weight=jnp.zeros((), dtype),
+            bound_sq=jnp.zeros((), dtype),
+        )
+
+    def update_fn(updates, state, params=None, **extra_args):
+        del params, extra_args
+        check_inexact("scale_by_adam", "updates", updates)
+        dtype = state.bound_sq.dtype
+        d1, d2 = decay_at(b1, state.count, dtype), decay_at(b2, state.count, dtype)
+        eps_t = value_at(eps, state.count, dtype) if callable(eps) else eps
+        count = optax.safe_increment(state.count)
+        mu_weight, nu_weight = ema_weight(state.mu_weight, d1), ema_weight(state.nu_weight, d2)
+
+        g = widen(updates)
+        old_mu = mu_storage.decode(state.mu)
+        check_same_tree("scale_by_adam", "updates", g, "the state", old_mu)
+
+        def smallest_nu():
+            # pool(|m|^2) <= bound_sq v for exact moments (Cauchy-Schwarz); rounding may have broken it.
+            inverse = jnp.where(state.bound_sq > 0, 1 / state.bound_sq, 0)
+            return jax.tree.map(lambda m2: scale(m2, inverse), granularity.pool(abs_square(old_mu)))
+
+        old_nu = nu_storage.decode(state.nu, lower=smallest_nu)
+        if nu_storage.exact and not mu_storage.exact:
+            old_nu = jax.tree.map(jnp.maximum, old_nu, smallest_nu())
+        mu = ema(old_mu, g, d1)
+        nu = ema(old_nu, granularity.pool(abs_square(g)), d2)
+
+        mu_hat, nu_hat = mu, nu
+        if corrects_nu:
+            nu_hat = jax.tree.map(lambda v: scale(v, 1 / nu_weight), nu)
+        nu_max = None
+        if amsgrad:
+            nu_hat = nu_max = jax.tree.map(jnp.maximum, nu_storage.decode(state.nu_max), nu_hat)
+        if nesterov:
+            from_mu, from_g = d1.keep, d1.take
+            if bias_correction:
+                from_mu, from_g = from_mu / ema_weight(mu_weight, d1), from_g / mu_weight
+            mu_hat = jax.tree.map(lambda m, g: scale(m, from_mu) + scale(g, from_g), mu, g)
+        elif bias_correction:
+            mu_hat = jax.tree.map(lambda m: scale(m, 1 / mu_weight), mu)
+        direction = divide_by_root(mu_hat, granularity.spread(nu_hat, g), eps=eps_t, eps_root=eps_root)
+        if bias_correction and not corrects_nu:
+            direction = jax.tree.map(lambda u: scale(u, jnp.sqrt(nu_weight)), direction)
+
+        return direction, ScaleByAdamState(
+            count=count,
+            mu=mu_storage.encode(state.mu, mu, count=count, role="mu"),
+            nu=nu_storage.encode(state.nu, nu, count=count, role="nu"),
+            nu_max=nu_storage.encode(state.nu_max, nu_max, count=count, role="nu") if amsgrad else None,
+            b1=value_at(b1, state.count, dtype),
+            b2=value_at(b2, state.count, dtype),
+            eps=value_at(eps, state.count, dtype),
+            mu_weight=mu_weight,
+            nu_weight=nu_weight,
+            bound_sq=_next_bound_sq(state.bound_sq, d1, d2),
+        )
+
+    def max_ratio(state):
+        if not bias_correction:
+            mu_weight = nu_weight = 1.0
+        else:
+            mu_weight, nu_weight = state.mu_weight, state.nu_weight
+        squared = state.bound_sq / mu_weight**2
+        if nesterov:
+            d1 = decay_at(b1, state.count - 1, state.bound_sq.dtype)
+            d2 = decay_at(b2, state.count - 1, state.bound_sq.dtype)
+            next_weight = ema_weight(state.mu_weight, d1) if bias_correction else 1.0
+            # The newest gradient enters both terms of the numerator, the older ones the first only.
+            from_mu, from_g = d1.keep / next_weight, d1.take / mu_weight
+            older = state.bound_sq - d1.take**2 / d2.take
+            squared = from_mu**2 * older + (from_mu * d1.take + from_g) ** 2 / d2.take
+        return jnp.sqrt(squared * nu_weight)
+
+    storages = {"mu": mu_storage, "nu": nu_storage} | ({"nu_max": nu_storage} if amsgrad else {})
+    return Direction(init_fn, update_fn, Bound(granularity, max_ratio, storages))
+
+
+def _next_bound_sq(bound_sq: jax.Array, d1: Any, d2: Any) -> jax.Array:
+    """A_t^2 = (b1^2 / b2) A_{t-1}^2 + (1 - b1)^2 / (1 - b2), with 0 / 0 = 0."""
+    dtype = bound_sq.dtype
+    keep1, take1, keep2, take2 = (jnp.asarray(x, dtype) for x in (*d1, *d2))
+    older = jnp.where(bound_sq * keep1 == 0, 0, keep1**2 / keep2 * bound_sq)
+    return older + take1**2 / take2
+
+
+def adam_bound(b1: float, b2: float, count: int | None = None, *, bias_correction: bool = True) -> float:
+    r"""Returns the largest length that a coordinate of Adam's direction can have.
+
+    The bound is attained by gradients that grow by :math:`\beta_2/\beta_1` a step. It holds for
+    `scale_by_adam` without `nesterov`, with any eps and `amsgrad`; for coarser granularities it bounds the
+    root mean square of the direction over a group (its norm with `reduce="sum"`).
+
+    .. math::
+        A_t^2 = \frac{(1-\beta_1)^2}{1-\beta_2} \sum_{j<t} (\beta_1^2/\beta_2)^j, \qquad
+        B_t = A_t \sqrt{1-\beta_2^t} / (1-\beta_1^t)
+
+    Args:
+        b1: :math:`\beta_1` in [0, 1).
+        b2: :math:`\beta_2` in [0, 1).
+        count: The number of steps t >= 1, or None for the limit.
+        bias_correction: Whether to return :math:`B_t` or, for the uncorrected direction, :math:`A_t`.
+
+    Returns:
+        The bound, at least 1 in the limit; inf if `count` is None and b1^2 >= b2 (and b1 > 0).
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> import adaptive_optax as ao
+        >>> round(ao.adam_bound(0.9, 0.999), 4), round(ao.adam_bound(0.9, 0.999, 1), 4)
+        (7.2703, 1.0)
+
+    Source: derived for this library with the Cauchy-Schwarz inequality.
+    """
+    check_scalar("b1", b1, "[0, 1)")
+    check_scalar("b2", b2, "[0, 1)")
+    check_bool("bias_correction", bias_correction)
+    b1, b2 = float(b1), float(b2)
+    if count is None:
+        if b1 == 0:
+            return 1 / math.sqrt(1 - b2)
+        return (1 - b1) * math.sqrt(b2 / ((1 - b2) * (b2 - b1**2))) if b1**2 < b2 else math.inf
+    check_integer("count", count, "[1, inf)")
+    if b1 == 0 or count == 1:
+        total = 1.0
+    elif b2 == 0:
+        return math.inf
+    else:
+        rho = b1**2 / b2
+        total = float(count) if rho == 1 else math.expm1(count * math.log(rho)) / (rho - 1)
+    bound = (1 - b1) * math.sqrt(total / (1 - b2))
+    return bound * math.sqrt(1 - b2**count) / (1 - b1**count) if bias_correction else bound
