@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from adaptive_optax._paths import paths_and_leaves
 
@@ -39,7 +40,7 @@ def check_scalar(name: str, value: Any, interval: str, *, schedule: bool = False
     if schedule and callable(value):
         return
     expected = f"a number in {interval}" + (" or a schedule of the step count" if schedule else "")
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         if value.ndim or not jnp.issubdtype(value.dtype, jnp.number):
             raise ValueError(f"{name} must be {expected}, got a traced array of type {value.aval}.")
         return
@@ -57,7 +58,7 @@ def check_integer(name: str, value: Any, interval: str) -> None:
     accepted = f"an integer in {interval}"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ValueError(f"{name} must be {accepted}, got {value!r}.")
-    if not _contains(interval, value):
+    if not _contains(interval, int(value)):
         raise ValueError(f"{name} must be {accepted}, got {value!r}.")
 
 
@@ -75,7 +76,7 @@ def check_bool(name: str, value: Any) -> None:
 
 def concrete(value: Any) -> float | None:
     """Returns a hyperparameter's value where it is known now, None for a schedule or a tracer."""
-    if callable(value) or isinstance(value, jax.core.Tracer):
+    if callable(value) or isinstance(value, Tracer):
         return None
     return float(value)
 

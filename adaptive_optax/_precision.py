@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from adaptive_optax._checks import concrete
 
@@ -63,3 +64,8 @@ def value_at(hyperparameter: Any, count: jax.Array, dtype: Any) -> jax.Array:
     known = concrete(value)
     # Through a Python float, so that a NumPy float64 is rounded once and no weak type gets through.
     return jnp.asarray(value if known is None else known, dtype)
+
+
+def incremented(count: jax.Array) -> jax.Array:
+    """Returns the next step count, int32, which stays at its largest value rather than wrap round."""
+    return jnp.asarray(optax.safe_increment(count))

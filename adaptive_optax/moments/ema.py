@@ -64,7 +64,7 @@ def divide_by_root(numerator: Any, second: Any, *, eps: Any, eps_root: Any) -> A
     whose gradient was 0 so far does not move. A NaN stays a NaN.
     """
     tiny = float(jnp.finfo(jnp.float32).tiny)
-    positive = any(concrete(e) is not None and concrete(e) > tiny for e in (eps, eps_root))
+    positive = any((concrete(e) or 0.0) > tiny for e in (eps, eps_root))
 
     def leaf(x, v):
         divisor = jnp.sqrt(v + _as(eps_root, v)) + _as(eps, v)

@@ -8,7 +8,6 @@ from typing import Any, Literal, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from adaptive_optax._checks import (
     check_bool,
@@ -19,7 +18,7 @@ from adaptive_optax._checks import (
     check_scalar,
     concrete,
 )
-from adaptive_optax._precision import abs_square, scalar_dtype, scale, value_at, widen
+from adaptive_optax._precision import abs_square, incremented, scalar_dtype, scale, value_at, widen
 from adaptive_optax.moments.ema import decay_at, divide_by_root, ema, ema_weight
 from adaptive_optax.moments.granularity import Granularity, as_granularity
 from adaptive_optax.moments.storage import Storage, as_nearest, as_storage
@@ -163,8 +162,9 @@ def scale_by_adam(
     check_scalar("eps", eps, "[0, inf)", schedule=True)
     check_scalar("eps_root", eps_root, "[0, inf)")
     check_choice("eps_form", eps_form, ("paper", "tensorflow"))
-    for name, flag in (("nesterov", nesterov), ("amsgrad", amsgrad), ("bias_correction", bias_correction)):
-        check_bool(name, flag)
+    check_bool("nesterov", nesterov)
+    check_bool("amsgrad", amsgrad)
+    check_bool("bias_correction", bias_correction)
     granularity = as_granularity(granularity)
     mu_storage, nu_storage = as_storage("mu_storage", mu_storage), as_storage("nu_storage", nu_storage)
     if mu_dtype is not None:
@@ -200,7 +200,7 @@ def scale_by_adam(
         dtype = state.bound_sq.dtype
         d1, d2 = decay_at(b1, state.count, dtype), decay_at(b2, state.count, dtype)
         eps_t = value_at(eps, state.count, dtype) if callable(eps) else eps
-        count = optax.safe_increment(state.count)
+        count = incremented(state.count)
         mu_weight, nu_weight = ema_weight(state.mu_weight, d1), ema_weight(state.nu_weight, d2)
 
         g = widen(updates)

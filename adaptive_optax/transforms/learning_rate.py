@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from adaptive_optax._checks import check_bool, check_inexact, check_scalar
-from adaptive_optax._precision import scalar_dtype, scale, value_at, widen
+from adaptive_optax._precision import incremented, scalar_dtype, scale, value_at, widen
 
 
 class ScaleByLearningRateState(NamedTuple):
@@ -77,6 +77,6 @@ def scale_by_learning_rate(
         given = value_at(learning_rate, state.count, state.learning_rate.dtype)
         value = jnp.where(jnp.isnan(state.override), given, state.override)
         updates = jax.tree.map(lambda u: scale(u, sign * value), widen(updates))
-        return updates, ScaleByLearningRateState(optax.safe_increment(state.count), value, state.override)
+        return updates, ScaleByLearningRateState(incremented(state.count), value, state.override)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

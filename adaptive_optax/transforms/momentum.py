@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from adaptive_optax._checks import check_bool, check_inexact, check_same_tree, check_scalar
-from adaptive_optax._precision import scalar_dtype, scale, value_at, widen
+from adaptive_optax._precision import incremented, scalar_dtype, scale, value_at, widen
 from adaptive_optax.moments.storage import as_nearest
 
 
@@ -81,7 +81,7 @@ def trace(
         del params, extra_args
         check_inexact("trace", "updates", updates)
         momentum = value_at(decay, state.count, state.momentum.dtype)
-        count = optax.safe_increment(state.count)
+        count = incremented(state.count)
         g, total = widen(updates), storage.decode(state.trace)
         check_same_tree("trace", "updates", g, "the state", total)
 

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from adaptive_optax._checks import check_bool, check_inexact, check_same_tree, check_scalar
-from adaptive_optax._precision import abs_square, scalar_dtype, scale, value_at, widen
+from adaptive_optax._precision import abs_square, incremented, scalar_dtype, scale, value_at, widen
 from adaptive_optax.moments.ema import Decay, decay_at, divide_by_root, ema, ema_weight
 from adaptive_optax.moments.granularity import Granularity, as_granularity
 from adaptive_optax.moments.storage import Storage, as_storage
@@ -126,12 +125,9 @@ def scale_by_rms(
     check_scalar("decay", decay, "[0, 1)", schedule=True)
     check_scalar("eps", eps, "[0, inf)", schedule=True)
     check_scalar("initial_scale", initial_scale, "[0, inf)")
-    for name, flag in (
-        ("eps_in_sqrt", eps_in_sqrt),
-        ("bias_correction", bias_correction),
-        ("centered", centered),
-    ):
-        check_bool(name, flag)
+    check_bool("eps_in_sqrt", eps_in_sqrt)
+    check_bool("bias_correction", bias_correction)
+    check_bool("centered", centered)
     granularity = as_granularity(granularity)
     storage = as_storage("storage", storage)
 
@@ -158,7 +154,7 @@ def scale_by_rms(
         dtype = state.nu_weight.dtype
         b = decay_at(decay, state.count, dtype)
         eps_t = value_at(eps, state.count, dtype) if callable(eps) else eps
-        count = optax.safe_increment(state.count)
+        count = incremented(state.count)
         nu_weight = ema_weight(state.nu_weight, b)
         g = widen(updates)
         nu = storage.decode(state.nu)

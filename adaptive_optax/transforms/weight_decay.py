@@ -10,7 +10,7 @@ import optax
 
 from adaptive_optax._checks import check_choice, check_inexact, check_params, check_same_tree, check_scalar
 from adaptive_optax._paths import paths_and_leaves
-from adaptive_optax._precision import scalar_dtype, scale, value_at, widen
+from adaptive_optax._precision import incremented, scalar_dtype, scale, value_at, widen
 
 Coupling = Literal["learning_rate", "schedule", "independent"]
 
@@ -89,7 +89,7 @@ def add_decoupled_weight_decay(
     if coupling == "schedule":
         if schedule is None:
             raise ValueError(
-                "coupling='schedule' needs schedule= (decay_schedule= in adamw), the decay's factor in a step."
+                "coupling='schedule' needs schedule= (decay_schedule= in adamw), the factor in a step."
             )
         check_scalar("schedule", schedule, "[0, inf)", schedule=True)
     elif schedule is not None:
@@ -117,7 +117,7 @@ def add_decoupled_weight_decay(
         leaves, treedef = jax.tree.flatten(widen(updates))
         decaying = zip(leaves, jax.tree.leaves(widen(params)), _masked_leaves(mask, params), strict=True)
         leaves = [u + scale(theta, factor) if decays else u for u, theta, decays in decaying]
-        state = AddDecoupledWeightDecayState(optax.safe_increment(state.count), value)
+        state = AddDecoupledWeightDecayState(incremented(state.count), value)
         return jax.tree.unflatten(treedef, leaves), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -135,7 +135,7 @@ def _masked_leaves(mask: Any, params: Any) -> list[bool]:
         return [True] * len(paths)
     entries = dict(paths_and_leaves(tree))
     for path, value in entries.items():
-        if not isinstance(value, bool | jnp.bool_) and getattr(value, "dtype", None) != bool:
+        if jnp.result_type(value) != jnp.bool_:
             raise ValueError(f"mask must hold bools, got {value!r} at {path!r}.")
         if not any(path == "" or leaf == path or leaf.startswith(path + "/") for leaf in paths):
             raise ValueError(f"mask has a leaf {path!r} that params have not.")
