@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from adaptive_optax._checks import concrete
@@ -13,7 +14,7 @@ from adaptive_optax._checks import concrete
 
 def wide_dtype(x: Any) -> jnp.dtype:
     """Returns the dtype in which a leaf is computed: float32, float64, complex64 or complex128."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+    return np.promote_types(x.dtype, np.float32)  # not jnp's, which strict promotion forbids
 
 
 def real_dtype(x: Any) -> jnp.dtype:
@@ -25,7 +26,7 @@ def scalar_dtype(tree: Any) -> jnp.dtype:
     """Returns the dtype of the scalars that go with a tree: float64 if any leaf is, else float32."""
     dtype = jnp.dtype(jnp.float32)
     for leaf in jax.tree.leaves(tree):
-        dtype = jnp.promote_types(dtype, real_dtype(leaf))
+        dtype = np.promote_types(dtype, real_dtype(leaf))
     return dtype
 
 

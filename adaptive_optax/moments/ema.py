@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adaptive_optax._checks import concrete
 from adaptive_optax._precision import divide, scale, value_at
@@ -41,7 +42,7 @@ def ema(old: Any, new: Any, decay: Decay) -> Any:
     """Returns b old + (1 - b) new, leaf by leaf."""
 
     def leaf(old, new):
-        dtype = jnp.promote_types(old.dtype, new.dtype)
+        dtype = np.promote_types(old.dtype, new.dtype)
         old, new = old.astype(dtype), new.astype(dtype)
         if isinstance(decay.keep, float) and decay.keep >= 0.5:
             # The fixed point is `new` however the two factors are rounded; with b = 0.999 the other form

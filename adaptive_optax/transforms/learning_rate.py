@@ -18,7 +18,8 @@ class ScaleByLearningRateState(NamedTuple):
     Attributes:
         count: Number of steps taken, int32 scalar.
         learning_rate: The learning rate of the last step; before the first step, of the first.
-        override: A learning rate that stands for the given one, or NaN.
+        override: A learning rate that stands for the given one; negative for none (not NaN, at which
+            `jax_debug_nans` would stop).
     """
 
     count: jax.Array
@@ -67,15 +68,13 @@ def scale_by_learning_rate(
         check_inexact("scale_by_learning_rate", "params", params)
         dtype = scalar_dtype(params)
         count = jnp.zeros((), jnp.int32)
-        return ScaleByLearningRateState(
-            count, value_at(learning_rate, count, dtype), jnp.full((), jnp.nan, dtype)
-        )
+        return ScaleByLearningRateState(count, value_at(learning_rate, count, dtype), jnp.full((), -1, dtype))
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         check_inexact("scale_by_learning_rate", "updates", updates)
         given = value_at(learning_rate, state.count, state.learning_rate.dtype)
-        value = jnp.where(jnp.isnan(state.override), given, state.override)
+        value = jnp.where(state.override < 0, given, state.override)
         updates = jax.tree.map(lambda u: scale(u, sign * value), widen(updates))
         return updates, ScaleByLearningRateState(incremented(state.count), value, state.override)
 
