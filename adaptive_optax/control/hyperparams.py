@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import jax
@@ -18,8 +19,8 @@ def get_hyperparams(opt_state: Any) -> dict[str, jax.Array]:
             wrappers; also `nnx.Optimizer(...).opt_state`.
 
     Returns:
-        Name to scalar array. A name that occurs once stands bare; one that occurs more often has its place
-        before it, the chain indices and partition labels that tell its occurrences apart: `"0/decay"`.
+        Name to scalar array. A name that occurs once stands bare; one that occurs more often has before it
+        what tells its occurrences apart, a chain index or a partition label: `"0/decay"`, `"head/b1"`.
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp
@@ -28,12 +29,10 @@ def get_hyperparams(opt_state: Any) -> dict[str, jax.Array]:
         ['b1', 'b2', 'eps', 'learning_rate']
     """
     found = list(_walk(opt_state, ()))
-    names = [name for _, name, _ in found]
     result = {}
     for place, name, value in found:
         others = [p for p, n, _ in found if n == name and p != place]
-        key = name if names.count(name) == 1 else "/".join([*_telling(place, others), name])
-        result[key] = value
+        result["/".join([*_telling(place, others), name])] = value
     return result
 
 
@@ -54,9 +53,13 @@ def _walk(state: Any, place: tuple[str, ...]):
         yield from _walk(child, (*place, str(key)) if key != "" else place)
 
 
-def _telling(place: tuple[str, ...], others: list[tuple[str, ...]]) -> list[str]:
-    """The parts of a place that are not the same in all other places."""
-    return [part for i, part in enumerate(place) if any(i >= len(o) or o[i] != part for o in others)]
+def _telling(place: tuple[str, ...], others: list[tuple[str, ...]]) -> tuple[str, ...]:
+    """The shortest part of a place that tells it from the others, without what all of them begin with."""
+    if not others:
+        return ()
+    shared = len(os.path.commonprefix([place, *others]))
+    ends = (n for n in range(shared, len(place)) if all(other[:n] != place[:n] for other in others))
+    return place[shared : next(ends, len(place))]
 
 
 def _unwrapped(value: Any) -> jax.Array:

@@ -1,0 +1,99 @@
+"""What the package is from outside: names, signatures, imports, README."""
+
+import importlib.metadata
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import adaptive_optax as ao
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+SIGNATURES = {
+    "scale_by_rms": "decay=0.9, eps=1e-08, initial_scale=0.0, eps_in_sqrt=True, bias_correction=False, *, "
+    "centered=False, granularity='coordinate', storage='float32'",
+    "scale_by_adam": "b1=0.9, b2=0.999, eps=1e-08, eps_root=0.0, mu_dtype=None, *, eps_form='paper', "
+    "nesterov=False, amsgrad=False, bias_correction=True, granularity='coordinate', mu_storage='float32', "
+    "nu_storage='float32'",
+    "scale_by_learning_rate": "learning_rate, *, flip_sign=True",
+    "add_decoupled_weight_decay": "weight_decay, *, coupling='learning_rate', schedule=None, mask=None",
+    "clip_by_global_norm": "max_norm",
+    "global_norm": "tree",
+    "adam_bound": "b1, b2, count=None, *, bias_correction=True",
+    "adam": "learning_rate, b1=0.9, b2=0.999, eps=1e-08, eps_root=0.0, mu_dtype=None, **keywords",
+    "adamw": "learning_rate, b1=0.9, b2=0.999, eps=1e-08, eps_root=0.0, mu_dtype=None, weight_decay=0.0001, "
+    "mask=None, *, decay_coupling='learning_rate', decay_schedule=None, **keywords",
+    "rmsprop": "learning_rate, decay=0.9, eps=1e-08, initial_scale=0.0, eps_in_sqrt=True, centered=False, "
+    "momentum=None, nesterov=False, bias_correction=False, *, granularity='coordinate', storage='float32'",
+    "sgd": "learning_rate, momentum=None, nesterov=False, accumulator_dtype=None",
+    "exponential_decay": "init_value, transition_steps, decay_rate, transition_begin=0, staircase=False, "
+    "end_value=None",
+    "step_decay": "init_value, factor, every",
+    "one_cycle": "peak_value, total_steps, *, preset='torch', pct_start=None, div_factor=None, "
+    "final_div_factor=None, max_momentum=0.95, base_momentum=0.85, three_phase=False",
+    "cyclical": "base_value, peak_value, half_cycle, mode='triangular', gamma=1.0",
+    "warmup_stable_decay": "peak_value, total_steps, *, warmup_steps, decay_steps, shape='1-sqrt'",
+    "warmup_cosine": "peak_value, total_steps, *, warmup_steps=0, init_value=0.0, end_value=0.0",
+    "inverse_sqrt": "peak_value, warmup_steps",
+    "per_epoch": "schedule, steps_per_epoch, *, fractional=False",
+}
+
+
+@pytest.mark.parametrize("name", SIGNATURES)
+def test_signatures(name):
+    parameters = inspect.signature(getattr(ao, name)).parameters.values()
+    bare = inspect.Signature([p.replace(annotation=inspect.Parameter.empty) for p in parameters])
+    assert str(bare) == f"({SIGNATURES[name]})"
+
+
+def test_granularities_are_static():
+    def label(path, leaf):
+        return path
+
+    for make in (
+        ao.Coordinate,
+        lambda: ao.Axis(0, -1, reduce="sum"),
+        ao.Tensor,
+        lambda: ao.Labels(label),
+        lambda: ao.Labels.by_path({"a": 1}, default=2),
+        ao.Global,
+        ao.Float32,
+    ):
+        assert make() == make() and hash(make()) == hash(make())
+        with pytest.raises(AttributeError):
+            make().reduce = "other"
+
+
+def test_importing_it_imports_jax_optax_chex_and_numpy_only():
+    code = (
+        "import sys, jax, optax, chex, numpy; before = {m.split('.')[0] for m in sys.modules};"
+        "import adaptive_optax; print({m.split('.')[0] for m in sys.modules} - before)"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed.strip() == "{'adaptive_optax'}"
+
+
+def test_the_version_is_that_of_the_installed_package():
+    assert importlib.metadata.version("adaptive-optax") == ao.__version__
+
+
+def test_optax_internals_are_not_imported():
+    for path in (ROOT / "adaptive_optax").rglob("*.py"):
+        assert "optax._src" not in path.read_text(), path
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_the_readmes_examples_run(code):
+    exec(compile(code, "README.md", "exec"), {})
+
+
+def test_files_named_in_the_readme_exist():
+    named = re.findall(r"\]\(((?!http)[^)#]+)\)", README)
+    assert named
+    for name in named:
+        assert (ROOT / name).exists(), name
