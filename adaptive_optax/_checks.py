@@ -7,6 +7,7 @@ their shape is checked; every factory that accepts one says so.
 from __future__ import annotations
 
 import numbers
+import operator
 from collections.abc import Collection
 from typing import Any
 
@@ -47,18 +48,22 @@ def check_scalar(name: str, value: Any, interval: str, *, schedule: bool = False
     is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
     is_scalar_array = is_array and value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.number)
     is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if hasattr(value, "learning_rate"):
+        raise ValueError(f"{name} must be {expected}, got a pair of schedules: give its learning_rate.")
     if not (is_scalar_array or is_real) or jnp.iscomplexobj(value):
         raise ValueError(f"{name} must be {expected}, got {value!r}.")
     if not _contains(interval, float(value)):
         raise ValueError(f"{name} must be {expected}, got {value!r}.")
 
 
-def check_integer(name: str, value: Any, interval: str) -> None:
-    """Refuses a `value` that is no concrete integer in `interval` (interval notation)."""
-    accepted = f"an integer in {interval}"
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise ValueError(f"{name} must be {accepted}, got {value!r}.")
-    if not _contains(interval, int(value)):
+def check_integer(name: str, value: Any, interval: str, because: str = "") -> None:
+    """Refuses a `value` that is no concrete integer in `interval`, whose limits `because` explains."""
+    accepted = f"an integer in {interval}" + (f" ({because})" if because else "")
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool) or not _contains(interval, number):
         raise ValueError(f"{name} must be {accepted}, got {value!r}.")
 
 
@@ -74,20 +79,16 @@ def check_bool(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be True or False, got {value!r}.")
 
 
-def concrete(value: Any) -> float | None:
-    """Returns a hyperparameter's value where it is known now, None for a schedule or a tracer."""
-    if callable(value) or isinstance(value, Tracer):
-        return None
-    return float(value)
-
-
 def check_inexact(owner: str, name: str, tree: Any) -> None:
     """Refuses a tree with a leaf that is neither floating nor complex, naming the leaf's path."""
     for path, leaf in paths_and_leaves(tree):
-        dtype = jnp.result_type(leaf)
-        if not jnp.issubdtype(dtype, jnp.inexact):
+        try:
+            kind = jnp.result_type(leaf)
+        except TypeError:
+            kind = type(leaf).__name__
+        if not jnp.issubdtype(kind, jnp.inexact):
             raise ValueError(
-                f"{owner}: the leaf {path!r} of {name} has dtype {dtype}; floating or complex is needed "
+                f"{owner}: the leaf {path!r} of {name} is {kind}; a floating or complex array is needed "
                 "(leave other leaves out with optax.masked or optax.partition)."
             )
 
@@ -95,15 +96,23 @@ def check_inexact(owner: str, name: str, tree: Any) -> None:
 def check_same_tree(owner: str, name: str, tree: Any, like_name: str, like: Any) -> None:
     """Refuses a `tree` whose leaves' paths or shapes differ from those of `like`, naming the first one."""
     leaves, expected = dict(paths_and_leaves(tree)), dict(paths_and_leaves(like))
-    for path in sorted(leaves.keys() ^ expected.keys()):
+    if differing := leaves.keys() ^ expected.keys():
+        path = min(differing)
         has, lacks = (name, like_name) if path in leaves else (like_name, name)
         raise ValueError(f"{owner}: {has} has a leaf {path!r}, {lacks} has not.")
     for path, leaf in leaves.items():
         shape, wanted = jnp.shape(leaf), jnp.shape(expected[path])
         if shape != wanted:
-            raise ValueError(
-                f"{owner}: {name}[{path!r}] has shape {shape}, {like_name}[{path!r}] has {wanted}."
-            )
+            raise ValueError(f"{owner}: {path!r} has shape {shape} in {name} and {wanted} in {like_name}.")
+
+
+def check_state(owner: str, state: Any, state_type: type) -> None:
+    """Refuses a state that is not of the transformation's type, which restored ones may not be."""
+    if not isinstance(state, state_type):
+        raise ValueError(
+            f"{owner}: the state must be a {state_type.__module__}.{state_type.__name__}, got a "
+            f"{type(state).__module__}.{type(state).__name__}; make it with this transformation's init."
+        )
 
 
 def check_params(owner: str, params: Any) -> None:

@@ -2,38 +2,46 @@
 
 from __future__ import annotations
 
+import collections
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
+import optax
+
+_VALUE = jax.tree_util.GetAttrKey("value")
 
 
-def path_string(key_path: Sequence[Any]) -> str:
-    """Joins a JAX key path with "/".
+def paths_and_leaves(tree: Any, *, masked: bool = False) -> list[tuple[str, Any]]:
+    """Lists a tree's leaves with their paths, joined with "/".
 
     A Flax Variable is a node with one child, the attribute `value`; `nnx.Optimizer` shows it at init and has
-    unwrapped it at update. It is left out here, so that a leaf has one name.
+    unwrapped it at update. It is left out of the path, so that a leaf has one name.
+
+    Args:
+        tree: Any tree.
+        masked: Whether to list `None` and `optax.MaskedNode` too, which are no leaves: a part of the
+            parameters as `optax.masked` and `optax.partition` show it still has the places of the others.
     """
-    if key_path and key_path[-1] == jax.tree_util.GetAttrKey("value"):
-        key_path = key_path[:-1]
-    return jax.tree_util.keystr(tuple(key_path), simple=True, separator="/")
+    hidden = _is_masked if masked else None
+    flat, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=hidden)
+    siblings = collections.Counter(key_path[:-1] for key_path, _ in flat)
+
+    def path(key_path):
+        wrapped = key_path and key_path[-1] == _VALUE and siblings[key_path[:-1]] == 1
+        return jax.tree_util.keystr(key_path[:-1] if wrapped else key_path, simple=True, separator="/")
+
+    return [(path(key_path), leaf) for key_path, leaf in flat]
 
 
-def paths_and_leaves(tree: Any) -> list[tuple[str, Any]]:
-    """Lists a tree's leaves with their canonical paths; `None` and `optax.MaskedNode` are not leaves."""
-    return [(path_string(key_path), leaf) for key_path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]
+def _is_masked(node: Any) -> bool:
+    return node is None or isinstance(node, optax.MaskedNode)
 
 
-def first_match(patterns: Sequence[str], paths: Iterable[str]) -> list[int | None]:
-    """Returns for each path the index of the first pattern that `re.search` finds in it, or None.
-
-    Raises:
-        ValueError: If a pattern matches no path at all, judged without the patterns before it.
-    """
-    paths = list(paths)
+def check_patterns(patterns: Sequence[str], tree: Any) -> None:
+    """Refuses a pattern that matches no leaf of the tree, masked ones included, on its own."""
+    paths = [path for path, _ in paths_and_leaves(tree, masked=True)]
     for pattern in patterns:
-        if not any(re.search(pattern, path) for path in paths):
-            known = ", ".join(paths) or "(none)"
-            raise ValueError(f"The pattern {pattern!r} matches no leaf; the leaves are {known}.")
-    return [next((i for i, p in enumerate(patterns) if re.search(p, path)), None) for path in paths]
+        if paths and not any(re.search(pattern, path) for path in paths):
+            raise ValueError(f"The pattern {pattern!r} matches no leaf; the leaves are {', '.join(paths)}.")

@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-
-from adaptive_optax._checks import concrete
+from jax.core import Tracer
 
 
 def wide_dtype(x: Any) -> jnp.dtype:
     """Returns the dtype in which a leaf is computed: float32, float64, complex64 or complex128."""
-    return np.promote_types(x.dtype, np.float32)  # not jnp's, which strict promotion forbids
+    return np.promote_types(jnp.result_type(x), np.float32)  # not jnp's, which strict promotion forbids
 
 
 def real_dtype(x: Any) -> jnp.dtype:
@@ -59,9 +58,22 @@ def divide(x: jax.Array, divisor: jax.Array) -> jax.Array:
     return x / divisor.astype(x.dtype)
 
 
+def concrete(value: Any) -> float | None:
+    """Returns a hyperparameter's value where it is known now, None for a schedule or a tracer."""
+    if callable(value) or isinstance(value, Tracer):
+        return None
+    return float(value)
+
+
 def value_at(hyperparameter: Any, count: jax.Array, dtype: Any) -> jax.Array:
-    """Evaluates a number, an array or a schedule at a step count, as a strongly typed scalar."""
-    value = hyperparameter(count) if callable(hyperparameter) else hyperparameter
+    """Evaluates a number, an array or a schedule at a step count, as a strongly typed scalar.
+
+    Raises:
+        ValueError: If a schedule returns something else than a scalar.
+    """
+    value: Any = hyperparameter(count) if callable(hyperparameter) else hyperparameter
+    if value is None or jnp.ndim(value):
+        raise ValueError(f"A schedule must return a scalar, got {value!r} from {hyperparameter!r}.")
     known = concrete(value)
     # Through a Python float, so that a NumPy float64 is rounded once and no weak type gets through.
     return jnp.asarray(value if known is None else known, dtype)

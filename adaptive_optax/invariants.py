@@ -10,8 +10,8 @@ import optax
 
 from adaptive_optax._checks import check_same_tree
 from adaptive_optax._paths import paths_and_leaves
-from adaptive_optax._precision import abs_square, wide_dtype
-from adaptive_optax.transforms.direction import Direction
+from adaptive_optax._precision import abs_square, incremented, wide_dtype
+from adaptive_optax.transforms.direction import Bound, bound_of
 
 # The rounding of a direction that attains its bound, float32.
 _SLACK = 1e-5
@@ -33,10 +33,11 @@ def verified(inner: optax.GradientTransformation) -> optax.GradientTransformatio
     * updates have the structure and shapes of the gradients and are float32 or wider;
     * the state keeps its structure, shapes and dtypes;
     * updates are finite, and so is every state element that was finite before;
-    * second moments are not negative;
-    * `count` grows by one;
-    * where `inner` is `scale_by_adam` or `scale_by_rms` itself: in every group of its granularity the
-      direction's root mean square is within its tight bound (see `adam_bound`), for the decays used.
+    * every `count` grows by one (so wrap what is inside `optax.MultiSteps`, not the outside);
+    * where `inner` is `scale_by_adam` or `scale_by_rms` itself, as in
+      `optax.chain(verified(scale_by_adam()), ...)`: second moments are not negative, and in every group of
+      the granularity the direction's root mean square is within its tight bound (see `adam_bound`) for the
+      decays used.
 
     Eagerly it works as it is. Under `jit` the caller wraps the outermost jitted function in `chex.chexify`::
 
@@ -70,6 +71,7 @@ def verified(inner: optax.GradientTransformation) -> optax.GradientTransformatio
 
     Raises:
         AssertionError: At a failed check; under `chexify` at the next call or at `wait_checks()`.
+        ValueError: If `inner` is no transformation.
         RuntimeError: If traced without `chexify`, saying what to write.
 
     State cost: none.
@@ -84,8 +86,10 @@ def verified(inner: optax.GradientTransformation) -> optax.GradientTransformatio
         ...     print("'w'" in str(error))
         True
     """
-    inner = optax.with_extra_args_support(inner) if not isinstance(inner, Direction) else inner
-    bound = inner.bound if isinstance(inner, Direction) else None
+    if not isinstance(inner, optax.GradientTransformation):
+        raise ValueError(f"inner must be an optax.GradientTransformation, got {inner!r}.")
+    bound = bound_of(inner)
+    inner = optax.with_extra_args_support(inner)
 
     def update_fn(updates, state, params=None, **extra_args):
         new_updates, new_state = inner.update(updates, state, params, **extra_args)
@@ -109,8 +113,11 @@ def _require(holds: Any, message: str) -> None:
 
 
 def _check_static(gradients: Any, updates: Any, state: Any, new_state: Any) -> None:
-    check_same_tree("verified", "the updates", updates, "the gradients", gradients)
-    check_same_tree("verified", "the new state", new_state, "the state", state)
+    try:
+        check_same_tree("verified", "the updates", updates, "the gradients", gradients)
+        check_same_tree("verified", "the new state", new_state, "the state", state)
+    except ValueError as error:
+        raise AssertionError(str(error)) from error
     for path, u in paths_and_leaves(updates):
         if u.dtype != wide_dtype(u):
             raise AssertionError(f"verified: the update of {path!r} is {u.dtype}, float32 or wider is due.")
@@ -126,15 +133,14 @@ def _check_values(updates: Any, state: Any, new_state: Any) -> None:
         if jnp.issubdtype(new.dtype, jnp.inexact):
             stayed = jnp.isfinite(new) | ~jnp.isfinite(old)
             _require(jnp.all(stayed), f"verified: the state {path!r} became not finite")
-        if path.split("/")[-1] == "count":
-            _require(new == old + 1, f"verified: {path!r} did not grow by one")
+        elif path.split("/")[-1] == "count":  # a parameter of that name is not an integer
+            _require(new == incremented(old), f"verified: {path!r} did not grow by one")
 
 
-def _check_moments(bound: Any, updates: Any, new_state: Any) -> None:
+def _check_moments(bound: Bound, updates: Any, new_state: Any) -> None:
     for name, storage in bound.storages.items():
-        if name != "mu":
-            for path, v in paths_and_leaves(storage.decode(getattr(new_state, name))):
-                _require(jnp.all(v >= 0), f"verified: the second moment {name!r} of {path!r} is negative")
+        for path, v in paths_and_leaves(storage.decode(getattr(new_state, name))):
+            _require(jnp.all(v >= 0), f"verified: the second moment {name!r} of {path!r} is negative")
     limit = (bound.max_ratio(new_state) * (1 + _SLACK)) ** 2
     pooled = bound.granularity.pool(abs_square(updates))
     for path, mean_square in paths_and_leaves(bound.granularity.spread(pooled, updates)):

@@ -6,14 +6,15 @@ tracer or a schedule for it, and hands out updates for `optax.apply_updates`.
 
 from __future__ import annotations
 
-from typing import Any, Unpack
+from typing import Any
 
 import optax
+from jax.typing import ArrayLike
 
 from adaptive_optax._checks import check_choice, check_scalar
 from adaptive_optax.moments.granularity import Granularity
 from adaptive_optax.moments.storage import Storage
-from adaptive_optax.transforms.adam import AdamKeywords, scale_by_adam
+from adaptive_optax.transforms.adam import EpsForm, scale_by_adam
 from adaptive_optax.transforms.learning_rate import scale_by_learning_rate
 from adaptive_optax.transforms.momentum import trace
 from adaptive_optax.transforms.rms import scale_by_rms
@@ -21,13 +22,20 @@ from adaptive_optax.transforms.weight_decay import Coupling, add_decoupled_weigh
 
 
 def adam(
-    learning_rate: Any,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    eps_root: Any = 0.0,
+    learning_rate: optax.ScalarOrSchedule,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    eps_root: ArrayLike = 0.0,
     mu_dtype: Any = None,
-    **keywords: Unpack[AdamKeywords],
+    *,
+    eps_form: EpsForm = "paper",
+    nesterov: bool = False,
+    amsgrad: bool = False,
+    bias_correction: bool = True,
+    granularity: Granularity | str = "coordinate",
+    mu_storage: Storage | str = "float32",
+    nu_storage: Storage | str = "float32",
 ) -> optax.GradientTransformationExtraArgs:
     """Builds Adam: `scale_by_adam`, then the learning rate.
 
@@ -41,8 +49,13 @@ def adam(
         eps: As there.
         eps_root: As there.
         mu_dtype: As there.
-        **keywords: `eps_form`, `nesterov`, `amsgrad`, `bias_correction`, `granularity`, `mu_storage` and
-            `nu_storage`, as there.
+        eps_form: As there.
+        nesterov: As there.
+        amsgrad: As there.
+        bias_correction: As there.
+        granularity: As there.
+        mu_storage: As there.
+        nu_storage: As there.
 
     Returns:
         The chain.
@@ -65,25 +78,42 @@ def adam(
 
     Source: Kingma and Ba 2015, algorithm 1.
     """
-    return optax.chain(
-        scale_by_adam(b1, b2, eps, eps_root, mu_dtype, **keywords),
-        scale_by_learning_rate(learning_rate),
+    direction = scale_by_adam(
+        b1,
+        b2,
+        eps,
+        eps_root,
+        mu_dtype,
+        eps_form=eps_form,
+        nesterov=nesterov,
+        amsgrad=amsgrad,
+        bias_correction=bias_correction,
+        granularity=granularity,
+        mu_storage=mu_storage,
+        nu_storage=nu_storage,
     )
+    return optax.chain(direction, scale_by_learning_rate(learning_rate))
 
 
 def adamw(
-    learning_rate: Any,
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    eps_root: Any = 0.0,
+    learning_rate: optax.ScalarOrSchedule,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    eps_root: ArrayLike = 0.0,
     mu_dtype: Any = None,
-    weight_decay: Any = 1e-4,
+    weight_decay: optax.ScalarOrSchedule = 1e-4,
     mask: Any = None,
     *,
     decay_coupling: Coupling = "learning_rate",
-    decay_schedule: Any = None,
-    **keywords: Unpack[AdamKeywords],
+    decay_schedule: optax.ScalarOrSchedule | None = None,
+    eps_form: EpsForm = "paper",
+    nesterov: bool = False,
+    amsgrad: bool = False,
+    bias_correction: bool = True,
+    granularity: Granularity | str = "coordinate",
+    mu_storage: Storage | str = "float32",
+    nu_storage: Storage | str = "float32",
 ) -> optax.GradientTransformationExtraArgs:
     """Builds AdamW: Adam with decoupled weight decay.
 
@@ -102,7 +132,13 @@ def adamw(
         decay_coupling: `coupling` there: "learning_rate" (default: PyTorch's and optax's), "schedule" or
             "independent".
         decay_schedule: `schedule` there, for `decay_coupling="schedule"`.
-        **keywords: As in `adam`.
+        eps_form: See `scale_by_adam`.
+        nesterov: As there.
+        amsgrad: As there.
+        bias_correction: As there.
+        granularity: As there.
+        mu_storage: As there.
+        nu_storage: As there.
 
     Returns:
         The chain. `update` needs `params`.
@@ -123,7 +159,20 @@ def adamw(
     Source: Loshchilov and Hutter 2019, algorithm 2.
     """
     check_choice("decay_coupling", decay_coupling, ("learning_rate", "schedule", "independent"))
-    direction = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, **keywords)
+    direction = scale_by_adam(
+        b1,
+        b2,
+        eps,
+        eps_root,
+        mu_dtype,
+        eps_form=eps_form,
+        nesterov=nesterov,
+        amsgrad=amsgrad,
+        bias_correction=bias_correction,
+        granularity=granularity,
+        mu_storage=mu_storage,
+        nu_storage=nu_storage,
+    )
     decay = add_decoupled_weight_decay(
         weight_decay, coupling=decay_coupling, schedule=decay_schedule, mask=mask
     )
@@ -134,13 +183,13 @@ def adamw(
 
 
 def rmsprop(
-    learning_rate: Any,
-    decay: Any = 0.9,
-    eps: Any = 1e-8,
-    initial_scale: Any = 0.0,
+    learning_rate: optax.ScalarOrSchedule,
+    decay: optax.ScalarOrSchedule = 0.9,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    initial_scale: ArrayLike = 0.0,
     eps_in_sqrt: bool = True,
     centered: bool = False,
-    momentum: Any = None,
+    momentum: optax.ScalarOrSchedule | None = None,
     nesterov: bool = False,
     bias_correction: bool = False,
     *,
@@ -201,13 +250,13 @@ def rmsprop(
 
 
 def global_rmsprop(
-    learning_rate: Any,
-    decay: Any = 0.9,
-    eps: Any = 1e-8,
-    initial_scale: Any = 0.0,
+    learning_rate: optax.ScalarOrSchedule,
+    decay: optax.ScalarOrSchedule = 0.9,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    initial_scale: ArrayLike = 0.0,
     eps_in_sqrt: bool = True,
     centered: bool = False,
-    momentum: Any = None,
+    momentum: optax.ScalarOrSchedule | None = None,
     nesterov: bool = False,
     bias_correction: bool = False,
     *,
@@ -243,8 +292,8 @@ def global_rmsprop(
 
 
 def sgd(
-    learning_rate: Any,
-    momentum: Any = None,
+    learning_rate: optax.ScalarOrSchedule,
+    momentum: optax.ScalarOrSchedule | None = None,
     nesterov: bool = False,
     accumulator_dtype: Any = None,
 ) -> optax.GradientTransformationExtraArgs:

@@ -351,7 +351,7 @@ def judge(arms: list[Arm], best: dict[str, float], fresh: dict[str, np.ndarray])
 def make_table(title: str, headings: list[str], rows: list[list[str]], caption: list[str]) -> Table:
     """Sets a table that fits in 80 columns."""
     table = Table(title=title, caption="\n".join(caption), box=box.SIMPLE_HEAD, show_edge=False)
-    table.collapse_padding = True
+    table.collapse_padding, table.pad_edge = True, False
     table.title_justify = table.caption_justify = "left"
     for heading in headings:
         justify = "left" if heading in ("arm", "verdict") else "right"
@@ -496,6 +496,8 @@ def plot_rates(
 ) -> None:
     """Draws validation error against the peak learning rate, for every arm, on the tuning seeds."""
     figure, axes = plt.subplots(figsize=(6.4, 7.4), layout="constrained")
+    lowest = min(mean_or_inf(tuning[arm.name]).min() for arm in arms)
+    bottom, top = 0.9 * min(lowest, guess), min(3.5 * lowest, 1.3 * guess)
     for index, (arm, colour, marker) in enumerate(zip(arms, COLOURS, MARKERS, strict=True)):
         errors, rates = tuning[arm.name][:, :, -1, 1], np.array(arm.rates)
         draw_mean(axes, rates, errors.T, color=colour, marker=marker, markersize=6, label=arm.name)
@@ -506,12 +508,11 @@ def plot_rates(
             rates[at_best], mean[at_best], "o", color=colour, fillstyle="none", markersize=size, zorder=4
         )
         diverged = rates[np.isinf(mean)]
-        axes.plot(diverged, np.full(len(diverged), 1.2 * guess), "x", color=colour, markersize=10)
-    axes.axhline(guess, color="grey", linewidth=1, linestyle="--")
-    place_of_note = {"xycoords": ("axes fraction", "data"), "va": "bottom", "fontsize": 12}
-    axes.annotate("always the average box", (0.02, guess), **place_of_note)
-    lowest = min(mean_or_inf(tuning[arm.name]).min() for arm in arms)
-    bottom, top = 0.9 * min(lowest, guess), 1.3 * guess
+        axes.plot(diverged, np.full(len(diverged), 0.95 * top), "x", color=colour, markersize=10)
+    if guess < top:
+        axes.axhline(guess, color="grey", linewidth=1, linestyle="--")
+        where = {"xycoords": ("axes fraction", "data"), "va": "bottom"}
+        axes.annotate("always the average box", (0.02, guess), fontsize=12, **where)
     axes.set(xscale="log", yscale="log", ylim=(bottom, top))
     axes.set(xlabel="peak learning rate", ylabel="validation MAE, pixels")
     ticks = [tick for tick in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1, 1.5, 2, 3, 4, 6) if bottom < tick < top]

@@ -28,6 +28,10 @@ class Case:
         rounding: Relative rounding of the stored state. Two correct runs may differ by one level of it.
         zero_moves: Whether a zero gradient gives a non-zero update (weight decay).
         not_traceable: Why contract 1 does not hold, if it does not.
+        arguments: What `make` gives to the factory.
+        raises_at_nan: Whether a NaN gradient raises, instead of going through.
+        scalars_follow: Whether the state's scalars take the widest dtype of the tree (a scalar moment takes
+            its own leaf's).
     """
 
     name: str
@@ -38,15 +42,23 @@ class Case:
     rounding: float = 0.0
     zero_moves: bool = False
     not_traceable: str = ""
+    arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    raises_at_nan: bool = False
+    scalars_follow: bool = True
 
 
-def _case(
-    name: str, factory: str, sweep: Any = None, *, shares=False, rounding=0.0, zero_moves=False, **fixed
-):
+DECLARED = {field.name for field in dataclasses.fields(Case)}
+
+
+def _case(name, factory, sweep=None, **keywords):
+    """A case from the arguments of the factory and what is to be declared."""
+    declared = {key: value for key, value in keywords.items() if key in DECLARED}
+    arguments = {key: value for key, value in keywords.items() if key not in DECLARED}
+
     def make(**overrides):
-        return getattr(ao, factory)(**(fixed | overrides))
+        return getattr(ao, factory)(**(arguments | overrides))
 
-    return Case(name, factory, make, sweep or {}, shares, rounding, zero_moves)
+    return Case(name, factory, make, sweep or {}, arguments=arguments, **declared)
 
 
 RATE = {"learning_rate": (0.1, 0.003)}
@@ -60,6 +72,7 @@ def _by_name(path: str, leaf: Any) -> str:
 
 COARSE = {
     "axis": ao.Axis(-1),
+    "axes": ao.Axis(0, 1),  # vectors stay per coordinate
     "tensor": ao.Tensor(),
     "labels": ao.Labels(_by_name),
     "global_sum": ao.Global("sum"),
@@ -71,8 +84,18 @@ CASES = [
     _case("rms_centered", "scale_by_rms", RMS, centered=True),
     _case("rms_centered_corrected", "scale_by_rms", RMS, centered=True, bias_correction=True),
     _case("rms_scheduled", "scale_by_rms", decay=optax.linear_schedule(0.5, 0.9, 3), bias_correction=True),
-    *(_case(f"rms_{n}", "scale_by_rms", granularity=g, shares=True) for n, g in COARSE.items()),
-    _case("rms_centered_tensor", "scale_by_rms", centered=True, granularity="tensor", shares=True),
+    *(
+        _case(f"rms_{n}", "scale_by_rms", granularity=g, shares=True, scalars_follow=n != "tensor")
+        for n, g in COARSE.items()
+    ),
+    _case(
+        "rms_centered_tensor",
+        "scale_by_rms",
+        centered=True,
+        granularity="tensor",
+        shares=True,
+        scalars_follow=False,
+    ),
     _case("rms_lossy", "scale_by_rms", storage=Lossy(), rounding=1 / 15),
     _case("rms_lossy_centered", "scale_by_rms", centered=True, storage=Lossy(), rounding=1 / 15),
     _case(
@@ -91,7 +114,10 @@ CASES = [
     _case("adam_uncorrected", "scale_by_adam", ADAM, bias_correction=False),
     _case("adam_bfloat16", "scale_by_adam", mu_dtype=jnp.bfloat16, rounding=2**-8),
     _case("adam_scheduled", "scale_by_adam", b1=optax.linear_schedule(0.95, 0.85, 3)),
-    *(_case(f"adam_{n}", "scale_by_adam", granularity=g, shares=True) for n, g in COARSE.items()),
+    *(
+        _case(f"adam_{n}", "scale_by_adam", granularity=g, shares=True, scalars_follow=n != "tensor")
+        for n, g in COARSE.items()
+    ),
     _case("adam_lossy", "scale_by_adam", mu_storage=Lossy(), nu_storage=Lossy(), rounding=1 / 15),
     _case("adam_lossy_mu", "scale_by_adam", mu_storage=Lossy(), rounding=1 / 15),
     _case("adam_lossy_amsgrad", "scale_by_adam", nu_storage=Lossy(), amsgrad=True, rounding=1 / 15),
@@ -147,6 +173,7 @@ CASES = [
         "verified",
         "verified",
         lambda: ao.verified(ao.scale_by_adam()),
+        raises_at_nan=True,
         not_traceable="checks values, which needs chex.chexify around the outermost jitted function",
     ),
 ]

@@ -23,7 +23,6 @@ class LossyMoment(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Lossy(ao.Storage):
-    exact: ClassVar[bool] = False
     floors_called: ClassVar[list[str]] = []
 
     def init(self, params_like, role):

@@ -71,6 +71,7 @@ MANY = {
     "tiny, one larger": few_large(1e-19, 1e-20),  # squares about the smallest normal float32
     "tiny, one much larger": few_large(1e-18, 1e-20),
     "tiny, one that is not": few_large(1e-16, 1e-20),
+    "tiny, one whose square is far from tiny": few_large(1e-15, 1e-19),  # 1e-30 and a million times 1e-38
     "squares sum to a normal number, each is none": few_large(3e-20, 3e-20),
     "about where the second sum is taken": few_large(3e-13, 3e-16),
     "squares sum to infinity, none is": few_large(1e17, 1e17),

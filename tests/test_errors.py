@@ -6,6 +6,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import adaptive_optax as ao
@@ -308,6 +309,12 @@ GRANULARITIES = [
     (lambda: ao.Tensor(0), ("reduce must be one of 'mean', 'sum', got 0.",)),
     (lambda: ao.Labels("kernel"), ("label_fn must be a function (path, leaf) -> label, got 'kernel'.",)),
     (lambda: ao.Labels({"kernel": 0}), ("label_fn must be a function", "got {'kernel': 0}.")),
+    (lambda: ao.Labels.by_path({"w": [0]}), ("patterns must give hashable labels, got {'w': [0]}.",)),
+    (lambda: ao.Labels.by_path({"w": 0}, default=[1]), ("patterns must give hashable labels",)),
+    (lambda: ao.Labels.by_path("w"), ("patterns must be a mapping {pattern: label}, got 'w'.",)),
+    (lambda: ao.Labels.by_path(None), ("patterns must be a mapping {pattern: label}, got None.",)),
+    (lambda: ao.Labels.by_path({"(": 0}), ("patterns must be regular expressions, got '(': ",)),
+    (lambda: ao.Labels.by_path({0: 0}), ("patterns must be regular expressions, got 0: ",)),
 ]
 
 
@@ -493,62 +500,93 @@ FIRST_LINK = {
 )
 def test_leaves_that_are_not_floating_are_named(build, owner, dtype):
     tx, wrong = build(), tree_with(ones(2, dtype=dtype))
-    sentence = f"{owner}: the leaf 'layer/steps' of {{}} has dtype {dtype}; floating or complex is needed"
+    sentence = f"{owner}: the leaf 'layer/steps' of {{}} is {dtype}; a floating or complex array is needed"
     refused(lambda: tx.init(wrong), sentence.format("params"))
     state = tx.init(TREE)
     refused(lambda: tx.update(wrong, state, TREE), sentence.format("updates"))
     refused(lambda: jax.eval_shape(tx.update, wrong, state, TREE), sentence.format("updates"))
 
 
-def test_global_norm_names_an_integer_leaf():
-    refused(
-        lambda: ao.global_norm(tree_with(ones(2, dtype=np.int32))),
-        "global_norm: the leaf 'layer/steps' of tree has dtype int32",
-    )
+@pytest.mark.parametrize(
+    ("leaf", "kind"), [(ones(2, dtype=np.int32), "int32"), ("name", "str"), (3, "int32")]
+)
+def test_leaves_that_are_no_arrays_are_named(leaf, kind):
+    for name, call in (
+        ("tree", ao.global_norm),
+        ("params", ao.adam(0.1).init),
+        ("params", ao.adamw(0.1).init),
+    ):
+        refused(lambda call=call: call(tree_with(leaf)), f"the leaf 'layer/steps' of {name} is {kind}; ")
 
 
+SHAPE = "'layer/steps' has shape {shape} in {{ours}} and (2,) in {{theirs}}."
 ANOTHER_TREE = {
-    "missing": (tree_with(None), "'layer/steps'", "{theirs} has a leaf 'layer/steps', {ours} has not"),
-    "extra": (
-        TREE | {"scale": ones(1)},
-        "'scale'",
-        "{ours} has a leaf 'scale', {theirs} has not",
-    ),
-    "longer": (tree_with(ones(3)), "'layer/steps'", "has shape (3,)"),
-    "shorter": (tree_with(ones(1)), "'layer/steps'", "has shape (1,)"),
-    "another rank": (tree_with(ones(2, 1)), "'layer/steps'", "has shape (2, 1)"),
+    "missing": (tree_with(None), "{theirs} has a leaf 'layer/steps', {ours} has not."),
+    "extra": (TREE | {"scale": ones(1)}, "{ours} has a leaf 'scale', {theirs} has not."),
+    "longer": (tree_with(ones(3)), SHAPE.format(shape="(3,)")),
+    "shorter": (tree_with(ones(1)), SHAPE.format(shape="(1,)")),
+    "another rank": (tree_with(ones(2, 1)), SHAPE.format(shape="(2, 1)")),
 }
-COMPARED = {  # what the updates are compared with
+each_tree = pytest.mark.parametrize("kind", ANOTHER_TREE)
+COMPARED = {  # what the updates are compared with, without parameters if possible
     "scale_by_adam": (ao.scale_by_adam, "the state"),
     "scale_by_adam, global": (lambda: ao.scale_by_adam(granularity="global"), "the state"),
+    "scale_by_rms": (ao.scale_by_rms, "the state"),
     "scale_by_rms, centred": (lambda: ao.scale_by_rms(centered=True, granularity="tensor"), "the state"),
     "trace": (lambda: ao.trace(0.9), "the state"),
     "add_decoupled_weight_decay": (lambda: ao.add_decoupled_weight_decay(0.1), "params"),
 }
 
 
-@pytest.mark.parametrize("kind", ANOTHER_TREE)
+@each_tree
 @pytest.mark.parametrize("name", COMPARED)
 def test_another_tree_is_named(name, kind):
     build, theirs = COMPARED[name]
-    wrong, path, sentence = ANOTHER_TREE[kind]
+    wrong, sentence = ANOTHER_TREE[kind]
     tx = build()
     state = tx.init(TREE)
-    fragments = (name.split(",")[0] + ": ", path, sentence.format(ours="updates", theirs=theirs))
-    refused(lambda: jax.eval_shape(tx.update, wrong, state, TREE), *fragments)
-    if theirs == "params":
-        swapped = sentence.format(ours="params", theirs="updates") if "{ours}" in sentence else path
-        refused(lambda: jax.eval_shape(tx.update, TREE, state, wrong), name + ": ", swapped)
+    owner = name.split(",")[0] + ": "
+    refused(
+        lambda: jax.eval_shape(tx.update, wrong, state, TREE if theirs == "params" else None),
+        owner + sentence.format(ours="updates", theirs=theirs),
+    )
+    if theirs == "params" and "and (2,)" not in sentence:
+        refused(
+            lambda: jax.eval_shape(tx.update, TREE, state, wrong),
+            owner + sentence.format(ours="params", theirs="updates"),
+        )
 
 
-@pytest.mark.xfail(reason="not named yet")
-@pytest.mark.parametrize("kind", ANOTHER_TREE)
-@pytest.mark.parametrize("granularity", ["coordinate", ao.Axis(0)], ids=str)
-def test_another_tree_is_named_by_plain_rms(granularity, kind):
-    wrong, path, _ = ANOTHER_TREE[kind]
+@each_tree
+@pytest.mark.parametrize(
+    "granularity",
+    ["coordinate", ao.Axis(0), "tensor", ao.Labels(lambda path, leaf: path), "global"],
+    ids=["coordinate", "axis", "tensor", "labels", "global"],
+)
+def test_a_tree_unlike_the_parameters_is_named_whatever_is_shared(granularity, kind):
+    wrong, sentence = ANOTHER_TREE[kind]
     tx = ao.scale_by_rms(granularity=granularity)
     state = tx.init(TREE)
-    refused(lambda: jax.eval_shape(tx.update, wrong, state), "scale_by_rms: ", path)
+    refused(
+        lambda: jax.eval_shape(tx.update, wrong, state, TREE),
+        "scale_by_rms: " + sentence.format(ours="updates", theirs="params"),
+    )
+
+
+STATEFUL = [name for name in TRANSFORMS if name != "clip_by_global_norm"]
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_another_transformations_state(name):
+    tx, another = TRANSFORMS[name](), TRANSFORMS[STATEFUL[STATEFUL.index(name) - 1]]()
+    right, state = type(tx.init(TREE)).__name__, another.init(TREE)
+    for wrong in (state, (), dict(tx.init(TREE)._asdict())):
+        refused(
+            lambda wrong=wrong: tx.update(TREE, wrong, TREE),
+            f"{name}: the state must be a ",
+            f"{right}, got a ",
+            type(wrong).__name__,
+        )
 
 
 @pytest.mark.parametrize("coupling", ["learning_rate", "schedule", "independent"])
@@ -562,17 +600,11 @@ def test_missing_params(coupling):
         refused(lambda t=transformation, s=state: jax.eval_shape(t.update, TREE, s), sentence)
 
 
-UNHASHABLE = {
-    "a function's": ao.Labels(lambda path, leaf: [path] if path == "layer/w" else path),
-    "by_path's": ao.Labels.by_path({"layer/w": ["layer/w"]}, default="rest"),
-}
-
-
-@pytest.mark.parametrize("kind", UNHASHABLE)
 @pytest.mark.parametrize("factory", [ao.scale_by_adam, ao.scale_by_rms], ids=lambda f: f.__name__)
-def test_unhashable_labels_are_named(factory, kind):
+def test_unhashable_labels_are_named(factory):
+    labels = ao.Labels(lambda path, leaf: [path] if path == "layer/w" else path)
     refused(
-        lambda: factory(granularity=UNHASHABLE[kind]).init(TREE),
+        lambda: factory(granularity=labels).init(TREE),
         "label_fn must return a hashable label, got ['layer/w'] for the leaf 'layer/w'.",
     )
 
@@ -607,10 +639,7 @@ MASKS = {
         {"bias": np.int32(0), "layer": True},
         "mask must hold bools, got np.int32(0) at 'bias'.",
     ),
-}
-MASK_BUGS = {
     "a string": ({"bias": "yes", "layer": True}, "mask must hold bools, got 'yes' at 'bias'."),
-    "an array": ({"bias": np.array([True, False]), "layer": True}, "mask must hold bools"),
 }
 
 
@@ -623,11 +652,58 @@ def test_masks_that_do_not_fit(kind, as_function):
     refused(lambda: ao.adamw(0.1, mask=given).init(TREE), sentence)
 
 
-@pytest.mark.xfail(reason="not named yet")
-@pytest.mark.parametrize("kind", MASK_BUGS)
-def test_masks_of_no_bools(kind):
-    mask, sentence = MASK_BUGS[kind]
-    refused(lambda: ao.add_decoupled_weight_decay(0.1, mask=mask).init(TREE), sentence, "'bias'")
+def test_masks_that_fit_half_of_another_tree():
+    mask = {"bias": True, "layer": False}
+    tx = ao.add_decoupled_weight_decay(0.1, mask=mask)
+    state = tx.init(TREE)
+    other = TREE | {"head": ones(1)}
+    refused(lambda: jax.eval_shape(tx.update, other, state, other), "mask says nothing about the leaf 'head'")
+
+
+# --- The rest -----------------------------------------------------------------------------------------------
+
+SCHEDULED = {
+    "learning_rate": ao.scale_by_learning_rate,
+    "b1": lambda value: ao.scale_by_adam(b1=value),
+    "eps": lambda value: ao.scale_by_rms(eps=value),
+    "momentum": lambda value: ao.sgd(0.1, value),
+    "weight_decay": ao.add_decoupled_weight_decay,
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_pairs_of_schedules_and_schedules_of_something_else(name):
+    pair = ao.one_cycle(0.5, 10)
+    refused(lambda: SCHEDULED[name](pair), f"{name} must be a number in ", "got a pair of schedules")
+    for value in (None, ones(1), ones(2, 2)):
+        tx = SCHEDULED[name](lambda count, value=value: value)
+        refused(lambda tx=tx: tx.init(TREE), "A schedule must return a scalar, got ", repr(value))
+
+
+def test_what_is_no_transformation_and_no_state():
+    for wrong in (3, None, ao.adam, (ao.adam(0.1),)):
+        refused(
+            lambda wrong=wrong: ao.verified(wrong),
+            "inner must be an optax.GradientTransformation",
+            repr(wrong),
+        )
+    for wrong in (ao.adam(0.1), optax.sgd(0.1).init(TREE), (), TREE):
+        refused(
+            lambda wrong=wrong: ao.get_hyperparams(wrong),
+            "opt_state holds no hyperparameters of this library",
+            f"got a {type(wrong).__name__};",
+        )
+
+
+def test_the_bound_of_a_traced_decay():
+    refused(
+        lambda: traced(lambda b1: ao.adam_bound(b1, 0.9), np.float32(0.5)),
+        "b1 must be concrete in adam_bound",
+    )
+    refused(
+        lambda: traced(lambda b2: ao.adam_bound(0.9, b2), np.float32(0.5)),
+        "b2 must be concrete in adam_bound",
+    )
 
 
 # Wrong arguments that get past the checks, or fail in a sentence that names nothing.
@@ -641,7 +717,10 @@ UNNAMED = {
         lambda: ao.sgd(0.1, nesterov="no"),
         "nesterov must be True or False, got 'no'.",
     ),
-    "a string as a leaf": (lambda: ao.scale_by_adam().init(tree_with("name")), "'layer/steps' of params"),
+    "an array as a mask": (
+        lambda: ao.adamw(0.1, mask={"bias": ones(2, dtype=bool), "layer": True}).init(TREE),
+        "mask must hold bools, got array([ True,  True]) at 'bias'.",
+    ),
 }
 
 
@@ -650,11 +729,3 @@ UNNAMED = {
 def test_what_is_not_named_yet(kind):
     build, sentence = UNNAMED[kind]
     refused(build, sentence)
-
-
-def test_masks_that_fit_half_of_another_tree():
-    mask = {"bias": True, "layer": False}
-    tx = ao.add_decoupled_weight_decay(0.1, mask=mask)
-    state = tx.init(TREE)
-    other = TREE | {"head": ones(1)}
-    refused(lambda: jax.eval_shape(tx.update, other, state, other), "mask says nothing about the leaf 'head'")

@@ -21,7 +21,7 @@ from flax import nnx
 from reference.adam import extremal_sequence
 
 import adaptive_optax as ao
-from adaptive_optax.transforms.direction import Direction
+from adaptive_optax.transforms.direction import bound_of, bounded
 
 STEPS = 120
 PARAMS = {"dense": {"bias": np.ones(4, np.float32), "kernel": np.ones((3, 4), np.float32)}}
@@ -307,16 +307,16 @@ WRONG_TYPES = {
 WRONG_TREES = {
     "shape of an update": (
         inner(lambda g, s: (with_w(g, lambda x: x[:1]), s)),
-        "'a/w'] has shape (1,)",
+        "'a/w' has shape (1,) in the updates and (3,) in the gradients.",
     ),
     "shape of the state": (
         inner(lambda g, s: (g, {"m": with_w(s["m"], lambda x: x[None])})),
-        "'m/a/w'] has shape (1, 3)",
+        "'m/a/w' has shape (1, 3) in the new state and (3,) in the state.",
     ),
-    "no update of a leaf": (inner(lambda g, s: ({"a": g["a"]}, s)), "'b'"),
-    "an update of nothing": (inner(lambda g, s: (g | {"c": g["b"]}, s)), "'c'"),
-    "another leaf in the state": (inner(lambda g, s: (g, s | {"n": jnp.ones(())})), "'n'"),
-    "a leaf less in the state": (inner(lambda g, s: (g, {"m": {"a": s["m"]["a"]}})), "'m/b'"),
+    "no update of a leaf": (inner(lambda g, s: ({"a": g["a"]}, s)), " a leaf 'b', "),
+    "an update of nothing": (inner(lambda g, s: (g | {"c": g["b"]}, s)), " a leaf 'c', "),
+    "another leaf in the state": (inner(lambda g, s: (g, s | {"n": jnp.ones(())})), " a leaf 'n', "),
+    "a leaf less in the state": (inner(lambda g, s: (g, {"m": {"a": s["m"]["a"]}})), " a leaf 'm/b', "),
 }
 CONTAINERS = {
     "state": inner(lambda g, s: (g, list(s)), lambda params: (jnp.ones(1), jnp.ones(2))),
@@ -333,17 +333,10 @@ def test_types_that_drift(kind):
 
 
 @pytest.mark.parametrize("kind", WRONG_TREES)
-@pytest.mark.parametrize(
-    "error",
-    [
-        (ValueError, AssertionError),
-        pytest.param(AssertionError, marks=pytest.mark.xfail(reason="a ValueError")),
-    ],
-)
-def test_trees_that_change(kind, error):
+def test_trees_that_change(kind):
     broken, fragment = WRONG_TREES[kind]
     tx = ao.verified(broken)
-    with pytest.raises(error, match=r"^verified: .*" + re.escape(fragment)):
+    with pytest.raises(AssertionError, match=r"^verified: .*" + re.escape(fragment)):
         jax.eval_shape(tx.update, SMALL, tx.init(SMALL))
 
 
@@ -397,7 +390,7 @@ def test_a_direction_that_does_not_count(name):
         updates, new_state = right.update(updates, state, params, **extra_args)
         return updates, new_state._replace(count=state.count)
 
-    run = checked_run(Direction(right.init, update, right.bound))
+    run = checked_run(bounded(right.init, update, bound_of(right)))
     alarm(run, right.init(PARAMS), along(np.ones(STEPS)), "'count' did not grow by one")
 
 
@@ -409,7 +402,7 @@ def test_a_direction_that_forgets_to_divide():
         updates, state = right.update(updates, state, params, **extra_args)
         return jax.tree.map(lambda u: u / jnp.sqrt(state.nu_weight), updates), state
 
-    tx = ao.verified(Direction(right.init, update, right.bound))
+    tx = ao.verified(bounded(right.init, update, bound_of(right)))
     with pytest.raises(AssertionError, match="the direction of 'a/w' exceeds its bound"):
         tx.update(SMALL, tx.init(SMALL))
 
@@ -424,37 +417,32 @@ def test_what_was_not_finite_before_is_no_alarm():
 
 NAN = with_w(SMALL, lambda x: x * jnp.nan)
 LAST = jnp.full((), np.iinfo(np.int32).max, jnp.int32)
-COUNTS = {
-    "accumulation": (optax.MultiSteps(ao.sgd(0.1), 2).gradient_transformation(), [SMALL, SMALL]),
-    "a rejected step": (optax.apply_if_finite(ao.sgd(0.1), 5), [SMALL, NAN]),
-    "a counter that starts again": (
-        optax.GradientTransformationExtraArgs(*optax.contrib.reduce_on_plateau(accumulation_size=2)),
-        [SMALL, SMALL],
-    ),
-    "a leaf of that name": (ao.trace(0.9), [{"count": jnp.ones(3)}] * 2),
-    "the last count": (
-        inner(lambda g, s: (g, {"count": optax.safe_increment(s["count"])}), lambda params: {"count": LAST}),
-        [SMALL],
-    ),
-}
 
 
-@pytest.mark.xfail(reason="every leaf called `count` is taken for a counter of steps")
-@pytest.mark.parametrize("kind", COUNTS)
-def test_counts_that_need_not_grow(kind):
-    wrapped, gradients = COUNTS[kind]
-    tx = ao.verified(wrapped)
-    state = tx.init(gradients[0])
-    for gradient in gradients:
-        updates, state = tx.update(gradient, state, gradient, value=jnp.float32(1.0))
-    assert jax.tree.structure(updates) == jax.tree.structure(gradients[0])
+def test_counts_that_are_none():
+    # A parameter of that name; and the last count there is, at which counters stay.
+    named = ao.verified(ao.trace(0.9))
+    params = {"count": jnp.ones(3)}
+    state = named.init(params)
+    for _ in range(2):
+        _, state = named.update(params, state)
+    last = inner(
+        lambda g, s: (g, {"count": optax.safe_increment(s["count"])}), lambda params: {"count": LAST}
+    )
+    tx = ao.verified(last)
+    _, state = tx.update(SMALL, tx.init(SMALL))
+    assert state["count"] == LAST
 
 
-@pytest.mark.xfail(reason="the bound itself is rounded, or overflows")
-@pytest.mark.parametrize("b2", [0.9999, 0.9])
-def test_long_runs(b2):
+@pytest.mark.parametrize(
+    ("b1", "b2"),
+    [
+        pytest.param(0.9999, 0.9999, marks=pytest.mark.xfail(reason="the bound's own rounding is larger")),
+        (0.99, 0.9),
+    ],
+)
+def test_long_runs(b1, b2):
     # The bound of equal decays is 1, which constant gradients attain; that of b1**2 >= b2 grows for ever.
-    b1 = 0.9999 if b2 == 0.9999 else 0.99
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         tx = ao.scale_by_adam(b1, b2, eps=0.0)

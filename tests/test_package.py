@@ -25,9 +25,13 @@ SIGNATURES = {
     "clip_by_global_norm": "max_norm",
     "global_norm": "tree",
     "adam_bound": "b1, b2, count=None, *, bias_correction=True",
-    "adam": "learning_rate, b1=0.9, b2=0.999, eps=1e-08, eps_root=0.0, mu_dtype=None, **keywords",
+    "adam": "learning_rate, b1=0.9, b2=0.999, eps=1e-08, eps_root=0.0, mu_dtype=None, *, eps_form='paper', "
+    "nesterov=False, amsgrad=False, bias_correction=True, granularity='coordinate', mu_storage='float32', "
+    "nu_storage='float32'",
     "adamw": "learning_rate, b1=0.9, b2=0.999, eps=1e-08, eps_root=0.0, mu_dtype=None, weight_decay=0.0001, "
-    "mask=None, *, decay_coupling='learning_rate', decay_schedule=None, **keywords",
+    "mask=None, *, decay_coupling='learning_rate', decay_schedule=None, eps_form='paper', nesterov=False, "
+    "amsgrad=False, bias_correction=True, granularity='coordinate', mu_storage='float32', "
+    "nu_storage='float32'",
     "rmsprop": "learning_rate, decay=0.9, eps=1e-08, initial_scale=0.0, eps_in_sqrt=True, centered=False, "
     "momentum=None, nesterov=False, bias_correction=False, *, granularity='coordinate', storage='float32'",
     "sgd": "learning_rate, momentum=None, nesterov=False, accumulator_dtype=None",

@@ -2,10 +2,8 @@
 
 import functools
 
-import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -15,16 +13,24 @@ from reference.rms import RmsReference
 from tolerances import OPTAX, REFERENCE
 from trajectories import (
     GRANULARITIES,
+    LENGTH,
     SHAPES,
     STEPS,
+    WIDTH,
     Table,
+    assert_a_nan_is_not_hidden,
     assert_close,
+    assert_zeros_do_not_move,
     at_step,
     decays,
+    flat_of,
     gradients,
     parameters,
     run,
     run_reference,
+    sequences,
+    signs,
+    tree_of,
 )
 
 import adaptive_optax as ao
@@ -228,53 +234,21 @@ DEGENERATE = [
 
 @pytest.mark.parametrize("eps", [0.0, 1e-8])
 @pytest.mark.parametrize("arguments", DEGENERATE, ids=str)
-def test_zero_gradients_do_not_move(arguments, eps):
-    zeros = {"a": jnp.zeros((2, 3)), "b": jnp.zeros(()), "c": jnp.zeros(2, jnp.complex64)}
-    tx = ao.scale_by_rms(eps=eps, **arguments)
-    state = tx.init(zeros)
-    for _ in range(2):
-        updates, state = tx.update(zeros, state)
-        jax.tree.map(np.testing.assert_array_equal, updates, zeros)
-    updates, _ = tx.update(jax.tree.map(lambda x: x + 2, zeros), state)  # and it recovers
-    for u in jax.tree.leaves(updates):
-        assert np.isfinite(u).all() and (np.abs(u) > 0.5).all()
-
-
-@pytest.mark.parametrize("arguments", DEGENERATE, ids=str)
-@pytest.mark.parametrize("eps", [0.0, 1e-8])
-def test_a_nan_is_not_hidden(arguments, eps):
-    params = {"a": jnp.zeros(3), "b": jnp.zeros(2)}
-    tx = ao.scale_by_rms(eps=eps, **arguments)
-    updates, state = tx.update({"a": jnp.array([1.0, jnp.nan, 0.0]), "b": jnp.zeros(2)}, tx.init(params))
-    assert np.isnan(updates["a"][1])
-    updates, _ = tx.update({"a": jnp.ones(3), "b": jnp.zeros(2)}, state)
-    assert np.isnan(updates["a"][1])  # the moment keeps it
+def test_degenerate_gradients(arguments, eps):
+    assert_zeros_do_not_move(ao.scale_by_rms(eps=eps, **arguments))
+    assert_a_nan_is_not_hidden(ao.scale_by_rms(eps=eps, **arguments))
 
 
 # --- Invariances --------------------------------------------------------------------------------------------
 
-# Six gradients of eight coordinates, as a matrix of 2 x 3 and a vector of 2: one shape, so that every
-# granularity is compiled once for all examples.
-LENGTH, WIDTH = 6, 8
-
 INVARIANT = {
-    "coordinate": ("coordinate", Pooling()),
+    "coordinate": (ao.Coordinate(), Pooling()),
     "axis": (ao.Axis(-1), Pooling("axis", (-1,))),
-    "tensor": ("tensor", Pooling("tensor")),
+    "tensor": (ao.Tensor(), Pooling("tensor")),
     "tensor, sum": (ao.Tensor("sum"), Pooling("tensor", reduce="sum")),
     "labels": (ao.Labels(lambda path, leaf: 0), Pooling("labels", labels={"a": 0, "b": 0})),
-    "global": ("global", Pooling("global")),
+    "global": (ao.Global(), Pooling("global")),
 }
-
-
-def tree_of(flat):
-    return {"a": flat[..., :6].reshape(*flat.shape[:-1], 2, 3), "b": flat[..., 6:]}
-
-
-def flat_of(tree):
-    return np.concatenate(
-        [np.asarray(tree["a"]).reshape(-1, 6), np.asarray(tree["b"]).reshape(-1, 2)], axis=1
-    )
 
 
 @functools.cache
@@ -291,19 +265,10 @@ def directions(name, flat, corrected=False, decay=0.9):
     for g in flat:
         u, state = step(tree_of(g), state)
         rows.append(u)
-        spread = tx.bound.granularity.spread(state.nu, u)
+        spread = INVARIANT[name][0].spread(state.nu, u)
         scales.append(jax.tree.map(lambda v, u: np.sqrt(np.broadcast_to(v, u.shape)), spread, u))
     stack = functools.partial(jax.tree.map, lambda *leaves: np.stack(leaves))
     return flat_of(stack(*rows)), flat_of(stack(*scales))
-
-
-@st.composite
-def sequences(draw):
-    """Gradients whose coordinates have scales from 1e-3 to 1e3; some entries are 0."""
-    entry = st.floats(-1, 1, width=32).map(lambda x: x if abs(x) > 1e-6 else 0.0)
-    unit = draw(hnp.arrays(np.float32, (LENGTH, WIDTH), elements=entry))
-    exponents = draw(hnp.arrays(np.int8, WIDTH, elements=st.integers(-3, 3)))
-    return np.float32(unit * 10.0**exponents)
 
 
 names = st.sampled_from(sorted(INVARIANT))
@@ -321,7 +286,7 @@ def test_the_direction_does_not_depend_on_the_gradients_scale(flat, name, correc
 @given(
     sequences(),
     st.permutations(range(WIDTH)),
-    hnp.arrays(np.float32, WIDTH, elements=st.sampled_from([-1, 1])),
+    signs(),
 )
 def test_coordinates_do_not_see_each_other(flat, order, signs):
     plain, _ = directions("coordinate", flat)

@@ -1,8 +1,13 @@
-"""A hundred gradients for a mixed tree, transformations run on them, and the comparison of what comes out."""
+"""Gradients for a mixed tree, transformations run on them, and the comparison of what comes out.
+
+First a hundred fixed gradients, then short drawn sequences for properties.
+"""
 
 import dataclasses
 from typing import Any, NamedTuple
 
+import hypothesis.extra.numpy as hnp
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -161,3 +166,55 @@ def assert_close(
 def at_step(tree: Any, step: int) -> Any:
     """Picks one step from a stacked tree."""
     return jax.tree.map(lambda x: x[step], tree)
+
+
+# Drawn sequences: six gradients of eight coordinates, a matrix of 2 x 3 and a vector of 2. They have one
+# shape, so that one compiled function serves all examples.
+LENGTH, WIDTH = 6, 8
+
+
+def tree_of(flat: Any) -> dict:
+    """The tree whose coordinates, last axis of `flat`, are given in order."""
+    return {"a": flat[..., :6].reshape(*flat.shape[:-1], 2, 3), "b": flat[..., 6:]}
+
+
+def flat_of(tree: dict) -> np.ndarray:
+    """The inverse of `tree_of` for any number of trees stacked along the first axis."""
+    return np.concatenate(
+        [np.asarray(tree["a"]).reshape(-1, 6), np.asarray(tree["b"]).reshape(-1, 2)], axis=1
+    )
+
+
+@st.composite
+def sequences(draw) -> np.ndarray:
+    """Gradients, flat, whose coordinates have scales from 1e-3 to 1e3; some entries are 0."""
+    entry = st.floats(-1, 1, width=32).map(lambda x: x if abs(x) > 1e-6 else 0.0)
+    unit = draw(hnp.arrays(np.float32, (LENGTH, WIDTH), elements=entry))
+    exponents = draw(hnp.arrays(np.int8, WIDTH, elements=st.integers(-3, 3)))
+    return np.float32(unit * 10.0**exponents)
+
+
+def signs() -> st.SearchStrategy:
+    """A sign for every coordinate."""
+    return hnp.arrays(np.float32, WIDTH, elements=st.sampled_from([-1, 1]))
+
+
+def assert_zeros_do_not_move(tx: Any) -> None:
+    """Zero gradients give exactly zero, and the gradients after them do not suffer."""
+    zeros = {"a": jnp.zeros((2, 3)), "b": jnp.zeros(()), "c": jnp.zeros(2, jnp.complex64)}
+    state = tx.init(zeros)
+    for _ in range(2):
+        updates, state = tx.update(zeros, state)
+        jax.tree.map(np.testing.assert_array_equal, updates, zeros)
+    updates, _ = tx.update(jax.tree.map(lambda x: x + 2, zeros), state)
+    for u in jax.tree.leaves(updates):
+        assert np.isfinite(u).all() and (np.abs(u) > 0.5).all()
+
+
+def assert_a_nan_is_not_hidden(tx: Any) -> None:
+    """A NaN in a gradient is in the direction, and stays there with the moments."""
+    params = {"a": jnp.zeros(3), "b": jnp.zeros(2)}
+    updates, state = tx.update({"a": jnp.array([1.0, jnp.nan, 0.0]), "b": jnp.zeros(2)}, tx.init(params))
+    assert np.isnan(updates["a"][1])
+    updates, _ = tx.update({"a": jnp.ones(3), "b": jnp.zeros(2)}, state)
+    assert np.isnan(updates["a"][1])

@@ -1,4 +1,4 @@
-"""Exponential moving averages with exact bias correction, and the direction they give.
+"""Exponential moving averages with exact bias correction.
 
     x_t = b_t x_{t-1} + (1 - b_t) s_t,        w_t = b_t w_{t-1} + (1 - b_t),        x_0 = w_0 = 0
 
@@ -14,8 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adaptive_optax._checks import concrete
-from adaptive_optax._precision import divide, scale, value_at
+from adaptive_optax._precision import concrete, scale, value_at
 
 
 class Decay(NamedTuple):
@@ -56,24 +55,3 @@ def ema(old: Any, new: Any, decay: Decay) -> Any:
 def ema_weight(weight: jax.Array, decay: Decay) -> jax.Array:
     """Returns w_t from w_{t-1}."""
     return ema(weight, jnp.ones_like(weight), decay)
-
-
-def divide_by_root(numerator: Any, second: Any, *, eps: Any, eps_root: Any) -> Any:
-    """Returns numerator / (sqrt(second + eps_root) + eps), leaf by leaf.
-
-    `second` broadcasts to `numerator`. Where the divisor is 0 the result is 0: with eps = 0, a coordinate
-    whose gradient was 0 so far does not move. A NaN stays a NaN.
-    """
-    tiny = float(jnp.finfo(jnp.float32).tiny)
-    positive = any((concrete(e) or 0.0) > tiny for e in (eps, eps_root))
-
-    def leaf(x, v):
-        divisor = jnp.sqrt(v + _as(eps_root, v)) + _as(eps, v)
-        ratio = divide(x, divisor)
-        return ratio if positive else jnp.where(divisor == 0, jnp.zeros_like(ratio), ratio)
-
-    return jax.tree.map(leaf, numerator, second)
-
-
-def _as(value: Any, like: jax.Array) -> jax.Array:
-    return jnp.asarray(value, like.dtype)

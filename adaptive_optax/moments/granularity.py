@@ -15,6 +15,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Literal
 
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from adaptive_optax._checks import check_choice, check_integer
-from adaptive_optax._paths import first_match, paths_and_leaves
+from adaptive_optax._paths import check_patterns, paths_and_leaves
 from adaptive_optax._precision import abs_square, real_dtype, scalar_dtype
 
 Reduce = Literal["mean", "sum"]
@@ -51,9 +52,9 @@ class Coordinate(Granularity):
     State cost: one value a coordinate. The direction is equivariant under signed permutations only.
 
     Example:
-        >>> import adaptive_optax as ao
-        >>> ao.scale_by_rms(granularity=ao.Coordinate()) is not None
-        True
+        >>> import adaptive_optax as ao, jax.numpy as jnp
+        >>> ao.scale_by_rms(granularity=ao.Coordinate()).init(jnp.ones((8, 3))).nu.shape
+        (8, 3)
     """
 
     def pool(self, squares: Any) -> Any:
@@ -69,8 +70,10 @@ class Coordinate(Granularity):
 class Axis(Granularity):
     """Shares a second moment along the given axes of each leaf.
 
-    The axes are kept with size 1, so a Flax kernel of shape (in, out) has with `Axis(0)` a moment of shape
-    (1, out): one value an output neuron. A leaf that lacks one of the axes stays per coordinate.
+    The axes are kept with size 1, so a Flax Dense kernel of shape (in, out) has with `Axis(-2)` a moment of
+    shape (1, out): one value an output neuron. A leaf that lacks one of the axes, here the bias, stays per
+    coordinate. A convolution's kernel has its inputs at `Axis(-2, -3, -4)`. Mind that `Axis(0)` is an axis
+    of a bias too.
 
     Args:
         *axes: The axes to share along; negative ones count from the end. At least one.
@@ -81,9 +84,10 @@ class Axis(Granularity):
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp
-        >>> tx = ao.scale_by_rms(granularity=ao.Axis(0))
-        >>> tx.init({"kernel": jnp.ones((8, 3)), "bias": jnp.ones(())}).nu["kernel"].shape
-        (1, 3)
+        >>> tx = ao.scale_by_rms(granularity=ao.Axis(-2))
+        >>> nu = tx.init({"kernel": jnp.ones((8, 3)), "bias": jnp.ones(3)}).nu
+        >>> nu["kernel"].shape, nu["bias"].shape
+        ((1, 3), (3,))
 
     Source: Kalra et al. 2025 (SlimAdam) and Zhang et al. 2024 (Adam-mini) share moments in this way.
     """
@@ -111,6 +115,10 @@ class Axis(Granularity):
             return _reduced(total, math.prod(x.shape[axis] for axis in axes), self.reduce)
 
         return jax.tree.map(leaf, squares)
+
+    def template(self, params: Any) -> Any:
+        """Returns the parameters themselves where they stay per coordinate, for their sharding."""
+        return jax.tree.map(lambda x, t: x if t.shape == x.shape else t, params, super().template(params))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,8 +157,8 @@ class Labels(Granularity):
     a mean of the leaves' means. The moment is one vector with a value a label, in first-seen order.
 
     Args:
-        label_fn: `label_fn(path, leaf) -> hashable`, with paths such as `"encoder/layers/0/kernel"`. It is
-            called while tracing and must depend on the path, shape and dtype only.
+        label_fn: `label_fn(path, leaf) -> hashable`, with paths such as `"encoder/layers/0/kernel"`; of the
+            leaf it sees the shape only, as a float `jax.ShapeDtypeStruct`. It is called while tracing.
         reduce: `"mean"` (default) or `"sum"` of the label's squares.
 
     Raises:
@@ -180,12 +188,15 @@ class Labels(Granularity):
 
         Args:
             patterns: `{pattern: label}`; the first that matches wins. A pattern that matches no leaf at all
-                is an error when the state is initialised.
+                is an error when the state is initialised. Leaves that `optax.masked` hides count.
             default: The label of leaves that no pattern matches; these share one moment too.
             reduce: As in `Labels`.
 
         Returns:
             The granularity.
+
+        Raises:
+            ValueError: If `patterns` is no mapping from regular expressions to hashable labels.
 
         Example:
             >>> import adaptive_optax as ao, jax.numpy as jnp
@@ -194,7 +205,21 @@ class Labels(Granularity):
             >>> tx.init(params).nu.shape
             (2,)
         """
-        return cls(_LabelByPath(tuple(patterns.items()), default), reduce)
+        if not isinstance(patterns, Mapping):
+            raise ValueError(f"patterns must be a mapping {{pattern: label}}, got {patterns!r}.")
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise ValueError(
+                    f"patterns must be regular expressions, got {pattern!r}: {error}."
+                ) from error
+        label_fn = _LabelByPath(tuple(patterns.items()), default)
+        try:
+            hash(label_fn)
+        except TypeError as error:
+            raise ValueError(f"patterns must give hashable labels, got {patterns!r}.") from error
+        return cls(label_fn, reduce)
 
     def pool(self, squares: Any) -> Any:
         """Sums squares and counts over the leaves of each label; returns a vector."""
@@ -216,35 +241,31 @@ class Labels(Granularity):
         return jax.tree.unflatten(treedef, picked)
 
     def _indices(self, tree: Any) -> list[int]:
-        labelled = paths_and_leaves(tree)
         if isinstance(self.label_fn, _LabelByPath):
-            labels = self.label_fn.labels([path for path, _ in labelled])
-        else:
-            labels = [self.label_fn(path, leaf) for path, leaf in labelled]
+            check_patterns([pattern for pattern, _ in self.label_fn.items], tree)
         order: dict[Hashable, int] = {}
-        for (path, _), label in zip(labelled, labels, strict=True):
+        indices = []
+        for path, leaf in paths_and_leaves(tree):
+            # The same for squares and gradients, in whatever dtypes they come.
+            label = self.label_fn(path, jax.ShapeDtypeStruct(leaf.shape, real_dtype(leaf)))
             try:
-                order.setdefault(label, len(order))
+                indices.append(order.setdefault(label, len(order)))
             except TypeError as error:
                 raise ValueError(
                     f"label_fn must return a hashable label, got {label!r} for the leaf {path!r}."
                 ) from error
-        return [order[label] for label in labels]
+        return indices
 
 
 @dataclasses.dataclass(frozen=True)
 class _LabelByPath:
-    """The label function of `Labels.by_path`: it sees all paths at once, to find patterns without a leaf."""
+    """The label function of `Labels.by_path`."""
 
     items: tuple[tuple[str, Hashable], ...]
     default: Hashable
 
-    def labels(self, paths: list[str]) -> list[Hashable]:
-        matches = first_match([pattern for pattern, _ in self.items], paths)
-        return [self.default if i is None else self.items[i][1] for i in matches]
-
     def __call__(self, path: str, leaf: Any) -> Hashable:
-        return self.labels([path])[0]
+        return next((label for pattern, label in self.items if re.search(pattern, path)), self.default)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import math
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +25,16 @@ class Storage(abc.ABC):
 
     A moment is a tree of arrays, or a NamedTuple of parallel trees of arrays. Its structure, shapes and
     dtypes are those that `init` gave it, for ever.
-
-    Attributes:
-        exact: Whether `decode(encode(x))` is x. Where it is not, the caller's floor keeps its bounds.
     """
 
-    exact: ClassVar[bool]
+    @property
+    def relative_error(self) -> float:
+        """The largest |decode(encode(x)) - x| / |x|.
+
+        Where it is inf, the default, small values may be lost or come back larger, and a transformation
+        restores the bounds that it needs by a floor.
+        """
+        return math.inf
 
     @abc.abstractmethod
     def init(self, params_like: Any, role: Role) -> Any:
@@ -46,7 +51,8 @@ class Storage(abc.ABC):
 
         Args:
             moment: What `init` or `encode` returned.
-            lower: Returns an elementwise floor for the result, as a tree. Exact formats never call it.
+            lower: Returns an elementwise floor for the result, as a tree. Formats with a finite
+                `relative_error` never call it.
         """
 
     @abc.abstractmethod
@@ -79,7 +85,10 @@ class Float32(Storage):
         dtype('float32')
     """
 
-    exact: ClassVar[bool] = True
+    @property
+    def relative_error(self) -> float:
+        """Zero: nothing is rounded."""
+        return 0.0
 
     def init(self, params_like: Any, role: Role) -> Any:
         """Returns zeros like the parameters."""
@@ -99,7 +108,12 @@ class NearestCast(Storage):
     """Keeps a moment in another dtype, rounded to nearest: what optax's `mu_dtype` means."""
 
     dtype: Any
-    exact: ClassVar[bool] = False
+
+    @property
+    def relative_error(self) -> float:
+        """Half a unit in the last place; without bound where the dtype's range is smaller than float32's."""
+        limits = jnp.finfo(self.dtype)
+        return float(limits.eps) / 2 if limits.tiny <= jnp.finfo(jnp.float32).tiny else math.inf
 
     def init(self, params_like: Any, role: Role) -> Any:
         """Returns zeros in the dtype; complex leaves stay complex."""
@@ -110,9 +124,8 @@ class NearestCast(Storage):
         return jax.tree.map(cast, _zeros(params_like, role))
 
     def decode(self, moment: Any, *, lower: Callable[[], Any] | None = None) -> Any:
-        """Returns the moment widened to float32, raised to the floor if there is one."""
-        values = jax.tree.map(lambda x: x.astype(wide_dtype(x)), moment)
-        return values if lower is None else jax.tree.map(jnp.maximum, values, lower())
+        """Returns the moment widened to float32."""
+        return jax.tree.map(lambda x: x.astype(wide_dtype(x)), moment)
 
     def encode(self, moment: Any, values: Any, *, count: jax.Array, role: Role) -> Any:
         """Rounds the values to the moment's dtypes."""
@@ -133,7 +146,7 @@ def as_storage(name: str, value: Storage | str) -> Storage:
 
 
 def as_nearest(name: str, dtype: Any) -> Storage:
-    """Returns the storage that an argument such as optax's `mu_dtype` means: float32 for None."""
+    """Returns the storage that an argument such as optax's `mu_dtype` means: `Float32` for None."""
     if dtype is None:
         return Float32()
     try:
@@ -143,4 +156,4 @@ def as_nearest(name: str, dtype: Any) -> Storage:
         floating = False
     if not floating:
         raise ValueError(f"{name} must be None or a floating dtype, got {dtype!r}.")
-    return Float32() if dtype == jnp.float32 else NearestCast(dtype)
+    return NearestCast(dtype)

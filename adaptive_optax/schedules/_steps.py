@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adaptive_optax._checks import concrete
+from adaptive_optax._precision import concrete
 
 MAX_STEPS = 2**31 - 1  # the largest value of optax's int32 counters
 

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from adaptive_optax._checks import check_choice, check_integer, check_scalar, concrete
+from adaptive_optax._checks import check_choice, check_integer, check_scalar
+from adaptive_optax._precision import concrete
 from adaptive_optax.schedules._steps import MAX_STEPS, as_count, as_number, as_real, power
 
 _MODES = ("triangular", "triangular2", "exp_range")

@@ -164,8 +164,8 @@ def warmup_stable_decay(
     """
     check_scalar("peak_value", peak_value, "[0, inf)")
     check_integer("total_steps", total_steps, f"[1, {MAX_STEPS}]")
-    check_integer("warmup_steps", warmup_steps, f"[0, {total_steps}]")
-    check_integer("decay_steps", decay_steps, f"[0, {total_steps - warmup_steps}]")
+    check_integer("warmup_steps", warmup_steps, f"[0, {total_steps}]", "total_steps is the limit")
+    check_integer("decay_steps", decay_steps, f"[0, {total_steps - warmup_steps}]", "what warm-up leaves")
     check_choice("shape", shape, SHAPES)
     peak, total, warmup, decay = as_number(peak_value), int(total_steps), int(warmup_steps), int(decay_steps)
     return in_phases([Phase(0, warmup, 0.0, peak, "linear"), Phase(total - decay, total, peak, 0.0, shape)])
@@ -219,7 +219,7 @@ def warmup_cosine(
     """
     check_scalar("peak_value", peak_value, "[0, inf)")
     check_integer("total_steps", total_steps, f"[1, {MAX_STEPS}]")
-    check_integer("warmup_steps", warmup_steps, f"[0, {total_steps}]")
+    check_integer("warmup_steps", warmup_steps, f"[0, {total_steps}]", "total_steps is the limit")
     check_scalar("init_value", init_value, "[0, inf)")
     check_scalar("end_value", end_value, "[0, inf)")
     peak, first, last = as_number(peak_value), as_number(init_value), as_number(end_value)

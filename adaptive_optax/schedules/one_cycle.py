@@ -11,7 +11,8 @@ from typing import NamedTuple
 import optax
 from jax.typing import ArrayLike
 
-from adaptive_optax._checks import check_bool, check_choice, check_integer, check_scalar, concrete
+from adaptive_optax._checks import check_bool, check_choice, check_integer, check_scalar
+from adaptive_optax._precision import concrete
 from adaptive_optax.schedules._phases import Phase, in_phases
 from adaptive_optax.schedules._steps import MAX_STEPS, Number, as_number, whole_steps
 

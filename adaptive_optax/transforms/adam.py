@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
 
 from adaptive_optax._checks import (
     check_bool,
@@ -16,13 +18,13 @@ from adaptive_optax._checks import (
     check_integer,
     check_same_tree,
     check_scalar,
-    concrete,
+    check_state,
 )
-from adaptive_optax._precision import abs_square, incremented, scalar_dtype, scale, value_at, widen
-from adaptive_optax.moments.ema import decay_at, divide_by_root, ema, ema_weight
+from adaptive_optax._precision import abs_square, concrete, incremented, scalar_dtype, scale, value_at, widen
+from adaptive_optax.moments.ema import Decay, decay_at, ema, ema_weight
 from adaptive_optax.moments.granularity import Granularity, as_granularity
 from adaptive_optax.moments.storage import Storage, as_nearest, as_storage
-from adaptive_optax.transforms.direction import Bound, Direction
+from adaptive_optax.transforms.direction import Bound, bounded, divide_by_root
 
 
 class ScaleByAdamState(NamedTuple):
@@ -38,7 +40,8 @@ class ScaleByAdamState(NamedTuple):
         eps: The eps of the last step.
         mu_weight: Sum of the weights in `mu`, 1 - b1^count for a constant b1.
         nu_weight: Sum of the weights in `nu`.
-        bound_sq: The square of the tight bound on |m| / sqrt(v), for the decays used so far.
+        bound_sq: The square of the tight bound on |m| / sqrt(v), for the decays used so far and the rounding
+            of what is stored.
     """
 
     count: jax.Array
@@ -55,33 +58,24 @@ class ScaleByAdamState(NamedTuple):
     hyperparameters = ("b1", "b2", "eps")  # not a field: it has no annotation
 
 
-class AdamKeywords(TypedDict, total=False):
-    """The keyword-only arguments of `scale_by_adam`, which `adam` and `adamw` hand on."""
-
-    eps_form: Literal["paper", "tensorflow"]
-    nesterov: bool
-    amsgrad: bool
-    bias_correction: bool
-    granularity: Granularity | str
-    mu_storage: Storage | str
-    nu_storage: Storage | str
+EpsForm = Literal["paper", "tensorflow"]
 
 
 def scale_by_adam(
-    b1: Any = 0.9,
-    b2: Any = 0.999,
-    eps: Any = 1e-8,
-    eps_root: Any = 0.0,
+    b1: optax.ScalarOrSchedule = 0.9,
+    b2: optax.ScalarOrSchedule = 0.999,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    eps_root: ArrayLike = 0.0,
     mu_dtype: Any = None,
     *,
-    eps_form: Literal["paper", "tensorflow"] = "paper",
+    eps_form: EpsForm = "paper",
     nesterov: bool = False,
     amsgrad: bool = False,
     bias_correction: bool = True,
     granularity: Granularity | str = "coordinate",
     mu_storage: Storage | str = "float32",
     nu_storage: Storage | str = "float32",
-) -> Direction:
+) -> optax.GradientTransformationExtraArgs:
     r"""Turns gradients into Adam's direction.
 
     Use it as the adaptive part of a chain. With a coarser `granularity` the second moment takes next to no
@@ -166,15 +160,21 @@ def scale_by_adam(
     check_bool("amsgrad", amsgrad)
     check_bool("bias_correction", bias_correction)
     granularity = as_granularity(granularity)
-    mu_storage, nu_storage = as_storage("mu_storage", mu_storage), as_storage("nu_storage", nu_storage)
-    if mu_dtype is not None:
-        if mu_storage != as_storage("mu_storage", "float32"):
-            raise ValueError(f"Give mu_dtype or mu_storage, not both, got {mu_dtype!r} and {mu_storage!r}.")
+    if mu_dtype is not None and mu_storage != "float32":
+        raise ValueError(f"Give mu_dtype or mu_storage, not both, got {mu_dtype!r} and {mu_storage!r}.")
+    nu_storage = as_storage("nu_storage", nu_storage)
+    if mu_dtype is None:
+        mu_storage = as_storage("mu_storage", mu_storage)
+    else:
         mu_storage = as_nearest("mu_dtype", mu_dtype)
     known_b1, known_b2 = concrete(b1), concrete(b2)
     if known_b1 is not None and known_b2 is not None and 0 < known_b1 and known_b1**2 >= known_b2:
         warnings.warn(f"b1**2 >= b2 ({b1}**2 >= {b2}): Adam's direction has no bound.", stacklevel=2)
     corrects_nu = bias_correction and eps_form == "paper"
+    # How far rounding can lengthen the direction. Where it has no bound, a floor under nu undoes it.
+    errors = mu_storage.relative_error, nu_storage.relative_error
+    needs_floor = math.inf in errors
+    stretch = 1.0 if needs_floor else (1 + errors[0]) ** 2 / (1 - errors[1])
 
     def init_fn(params):
         check_inexact("scale_by_adam", "params", params)
@@ -196,6 +196,7 @@ def scale_by_adam(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
+        check_state("scale_by_adam", state, ScaleByAdamState)
         check_inexact("scale_by_adam", "updates", updates)
         dtype = state.bound_sq.dtype
         d1, d2 = decay_at(b1, state.count, dtype), decay_at(b2, state.count, dtype)
@@ -208,12 +209,12 @@ def scale_by_adam(
         check_same_tree("scale_by_adam", "updates", g, "the state", old_mu)
 
         def smallest_nu():
-            # pool(|m|^2) <= bound_sq v for exact moments (Cauchy-Schwarz); rounding may have broken it.
+            # pool(|m|^2) <= bound_sq v before rounding (Cauchy-Schwarz).
             inverse = jnp.where(state.bound_sq > 0, 1 / state.bound_sq, 0)
             return jax.tree.map(lambda m2: scale(m2, inverse), granularity.pool(abs_square(old_mu)))
 
         old_nu = nu_storage.decode(state.nu, lower=smallest_nu)
-        if nu_storage.exact and not mu_storage.exact:
+        if needs_floor and nu_storage.relative_error < math.inf:
             old_nu = jax.tree.map(jnp.maximum, old_nu, smallest_nu())
         mu = ema(old_mu, g, d1)
         nu = ema(old_nu, granularity.pool(abs_square(g)), d2)
@@ -245,7 +246,7 @@ def scale_by_adam(
             eps=value_at(eps, state.count, dtype),
             mu_weight=mu_weight,
             nu_weight=nu_weight,
-            bound_sq=_next_bound_sq(state.bound_sq, d1, d2),
+            bound_sq=_next_bound_sq(stretch * state.bound_sq, d1, d2),
         )
 
     def max_ratio(state):
@@ -264,16 +265,16 @@ def scale_by_adam(
             squared = from_mu**2 * older + (from_mu * d1.take + from_g) ** 2 / d2.take
         return jnp.sqrt(squared * nu_weight)
 
-    storages = {"mu": mu_storage, "nu": nu_storage} | ({"nu_max": nu_storage} if amsgrad else {})
-    return Direction(init_fn, update_fn, Bound(granularity, max_ratio, storages))
+    storages = {"nu": nu_storage} | ({"nu_max": nu_storage} if amsgrad else {})
+    return bounded(init_fn, update_fn, Bound(granularity, max_ratio, storages))
 
 
-def _next_bound_sq(bound_sq: jax.Array, d1: Any, d2: Any) -> jax.Array:
-    """A_t^2 = (b1^2 / b2) A_{t-1}^2 + (1 - b1)^2 / (1 - b2), with 0 / 0 = 0."""
+def _next_bound_sq(bound_sq: jax.Array, d1: Decay, d2: Decay) -> jax.Array:
+    """A_t^2 = (b1^2 / b2) A_{t-1}^2 + (1 - b1)^2 / (1 - b2), with 0 / 0 = 0 and a finite number for inf."""
     dtype = bound_sq.dtype
     keep1, take1, keep2, take2 = (jnp.asarray(x, dtype) for x in (*d1, *d2))
     older = jnp.where(bound_sq * keep1 == 0, 0, keep1**2 / keep2 * bound_sq)
-    return older + take1**2 / take2
+    return jnp.minimum(older + take1**2 / take2, jnp.finfo(dtype).max)
 
 
 def adam_bound(b1: float, b2: float, count: int | None = None, *, bias_correction: bool = True) -> float:
@@ -309,6 +310,9 @@ def adam_bound(b1: float, b2: float, count: int | None = None, *, bias_correctio
     check_scalar("b1", b1, "[0, 1)")
     check_scalar("b2", b2, "[0, 1)")
     check_bool("bias_correction", bias_correction)
+    for name, decay in (("b1", b1), ("b2", b2)):
+        if concrete(decay) is None:
+            raise ValueError(f"{name} must be concrete in adam_bound, got a tracer; the state has bound_sq.")
     b1, b2 = float(b1), float(b2)
     if count is None:
         if b1 == 0:
@@ -321,6 +325,9 @@ def adam_bound(b1: float, b2: float, count: int | None = None, *, bias_correctio
         return math.inf
     else:
         rho = b1**2 / b2
-        total = float(count) if rho == 1 else math.expm1(count * math.log(rho)) / (rho - 1)
+        try:
+            total = float(count) if rho == 1 else math.expm1(count * math.log(rho)) / (rho - 1)
+        except OverflowError:
+            return math.inf
     bound = (1 - b1) * math.sqrt(total / (1 - b2))
     return bound * math.sqrt(1 - b2**count) / (1 - b1**count) if bias_correction else bound

@@ -7,9 +7,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from adaptive_optax._checks import check_inexact, check_scalar
-from adaptive_optax._precision import abs_square, scalar_dtype, scale, widen
+from adaptive_optax._precision import abs_square, scalar_dtype, scale, value_at, widen
 
 
 def global_norm(tree: Any) -> jax.Array:
@@ -40,26 +41,25 @@ def global_norm(tree: Any) -> jax.Array:
     if not leaves:
         return jnp.zeros((), dtype)
 
-    def sum_of_squares(factor: Any = 1.0):
-        scaled = [scale(x, factor) for x in leaves]
-        return sum((jnp.sum(x).astype(dtype) for x in abs_square(scaled)), start=jnp.zeros((), dtype))
+    def sum_of_squares(leaves):
+        return sum((jnp.sum(x).astype(dtype) for x in abs_square(leaves)), start=jnp.zeros((), dtype))
 
     # Squares below the smallest normal number are flushed to 0. Together they are less than the rounding
     # error of any sum above `lowest`; below it, and at overflow, the sum is taken again of scaled values.
     limits = jnp.finfo(dtype)
     lowest = float(limits.tiny) / float(limits.eps) * sum(x.size for x in leaves)
     shift = 2.0**80 if dtype == jnp.float32 else 2.0**600
-    plain = sum_of_squares()
+    plain = sum_of_squares(leaves)
 
     def scaled_norm():
         factor = jnp.where(plain < lowest, jnp.asarray(shift, dtype), jnp.asarray(1 / shift, dtype))
-        return jnp.sqrt(sum_of_squares(factor)) / factor
+        return jnp.sqrt(sum_of_squares([scale(x, factor) for x in leaves])) / factor
 
     fits = (plain >= lowest) & (plain < jnp.inf)
     return jax.lax.cond(fits | jnp.isnan(plain), lambda: jnp.sqrt(plain), scaled_norm)
 
 
-def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformationExtraArgs:
+def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformationExtraArgs:
     r"""Scales updates down so that their global norm is at most `max_norm`.
 
     The first link of a chain, where single batches give gradients much longer than usual.
@@ -98,7 +98,8 @@ def clip_by_global_norm(max_norm: Any) -> optax.GradientTransformationExtraArgs:
         del params, extra_args
         check_inexact("clip_by_global_norm", "updates", updates)
         norm = global_norm(updates)
-        factor = jnp.where(jnp.isfinite(norm), jnp.minimum(1, max_norm / norm), 1)
+        limit = value_at(max_norm, jnp.zeros((), jnp.int32), norm.dtype)
+        factor = jnp.where(jnp.isfinite(norm), jnp.minimum(1, limit / norm), 1)
         return jax.tree.map(lambda u: scale(u, factor), widen(updates)), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -1,4 +1,4 @@
-"""What the adaptive transformations share: a direction whose length the second moment bounds."""
+"""What the adaptive transformations share: numerator over root second moment, and how long that can be."""
 
 from __future__ import annotations
 
@@ -6,10 +6,33 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
+from adaptive_optax._precision import concrete, divide
 from adaptive_optax.moments.granularity import Granularity
 from adaptive_optax.moments.storage import Storage
+
+
+def divide_by_root(numerator: Any, second: Any, *, eps: Any, eps_root: Any) -> Any:
+    """Returns numerator / (sqrt(second + eps_root) + eps), leaf by leaf.
+
+    `second` broadcasts to `numerator`. Where the divisor is 0 the result is 0: with eps = 0, a coordinate
+    whose gradient was 0 so far does not move. A NaN stays a NaN.
+    """
+    tiny = float(jnp.finfo(jnp.float32).tiny)
+    positive = any((concrete(e) or 0.0) > tiny for e in (eps, eps_root))
+
+    def leaf(x, v):
+        divisor = jnp.sqrt(v + _as(eps_root, v)) + _as(eps, v)
+        ratio = divide(x, divisor)
+        return ratio if positive else jnp.where(divisor == 0, jnp.zeros_like(ratio), ratio)
+
+    return jax.tree.map(leaf, numerator, second)
+
+
+def _as(value: Any, like: jax.Array) -> jax.Array:
+    return jnp.asarray(value, like.dtype)
 
 
 class Bound(NamedTuple):
@@ -18,7 +41,7 @@ class Bound(NamedTuple):
     Attributes:
         granularity: The groups.
         max_ratio: Returns the bound, a scalar, from the state that the update returned.
-        storages: The storage of each state field that is a moment.
+        storages: The storage of each second moment in the state, by field.
     """
 
     granularity: Granularity
@@ -26,16 +49,15 @@ class Bound(NamedTuple):
     storages: dict[str, Storage]
 
 
-class Direction(optax.GradientTransformationExtraArgs):
-    """A transformation that hands out a bounded, unsigned direction and knows its bound.
+def bounded(
+    init_fn: Callable[..., Any], update_fn: Callable[..., Any], bound: Bound
+) -> optax.GradientTransformationExtraArgs:
+    """Makes a transformation that `bound_of` knows the bound of."""
+    # On the function, which survives copies, `_replace` and a pass through a tree; a subclass would not.
+    vars(update_fn)["bound"] = bound
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
-    It is an `optax.GradientTransformationExtraArgs` to everything else; `verified` reads `bound`.
-    """
 
-    bound: Bound
-
-    def __new__(cls, init: Any, update: Any, bound: Bound):
-        """Makes the pair (init, update) and remembers the bound."""
-        self = super().__new__(cls, init, update)
-        self.bound = bound
-        return self
+def bound_of(tx: optax.GradientTransformation) -> Bound | None:
+    """Returns the bound of a transformation that was made with `bounded`."""
+    return getattr(tx.update, "bound", None)

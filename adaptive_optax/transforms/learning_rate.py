@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from adaptive_optax._checks import check_bool, check_inexact, check_scalar
+from adaptive_optax._checks import check_bool, check_inexact, check_scalar, check_state
 from adaptive_optax._precision import incremented, scalar_dtype, scale, value_at, widen
 
 
@@ -30,7 +30,7 @@ class ScaleByLearningRateState(NamedTuple):
 
 
 def scale_by_learning_rate(
-    learning_rate: Any, *, flip_sign: bool = True
+    learning_rate: optax.ScalarOrSchedule, *, flip_sign: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies updates by the (negative) learning rate.
 
@@ -72,6 +72,7 @@ def scale_by_learning_rate(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
+        check_state("scale_by_learning_rate", state, ScaleByLearningRateState)
         check_inexact("scale_by_learning_rate", "updates", updates)
         given = value_at(learning_rate, state.count, state.learning_rate.dtype)
         value = jnp.where(state.override < 0, given, state.override)

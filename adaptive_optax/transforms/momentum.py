@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adaptive_optax._checks import check_bool, check_inexact, check_same_tree, check_scalar
+from adaptive_optax._checks import check_bool, check_inexact, check_same_tree, check_scalar, check_state
 from adaptive_optax._precision import incremented, scalar_dtype, scale, value_at, widen
 from adaptive_optax.moments.storage import as_nearest
 
@@ -30,7 +30,7 @@ class TraceState(NamedTuple):
 
 
 def trace(
-    decay: Any, nesterov: bool = False, accumulator_dtype: Any = None
+    decay: optax.ScalarOrSchedule, nesterov: bool = False, accumulator_dtype: Any = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Accumulates updates into a decaying sum.
 
@@ -79,6 +79,7 @@ def trace(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
+        check_state("trace", state, TraceState)
         check_inexact("trace", "updates", updates)
         momentum = value_at(decay, state.count, state.momentum.dtype)
         count = incremented(state.count)

@@ -11,13 +11,15 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
 
-from adaptive_optax._checks import check_bool, check_inexact, check_same_tree, check_scalar
+from adaptive_optax._checks import check_bool, check_inexact, check_same_tree, check_scalar, check_state
 from adaptive_optax._precision import abs_square, incremented, scalar_dtype, scale, value_at, widen
-from adaptive_optax.moments.ema import Decay, decay_at, divide_by_root, ema, ema_weight
+from adaptive_optax.moments.ema import Decay, decay_at, ema, ema_weight
 from adaptive_optax.moments.granularity import Granularity, as_granularity
 from adaptive_optax.moments.storage import Storage, as_storage
-from adaptive_optax.transforms.direction import Bound, Direction
+from adaptive_optax.transforms.direction import Bound, bounded, divide_by_root
 
 # Of the centred second moment, as a fraction of the plain one: a nearly constant gradient has next to no
 # variance, and without a floor its direction has no bound.
@@ -47,16 +49,16 @@ class ScaleByRmsState(NamedTuple):
 
 
 def scale_by_rms(
-    decay: Any = 0.9,
-    eps: Any = 1e-8,
-    initial_scale: Any = 0.0,
+    decay: optax.ScalarOrSchedule = 0.9,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    initial_scale: ArrayLike = 0.0,
     eps_in_sqrt: bool = True,
     bias_correction: bool = False,
     *,
     centered: bool = False,
     granularity: Granularity | str = "coordinate",
     storage: Storage | str = "float32",
-) -> Direction:
+) -> optax.GradientTransformationExtraArgs:
     r"""Divides gradients by a moving root mean square of each group of coordinates.
 
     Use it as the adaptive part of a chain when no first moment is wanted. Per coordinate it is optax's
@@ -97,15 +99,17 @@ def scale_by_rms(
     Numbers may be JAX scalars or tracers; a tracer's range cannot be checked.
 
     Returns:
-        The transformation. `update(updates, state)` returns float32 (or wider) directions; `params` and
-        extra arguments are ignored.
+        The transformation. `update(updates, state)` returns float32 (or wider) directions; `params`, where
+        given, must be like the updates, and extra arguments are ignored.
 
     Raises:
-        ValueError: If an argument is out of range (at construction), or a leaf is not floating (at init).
+        ValueError: If an argument is out of range (at construction), a leaf is not floating (at init) or the
+            gradients' tree is not that of the state or of `params` (at update). Without `params`, moments
+            that several leaves share do not show a wrong tree.
 
     State cost: one float32 a group; `centered` adds one a coordinate.
 
-    Valid for gradients of 0 and of 1e-19 to 1e18 (to 1e15 where coordinates share a moment); smaller ones
+    Valid for gradients of 0 and of 1e-17 to 1e18 (to 1e15 where coordinates share a moment); smaller ones
     count as 0 in v. A larger one makes the state non-finite, for good.
 
     Example:
@@ -149,8 +153,11 @@ def scale_by_rms(
         )
 
     def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
+        del extra_args
+        check_state("scale_by_rms", state, ScaleByRmsState)
         check_inexact("scale_by_rms", "updates", updates)
+        if params is not None:
+            check_same_tree("scale_by_rms", "updates", updates, "params", params)
         dtype = state.nu_weight.dtype
         b = decay_at(decay, state.count, dtype)
         eps_t = value_at(eps, state.count, dtype) if callable(eps) else eps
@@ -172,7 +179,9 @@ def scale_by_rms(
             second = jax.tree.map(lambda s, m2: jnp.maximum(s, _CENTERED_FLOOR * (s + m2)), nu, floor)
         else:
             mu = None
-            nu = second = ema(nu, granularity.pool(abs_square(g)), b)
+            statistic = granularity.pool(abs_square(g))
+            check_same_tree("scale_by_rms", "updates", statistic, "the state", nu)
+            nu = second = ema(nu, statistic, b)
             if bias_correction:
                 second = jax.tree.map(lambda v: scale(v, 1 / nu_weight), nu)
         eps_root, eps_beside = (eps_t, 0.0) if eps_in_sqrt else (0.0, eps_t)
@@ -192,8 +201,7 @@ def scale_by_rms(
         plain = (state.nu_weight if bias_correction else 1.0) / newest
         return jnp.sqrt(plain / _CENTERED_FLOOR if centered else plain)
 
-    storages = {"nu": storage} | ({"mu": storage} if centered else {})
-    return Direction(init_fn, update_fn, Bound(granularity, max_ratio, storages))
+    return bounded(init_fn, update_fn, Bound(granularity, max_ratio, {"nu": storage}))
 
 
 def _corrected(b: Decay, old_weight: jax.Array, new_weight: jax.Array) -> Decay:
@@ -202,15 +210,15 @@ def _corrected(b: Decay, old_weight: jax.Array, new_weight: jax.Array) -> Decay:
 
 
 def scale_by_global_rms(
-    decay: Any = 0.9,
-    eps: Any = 1e-8,
-    initial_scale: Any = 0.0,
+    decay: optax.ScalarOrSchedule = 0.9,
+    eps: optax.ScalarOrSchedule = 1e-8,
+    initial_scale: ArrayLike = 0.0,
     eps_in_sqrt: bool = True,
     bias_correction: bool = False,
     *,
     centered: bool = False,
     storage: Storage | str = "float32",
-) -> Direction:
+) -> optax.GradientTransformationExtraArgs:
     """Divides gradients by the moving root mean square of the whole tree, keeping their direction.
 
     `scale_by_rms` with `granularity="global"`; its equations, arguments, returns and errors are there. Use

@@ -6,9 +6,17 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from adaptive_optax._checks import check_choice, check_inexact, check_params, check_same_tree, check_scalar
+from adaptive_optax._checks import (
+    check_choice,
+    check_inexact,
+    check_params,
+    check_same_tree,
+    check_scalar,
+    check_state,
+)
 from adaptive_optax._paths import paths_and_leaves
 from adaptive_optax._precision import incremented, scalar_dtype, scale, value_at, widen
 
@@ -31,10 +39,10 @@ class AddDecoupledWeightDecayState(NamedTuple):
 
 
 def add_decoupled_weight_decay(
-    weight_decay: Any,
+    weight_decay: optax.ScalarOrSchedule,
     *,
     coupling: Coupling = "learning_rate",
-    schedule: Any = None,
+    schedule: optax.ScalarOrSchedule | None = None,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shrinks the parameters directly, past the adaptive scaling.
@@ -107,6 +115,7 @@ def add_decoupled_weight_decay(
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         check_params("add_decoupled_weight_decay", params)
+        check_state("add_decoupled_weight_decay", state, AddDecoupledWeightDecayState)
         check_inexact("add_decoupled_weight_decay", "updates", updates)
         check_same_tree("add_decoupled_weight_decay", "updates", updates, "params", params)
         dtype = state.weight_decay.dtype
@@ -134,17 +143,24 @@ def _masked_leaves(mask: Any, params: Any) -> list[bool]:
     if tree is None:
         return [True] * len(paths)
     entries = dict(paths_and_leaves(tree))
+    # Leaves that `optax.masked` or `optax.partition` hide are known too: the mask is of the whole tree.
+    places = [path for path, _ in paths_and_leaves(params, masked=True)]
+    known = {prefix for path in places for prefix in _prefixes(path)}
     for path, value in entries.items():
-        if jnp.result_type(value) != jnp.bool_:
+        if not isinstance(value, bool | np.bool_) and getattr(value, "dtype", None) != np.bool_:
             raise ValueError(f"mask must hold bools, got {value!r} at {path!r}.")
-        if not any(path == "" or leaf == path or leaf.startswith(path + "/") for leaf in paths):
+        if places and path not in known:
             raise ValueError(f"mask has a leaf {path!r} that params have not.")
     found = []
     for path in paths:
-        parts = path.split("/")
-        prefixes = ["/".join(parts[:n]) for n in range(len(parts), -1, -1)]
-        matches = [prefix for prefix in prefixes if prefix in entries]
-        if not matches:
+        match = next((prefix for prefix in _prefixes(path) if prefix in entries), None)
+        if match is None:
             raise ValueError(f"mask says nothing about the leaf {path!r} of params.")
-        found.append(bool(entries[matches[0]]))
+        found.append(bool(entries[match]))
     return found
+
+
+def _prefixes(path: str) -> list[str]:
+    """The path, then its parents, down to the root."""
+    parts = path.split("/")
+    return ["/".join(parts[:n]) for n in range(len(parts), -1, -1)]
