@@ -42,7 +42,7 @@ def check_scalar(name: str, value: Any, interval: str, *, schedule: bool = False
         return
     expected = f"a number in {interval}" + (" or a schedule of the step count" if schedule else "")
     if isinstance(value, Tracer):
-        if value.ndim or not jnp.issubdtype(value.dtype, jnp.number):
+        if value.ndim or not jnp.issubdtype(value.dtype, jnp.number) or jnp.iscomplexobj(value):
             raise ValueError(f"{name} must be {expected}, got a traced array of type {value.aval}.")
         return
     is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
@@ -52,7 +52,11 @@ def check_scalar(name: str, value: Any, interval: str, *, schedule: bool = False
         raise ValueError(f"{name} must be {expected}, got a pair of schedules: give its learning_rate.")
     if not (is_scalar_array or is_real) or jnp.iscomplexobj(value):
         raise ValueError(f"{name} must be {expected}, got {value!r}.")
-    if not _contains(interval, float(value)):
+    try:
+        accepted = _contains(interval, float(value))
+    except OverflowError:  # an integer beyond float64
+        accepted = False
+    if not accepted:
         raise ValueError(f"{name} must be {expected}, got {value!r}.")
 
 

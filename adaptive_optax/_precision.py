@@ -75,8 +75,9 @@ def value_at(hyperparameter: Any, count: jax.Array, dtype: Any) -> jax.Array:
     if value is None or jnp.ndim(value):
         raise ValueError(f"A schedule must return a scalar, got {value!r} from {hyperparameter!r}.")
     known = concrete(value)
-    # Through a Python float, so that a NumPy float64 is rounded once and no weak type gets through.
-    return jnp.asarray(value if known is None else known, dtype)
+    # Through a Python float, so that a NumPy float64 is rounded once and no weak type gets through; a copy,
+    # so that a state which is donated does not take the caller's array with it.
+    return jnp.array(value if known is None else known, dtype)
 
 
 def incremented(count: jax.Array) -> jax.Array:

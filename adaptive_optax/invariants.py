@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import chex
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -118,6 +119,11 @@ def _check_static(gradients: Any, updates: Any, state: Any, new_state: Any) -> N
         check_same_tree("verified", "the new state", new_state, "the state", state)
     except ValueError as error:
         raise AssertionError(str(error)) from error
+    for name, new, old in (("updates", updates, gradients), ("state", new_state, state)):
+        if jax.tree.structure(new) != jax.tree.structure(old):
+            raise AssertionError(
+                f"verified: the {name} went from {jax.tree.structure(old)} to {jax.tree.structure(new)}."
+            )
     for path, u in paths_and_leaves(updates):
         if u.dtype != wide_dtype(u):
             raise AssertionError(f"verified: the update of {path!r} is {u.dtype}, float32 or wider is due.")

@@ -11,7 +11,7 @@ from typing import Any
 import optax
 from jax.typing import ArrayLike
 
-from adaptive_optax._checks import check_choice, check_scalar
+from adaptive_optax._checks import check_bool, check_choice, check_scalar
 from adaptive_optax.moments.granularity import Granularity
 from adaptive_optax.moments.storage import Storage
 from adaptive_optax.transforms.adam import EpsForm, scale_by_adam
@@ -333,6 +333,7 @@ def sgd(
 
 
 def _momentum(momentum: Any, nesterov: bool, accumulator_dtype: Any = None):
+    check_bool("nesterov", nesterov)
     if momentum is None:
         if nesterov:
             raise ValueError("nesterov=True needs momentum=.")

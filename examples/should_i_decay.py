@@ -14,7 +14,7 @@ every arm, so that arms are compared seed by seed.
     pip install -e .[examples]
     python examples/should_i_decay.py
 
-It prints two tables and an answer, and writes into `--out`:
+It takes about two minutes on two CPU cores, prints two tables and an answer, and writes into `--out`:
     curves.png    training and validation error over epochs, with and without decay
     rates.png     validation error against the peak learning rate, for every arm
     results.csv   one row a run, written as soon as it is finished; curves.csv one row an epoch

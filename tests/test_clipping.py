@@ -135,20 +135,8 @@ def test_norm_in_float64(name, x64):
         np.testing.assert_allclose(result, expected(tree), rtol=1e-10)
 
 
-def in_its_own_range(scale, other):
-    # float32 leaves are squared in float32, where the limits are not those of the float64 sum.
-    wrong = (other < 1e-100 and scale < 1e-18) or (other < 1e100 and scale > 1e18)
-    return pytest.param(scale, other, marks=[pytest.mark.xfail(reason="squared in float32")] * wrong)
-
-
-@pytest.mark.parametrize(
-    ("scale", "other"),
-    [
-        in_its_own_range(scale, other)
-        for scale in (0.0, 1e-30, 1e-20, 1.0, 1e20, 1e30)
-        for other in (0.0, 1.0, 1e-200, 1e200)
-    ],
-)
+@pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-20, 1.0, 1e20, 1e30])
+@pytest.mark.parametrize("other", [0.0, 1.0, 1e-200, 1e200])
 def test_norm_of_float32_and_float64_leaves(scale, other, x64):
     tree = {"single": np.full(3, scale, np.float32), "double": np.full(2, other, np.float64)}
     result = norm(tree)

@@ -706,8 +706,7 @@ def test_the_bound_of_a_traced_decay():
     )
 
 
-# Wrong arguments that get past the checks, or fail in a sentence that names nothing.
-UNNAMED = {
+UNUSUAL = {
     "a traced complex number": (
         lambda: traced(ao.trace, np.complex64(0.5)),
         "decay must be a number in [0, 1) or a schedule of the step count, got a traced array",
@@ -724,8 +723,7 @@ UNNAMED = {
 }
 
 
-@pytest.mark.xfail(reason="not named yet")
-@pytest.mark.parametrize("kind", UNNAMED)
-def test_what_is_not_named_yet(kind):
-    build, sentence = UNNAMED[kind]
+@pytest.mark.parametrize("kind", UNUSUAL)
+def test_unusual_mistakes(kind):
+    build, sentence = UNUSUAL[kind]
     refused(build, sentence)

@@ -55,3 +55,11 @@ def ema(old: Any, new: Any, decay: Decay) -> Any:
 def ema_weight(weight: jax.Array, decay: Decay) -> jax.Array:
     """Returns w_t from w_{t-1}."""
     return ema(weight, jnp.ones_like(weight), decay)
+
+
+def weight_error(decay: Decay, dtype: Any) -> Any:
+    """Returns the relative error that rounding may leave in a weight.
+
+    A weight stops growing when a step would add less than half a unit in the last place.
+    """
+    return float(jnp.finfo(dtype).eps) / decay.take

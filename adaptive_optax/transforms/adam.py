@@ -21,7 +21,7 @@ from adaptive_optax._checks import (
     check_state,
 )
 from adaptive_optax._precision import abs_square, concrete, incremented, scalar_dtype, scale, value_at, widen
-from adaptive_optax.moments.ema import Decay, decay_at, ema, ema_weight
+from adaptive_optax.moments.ema import Decay, decay_at, ema, ema_weight, weight_error
 from adaptive_optax.moments.granularity import Granularity, as_granularity
 from adaptive_optax.moments.storage import Storage, as_nearest, as_storage
 from adaptive_optax.transforms.direction import Bound, bounded, divide_by_root
@@ -250,20 +250,20 @@ def scale_by_adam(
         )
 
     def max_ratio(state):
+        dtype = state.bound_sq.dtype
+        d1, d2 = decay_at(b1, state.count - 1, dtype), decay_at(b2, state.count - 1, dtype)
         if not bias_correction:
             mu_weight = nu_weight = 1.0
         else:
             mu_weight, nu_weight = state.mu_weight, state.nu_weight
         squared = state.bound_sq / mu_weight**2
         if nesterov:
-            d1 = decay_at(b1, state.count - 1, state.bound_sq.dtype)
-            d2 = decay_at(b2, state.count - 1, state.bound_sq.dtype)
             next_weight = ema_weight(state.mu_weight, d1) if bias_correction else 1.0
             # The newest gradient enters both terms of the numerator, the older ones the first only.
             from_mu, from_g = d1.keep / next_weight, d1.take / mu_weight
             older = state.bound_sq - d1.take**2 / d2.take
             squared = from_mu**2 * older + (from_mu * d1.take + from_g) ** 2 / d2.take
-        return jnp.sqrt(squared * nu_weight)
+        return jnp.sqrt(squared * nu_weight) * (1 + weight_error(d2, dtype))
 
     storages = {"nu": nu_storage} | ({"nu_max": nu_storage} if amsgrad else {})
     return bounded(init_fn, update_fn, Bound(granularity, max_ratio, storages))

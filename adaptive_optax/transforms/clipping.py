@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
@@ -37,7 +38,9 @@ def global_norm(tree: Any) -> jax.Array:
     """
     check_inexact("global_norm", "tree", tree)
     dtype = scalar_dtype(tree)
-    leaves = [x for x in jax.tree.leaves(widen(tree)) if x.size]
+    # Squared in the sum's dtype: a float32 leaf beside a float64 one has its range.
+    leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree) if jnp.size(x)]
+    leaves = [x.astype(np.promote_types(x.dtype, dtype)) for x in leaves]
     if not leaves:
         return jnp.zeros((), dtype)
 

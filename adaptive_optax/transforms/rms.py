@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from adaptive_optax._checks import check_bool, check_inexact, check_same_tree, check_scalar, check_state
 from adaptive_optax._precision import abs_square, incremented, scalar_dtype, scale, value_at, widen
-from adaptive_optax.moments.ema import Decay, decay_at, ema, ema_weight
+from adaptive_optax.moments.ema import Decay, decay_at, ema, ema_weight, weight_error
 from adaptive_optax.moments.granularity import Granularity, as_granularity
 from adaptive_optax.moments.storage import Storage, as_storage
 from adaptive_optax.transforms.direction import Bound, bounded, divide_by_root
@@ -197,9 +197,11 @@ def scale_by_rms(
 
     def max_ratio(state):
         # q_t enters v_t with weight 1 - decay, so |u|^2 <= 1 / (1 - decay); the floor on s costs 1 / 0.01.
-        newest = decay_at(decay, state.count - 1, state.nu_weight.dtype).take
-        plain = (state.nu_weight if bias_correction else 1.0) / newest
-        return jnp.sqrt(plain / _CENTERED_FLOOR if centered else plain)
+        dtype = state.nu_weight.dtype
+        b = decay_at(decay, state.count - 1, dtype)
+        plain = (state.nu_weight if bias_correction else 1.0) / b.take
+        ratio = jnp.sqrt(plain / _CENTERED_FLOOR if centered else plain)
+        return ratio * (1 + weight_error(b, dtype))
 
     return bounded(init_fn, update_fn, Bound(granularity, max_ratio, {"nu": storage}))
 

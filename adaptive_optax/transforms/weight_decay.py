@@ -147,7 +147,7 @@ def _masked_leaves(mask: Any, params: Any) -> list[bool]:
     places = [path for path, _ in paths_and_leaves(params, masked=True)]
     known = {prefix for path in places for prefix in _prefixes(path)}
     for path, value in entries.items():
-        if not isinstance(value, bool | np.bool_) and getattr(value, "dtype", None) != np.bool_:
+        if np.shape(value) or np.asarray(value).dtype != np.bool_:
             raise ValueError(f"mask must hold bools, got {value!r} at {path!r}.")
         if places and path not in known:
             raise ValueError(f"mask has a leaf {path!r} that params have not.")
