@@ -224,8 +224,7 @@ def test_a_restored_run_goes_on_bit_for_bit(name, through, tmp_path):
     restored = through(half, jax.tree.map(jnp.zeros_like, fresh), tmp_path)
     same(restored, half)
     same(run(restored, 5), end)
-    types = {leaf.dtype for leaf in jax.tree.leaves(restored.opt_state)}
-    assert (jnp.bfloat16 in types) == (name in LOW)
+    assert any(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(restored.opt_state)) == (name in LOW)
     if name in NONE:
         assert getattr(restored.opt_state[0], NONE[name]) is None
     assert type(restored.opt_state[0]) is type(half.opt_state[0])  # a NamedTuple, not a dict of its fields

@@ -59,7 +59,6 @@ ADAM = {f"adam, {name}": ({"granularity": value}, True) for name, value in GRANU
     ),
     "amsgrad, nesterov, one label": ({"amsgrad": True, "nesterov": True, "granularity": ONE_LABEL}, True),
     "amsgrad, uncorrected": ({"amsgrad": True, "bias_correction": False}, True),
-    "uncorrected, global": ({"bias_correction": False, "granularity": "global"}, True),
     "tensorflow, axis": ({"eps_form": "tensorflow", "granularity": ao.Axis(0)}, True),
     "eps under the root": ({"eps_root": 1.0, "amsgrad": True}, False),
     "schedules": ({"b1": rising, "b2": falling, "eps": lambda count: 1e-6 / (1.0 + count)}, True),
@@ -247,9 +246,7 @@ def test_a_second_moment_below_zero(name):
     alarm(run, below, spike, f"direction of {first_leaf_of_the_kernels_group(name)} exceeds its bound")
 
 
-@pytest.mark.parametrize(
-    "name", ["adam, coordinate", "nadam", "tensorflow, axis", "amsgrad, nesterov, one label"]
-)
+@pytest.mark.parametrize("name", ["nadam", "tensorflow, axis"])
 def test_a_first_step_that_is_a_tenth_longer(name):
     # The first gradient alone makes nu, and the direction is as long as it can be: here nu is less by 1.1**2.
     run, tx = compiled(name), transformation(name)
@@ -353,11 +350,10 @@ def test_trees_that_change(kind):
         jax.eval_shape(tx.update, SMALL, tx.init(SMALL))
 
 
-@pytest.mark.xfail(reason="leaves are compared by path only")
 @pytest.mark.parametrize("kind", CONTAINERS)
 def test_containers_that_change(kind):
     tx, params = ao.verified(CONTAINERS[kind]), (jnp.ones(3), jnp.ones(2))
-    with pytest.raises(AssertionError, match="verified: "):
+    with pytest.raises(AssertionError, match=rf"^verified: the {kind} went from PyTreeDef\(.*, .*\) to "):
         jax.eval_shape(tx.update, params, tx.init(params))
 
 
@@ -446,13 +442,7 @@ def test_counts_that_are_none():
     assert state["count"] == LAST
 
 
-@pytest.mark.parametrize(
-    ("b1", "b2"),
-    [
-        pytest.param(0.9999, 0.9999, marks=pytest.mark.xfail(reason="the bound's own rounding is larger")),
-        (0.99, 0.9),
-    ],
-)
+@pytest.mark.parametrize(("b1", "b2"), [(0.9999, 0.9999), (0.99, 0.9)])
 def test_long_runs(b1, b2):
     # The bound of equal decays is 1, which constant gradients attain; that of b1**2 >= b2 grows for ever.
     with warnings.catch_warnings():
