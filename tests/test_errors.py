@@ -288,7 +288,7 @@ CHOICES = [
 
 
 @pytest.mark.parametrize(
-    ("factory", "wrong", "fragments"), CHOICES, ids=[f"{f.__name__}-{w}" for f, w, _ in CHOICES]
+    ("factory", "wrong", "fragments"), CHOICES, ids=["-".join([f.__name__, *w]) for f, w, _ in CHOICES]
 )
 def test_choices(factory, wrong, fragments):
     refused(lambda: factory(**(VALID[factory] | wrong)), *fragments)
