@@ -55,20 +55,19 @@ def layer_of(path, leaf):
 # name: a function from the parameters (nnx's state, or a dict) to the optimizer
 OPTIMIZERS = {
     "adam": lambda params: ao.adam(rate),
-    "adam, axis": lambda params: ao.adam(rate, granularity=ao.Axis(0)),
-    "adam, tensor": lambda params: ao.adam(rate, granularity="tensor"),
     "adam, by path": lambda params: ao.adam(
         rate, granularity=ao.Labels.by_path({"^hidden/kernel$": "a", "put": "b"})
     ),
     "adam, labels": lambda params: ao.adam(rate, granularity=ao.Labels(layer_of)),
     "adam, global": lambda params: ao.adam(rate, granularity=ao.Global("mean")),
     "adamw, mask function": lambda params: ao.adamw(rate, weight_decay=0.5, mask=kernels),
-    "adamw, mask": lambda params: ao.adamw(rate, weight_decay=0.5, mask=kernels(params)),
+    "adamw, mask": lambda params: ao.adamw(
+        rate, weight_decay=0.5, mask=kernels(params), granularity=ao.Axis(0)
+    ),
     "adamw, mask of layers": lambda params: ao.adamw(
         rate, weight_decay=0.5, mask={"hidden": True, "output": False}
     ),
-    "rmsprop": lambda params: ao.rmsprop(rate, centered=True, momentum=0.5),
-    "rmsprop, by path": lambda params: ao.rmsprop(rate, granularity=ao.Labels.by_path({"out": 0}, default=1)),
+    "rmsprop": lambda params: ao.rmsprop(rate, centered=True, momentum=0.5, granularity="tensor"),
     "global_rmsprop": lambda params: ao.global_rmsprop(rate),
     "sgd": lambda params: ao.sgd(rate, momentum=0.9, nesterov=True),
 }
