@@ -87,7 +87,7 @@ def check_inexact(owner: str, name: str, tree: Any) -> None:
     """Refuses a tree with a leaf that is neither floating nor complex, naming the leaf's path."""
     for path, leaf in paths_and_leaves(tree):
         try:
-            kind = jnp.result_type(leaf)
+            kind = type(leaf).__name__ if isinstance(leaf, str) else jnp.result_type(leaf)
         except TypeError:
             kind = type(leaf).__name__
         if not jnp.issubdtype(kind, jnp.inexact):

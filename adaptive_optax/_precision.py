@@ -72,7 +72,7 @@ def value_at(hyperparameter: Any, count: jax.Array, dtype: Any) -> jax.Array:
         ValueError: If a schedule returns something else than a scalar.
     """
     value: Any = hyperparameter(count) if callable(hyperparameter) else hyperparameter
-    if value is None or jnp.ndim(value):
+    if value is None or (value.ndim if isinstance(value, jax.Array) else np.ndim(value)):
         raise ValueError(f"A schedule must return a scalar, got {value!r} from {hyperparameter!r}.")
     known = concrete(value)
     # Through a Python float, so that a NumPy float64 is rounded once and no weak type gets through; a copy,

@@ -145,7 +145,8 @@ def _check_values(updates: Any, state: Any, new_state: Any) -> None:
 
 def _check_moments(bound: Bound, updates: Any, new_state: Any) -> None:
     for name, storage in bound.storages.items():
-        for path, v in paths_and_leaves(storage.decode(getattr(new_state, name))):
+        moment = bound.granularity.spread(storage.decode(getattr(new_state, name)), updates)
+        for path, v in paths_and_leaves(moment):
             _require(jnp.all(v >= 0), f"verified: the second moment {name!r} of {path!r} is negative")
     limit = (bound.max_ratio(new_state) * (1 + _SLACK)) ** 2
     pooled = bound.granularity.pool(abs_square(updates))
