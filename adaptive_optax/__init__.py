@@ -35,6 +35,9 @@ from adaptive_optax.schedules import warmup_stable_decay as warmup_stable_decay
 from adaptive_optax.transforms.adam import ScaleByAdamState as ScaleByAdamState
 from adaptive_optax.transforms.adam import adam_bound as adam_bound
 from adaptive_optax.transforms.adam import scale_by_adam as scale_by_adam
+from adaptive_optax.transforms.averaging import AverageParametersState as AverageParametersState
+from adaptive_optax.transforms.averaging import average_parameters as average_parameters
+from adaptive_optax.transforms.averaging import averaged_parameters as averaged_parameters
 from adaptive_optax.transforms.clipping import clip_by_global_norm as clip_by_global_norm
 from adaptive_optax.transforms.clipping import global_norm as global_norm
 from adaptive_optax.transforms.learning_rate import ScaleByLearningRateState as ScaleByLearningRateState
@@ -50,3 +53,12 @@ from adaptive_optax.transforms.weight_decay import (
 from adaptive_optax.transforms.weight_decay import add_decoupled_weight_decay as add_decoupled_weight_decay
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):
+    # The study needs pandas and matplotlib, so it is imported when it is used.
+    if name == "study":
+        import importlib
+
+        return importlib.import_module("adaptive_optax.study")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

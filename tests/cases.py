@@ -153,6 +153,7 @@ CASES = [
     _case("clip", "clip_by_global_norm", {"max_norm": (1.0, 1e-3)}, max_norm=1.0, shares=True),
     _case("trace", "trace", {"decay": (0.9, 0.0)}, decay=0.9, nesterov=True),
     _case("trace_bfloat16", "trace", decay=0.9, accumulator_dtype=jnp.bfloat16, rounding=2**-8),
+    _case("average_parameters", "average_parameters", {"power": (8.0, 0.0)}),
     _case("optimizer_adam", "adam", RATE, learning_rate=0.1),
     _case(
         "optimizer_adamw", "adamw", RATE | {"weight_decay": (0.1, 0.0)}, learning_rate=0.1, zero_moves=True

@@ -1,0 +1,19 @@
+"""Answers learning-rate questions on the user's own model: a range test, and comparisons with a verdict."""
+
+try:
+    import pandas  # noqa: F401
+    import rich  # noqa: F401
+    import scipy  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        f"adaptive_optax.study needs {error.name}: pip install 'adaptive-optax[study]'."
+    ) from error
+
+from adaptive_optax.study.arms import arm as arm
+from adaptive_optax.study.comparison import Comparison as Comparison
+from adaptive_optax.study.comparison import compare as compare
+from adaptive_optax.study.comparison import load as load
+from adaptive_optax.study.task import Task as Task
+from adaptive_optax.study.task import nnx_task as nnx_task
+from adaptive_optax.study.verdict import Verdict as Verdict
+from adaptive_optax.study.verdict import judge as judge

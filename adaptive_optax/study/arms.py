@@ -1,0 +1,154 @@
+"""Arms: ways to train at a peak learning rate. The usual ones by name, and the check of any of them.
+
+An arm is a function `arm(learning_rate, total_steps) -> transformation`. The study calls it with a traced
+learning rate, so that all rates share one compilation.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from adaptive_optax import optimizers, schedules
+from adaptive_optax._paths import paths_and_leaves
+from adaptive_optax.study.task import Task
+from adaptive_optax.study.trials import Arm, Evaluate, Plan, Trials, make_trial
+from adaptive_optax.transforms.averaging import average_parameters
+
+# The last fifth of the decays below is at a fifth of the peak or less; one-cycle's share of warm-up is 30 %.
+SCHEDULES: dict[str, Callable[[Any, int], Any]] = {
+    "constant": lambda peak, steps: peak,
+    "exponential": lambda peak, steps: schedules.exponential_decay(peak, steps, 0.01),
+    "step": lambda peak, steps: schedules.step_decay(peak, 0.8, max(1, steps // 8)),
+    "linear": lambda peak, steps: optax.linear_schedule(peak, 0.0, steps),
+    "cosine": lambda peak, steps: schedules.warmup_cosine(peak, steps),
+    "warmup_cosine": lambda peak, steps: schedules.warmup_cosine(peak, steps, warmup_steps=steps // 10),
+    "warmup_stable_decay": lambda peak, steps: schedules.warmup_stable_decay(
+        peak, steps, warmup_steps=steps // 10, decay_steps=steps // 5
+    ),
+    "inverse_sqrt": lambda peak, steps: schedules.inverse_sqrt(peak, max(1, steps // 10)),
+    "one_cycle": lambda peak, steps: schedules.one_cycle(peak, steps),
+}
+OPTIMIZERS: dict[str, Callable[..., Any]] = {
+    "adam": optimizers.adam,
+    "adamw": optimizers.adamw,
+    "nadam": functools.partial(optimizers.adam, nesterov=True),
+    "amsgrad": functools.partial(optimizers.adam, amsgrad=True),
+    "rmsprop": optimizers.rmsprop,
+    "global_rmsprop": optimizers.global_rmsprop,
+    "sgd": optimizers.sgd,
+    "momentum": functools.partial(optimizers.sgd, momentum=0.9),
+}
+# The argument that takes one-cycle's momentum, where there is one.
+MOMENTUM = {"adam": "b1", "adamw": "b1", "nadam": "b1", "amsgrad": "b1", "momentum": "momentum"}
+
+
+def arm(name: str) -> Arm:
+    """Gives a usual arm by its name, `"optimizer:schedule"` or `"optimizer:schedule:averaged"`.
+
+    | optimizer | |
+    |---|---|
+    | adam, adamw, rmsprop, global_rmsprop, sgd | this library's, at their defaults |
+    | nadam, amsgrad | `adam` with `nesterov` or `amsgrad` |
+    | momentum | `sgd` with momentum 0.9 |
+
+    | schedule | over a run of T steps |
+    |---|---|
+    | constant | the peak throughout |
+    | exponential | smoothly down to 1 % of the peak |
+    | step | times 0.8 every T/8 steps, down to 21 % |
+    | linear, cosine | down to 0 |
+    | warmup_cosine | up for T/10, then down to 0 |
+    | warmup_stable_decay | up for T/10, constant, down over the last T/5 |
+    | inverse_sqrt | up for T/10, then with 1/sqrt(step) |
+    | one_cycle | PyTorch's, with momentum where the optimizer has one |
+
+    With `:averaged`, parameters are averaged by `average_parameters` and the average is judged; then give
+    `evaluate=averaged_parameters` to `compare` (the command line does).
+
+    Raises:
+        ValueError: If the optimizer, the schedule or the suffix is unknown.
+
+    >>> from adaptive_optax import study
+    >>> tx = study.arm("adam:one_cycle")(1e-3, 100)
+    """
+    optimizer, _, rest = str(name).partition(":")
+    schedule, _, suffix = rest.partition(":")
+    for what, given, known in (("optimizer", optimizer, OPTIMIZERS), ("schedule", schedule, SCHEDULES)):
+        if given not in known:
+            raise ValueError(
+                f"arm {name!r}: the {what} must be one of {', '.join(known)}, got {given!r}; "
+                "an arm is named optimizer:schedule."
+            )
+    if suffix not in ("", "averaged"):
+        raise ValueError(f"arm {name!r}: only ':averaged' may follow the schedule, got {suffix!r}.")
+
+    def build(learning_rate: Any, total_steps: int) -> optax.GradientTransformationExtraArgs:
+        rate, keywords = SCHEDULES[schedule](learning_rate, total_steps), {}
+        if isinstance(rate, schedules.OneCycle):
+            if optimizer in MOMENTUM:
+                keywords[MOMENTUM[optimizer]] = rate.momentum
+            rate = rate.learning_rate
+        tx = OPTIMIZERS[optimizer](rate, **keywords)
+        return optax.chain(tx, average_parameters()) if suffix else tx
+
+    return build
+
+
+def check_arm(name: str, arm: Arm, task: Task, plan: Plan, evaluate: Evaluate | None, rate: float) -> str:
+    """Traces one step of an arm; gives "once", or "per rate" where the arm refuses a traced rate.
+
+    Raises:
+        ValueError: If the arm is no `arm(learning_rate, total_steps) -> transformation`, if its update fails,
+            or if its state changes structure, shapes or dtypes, naming the arm.
+    """
+    if not callable(arm):
+        raise ValueError(
+            f"arm {name!r} must be a function of (learning_rate, total_steps), got {type(arm).__name__}."
+        )
+    try:
+        compilation, before, after = _trace_arm(task, arm, plan, evaluate, rate)
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"arm {name!r} cannot be run: {type(error).__name__}: {reason}") from error
+    was, is_now = dict(paths_and_leaves(before)), dict(paths_and_leaves(after))
+    for path in was.keys() | is_now.keys():
+        old, new = was.get(path), is_now.get(path)
+        if old is None or new is None or (old.shape, old.dtype) != (new.shape, new.dtype):
+            raise ValueError(
+                f"arm {name!r} must keep the shapes and dtypes of parameters and state; one step changes "
+                f"{path!r} from {old} to {new} (optax's state takes the gradients' dtype; this library's "
+                "optimizers keep theirs)."
+            )
+    return compilation
+
+
+@functools.lru_cache(maxsize=32)
+def _trace_arm(
+    task: Task, arm: Arm, plan: Plan, evaluate: Evaluate | None, rate: float
+) -> tuple[str, Any, Any]:
+    """Traces a step; gives how the arm compiles and what the state is before and after."""
+
+    def one_step(rate, train, validation):
+        tx = arm(rate, plan.steps)
+        if not isinstance(tx, optax.GradientTransformation):
+            raise TypeError(f"it returns no optax transformation but {type(tx).__name__}")
+        trial = make_trial(task, arm, plan, evaluate)
+        element = Trials(rate, *(jnp.uint32(0) for _ in range(3)))
+        run = trial.start(element)
+        samples = trial.order(element, 0)
+        after = trial.step(run, element, jnp.int32(0), samples, train)
+        return run, after, trial.measure(after, validation)
+
+    data = task.train, task.validation
+    real = jax.dtypes.canonicalize_dtype(np.float64)
+    try:
+        return "once", *jax.eval_shape(one_step, jax.ShapeDtypeStruct((), real), *data)[:2]
+    except Exception:  # whatever a traced rate breaks; what fails with a number too is raised below
+        return "per rate", *jax.eval_shape(functools.partial(one_step, rate), *data)[:2]
