@@ -11,10 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,6 +26,7 @@ import rich.progress
 import rich.table
 
 import adaptive_optax as ao
+from benchmarks.setting import describe_setting
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -133,15 +131,7 @@ def main() -> None:
             numbers = (f"{row['ours_ms']:.2f}", f"{row['optax_ms']:.2f}", f"{row['ratio']:.2f}")
             table.add_row(tree, chain, *numbers, f"{low:.2f}-{high:.2f}", f"{compiling:.2f}")
     rich.print(table)
-    device = jax.devices()[0]
-    setting = {
-        "command": " ".join(["python -m benchmarks.update_step", *sys.argv[1:]]),
-        "device": f"{device.platform}: {device.device_kind}",
-        "host": f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "versions": {m.__name__: m.__version__ for m in (ao, jax, optax)},
-        "python": platform.python_version(),
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
-    }
+    setting = describe_setting("update_step")
     rich.print(setting)
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -10,9 +10,9 @@ except ImportError as error:
     ) from error
 
 from adaptive_optax.study.arms import arm as arm
-from adaptive_optax.study.comparison import Comparison as Comparison
 from adaptive_optax.study.comparison import compare as compare
-from adaptive_optax.study.comparison import load as load
+from adaptive_optax.study.result import Comparison as Comparison
+from adaptive_optax.study.result import load as load
 from adaptive_optax.study.task import Task as Task
 from adaptive_optax.study.task import nnx_task as nnx_task
 from adaptive_optax.study.verdict import Verdict as Verdict

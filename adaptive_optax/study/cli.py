@@ -9,15 +9,16 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import typer
 from rich.console import Console
 
 from adaptive_optax.study.arms import OPTIMIZERS, SCHEDULES, arm
-from adaptive_optax.study.comparison import Comparison, compare
+from adaptive_optax.study.comparison import compare
 from adaptive_optax.study.report import print_summary
+from adaptive_optax.study.result import Comparison
 from adaptive_optax.study.task import Task
 from adaptive_optax.transforms.averaging import averaged_parameters
 
@@ -157,7 +158,8 @@ def lr_find_command(
         build = arm(f"{optimizer}:constant")
         _split_cpu(cpu_devices)
         loaded = _load_task(task)
-        given = {name: value for name, value in (("steps", steps), ("seeds", seeds)) if value is not None}
+        given: dict[str, Any] = {"steps": steps, "seeds": seeds}
+        given = {name: value for name, value in given.items() if value is not None}
         found = lr_range_test(loaded, lambda rate: build(rate, 1), low=low, high=high, **given)
         console.print(found.sentence)
         if out is not None:

@@ -9,23 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import importlib.metadata
-import io
-import json
-import math
 import os
 import platform
 import sys
 import time
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import numpy as np
-import pandas as pd
 
 from adaptive_optax._checks import check_bool, check_choice, check_integer, check_scalar
 from adaptive_optax.study.arms import arm as named_arm
@@ -33,155 +27,12 @@ from adaptive_optax.study.arms import check_arm
 from adaptive_optax.study.fingerprint import describe_study
 from adaptive_optax.study.layout import MODES, settle_layout
 from adaptive_optax.study.progress import TrialProgress
+from adaptive_optax.study.result import FIRST_FRESH_SEED, Comparison, collect, tuning_means
 from adaptive_optax.study.runner import ArmSpec, Runner
-from adaptive_optax.study.store import Key, Results, Store, write_atomically
+from adaptive_optax.study.store import Key, Store
 from adaptive_optax.study.task import Task
 from adaptive_optax.study.trials import Arm, Evaluate, Plan
 from adaptive_optax.study.tuning import Grid
-from adaptive_optax.study.verdict import Verdict, judge, judged_metric
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
-FIRST_FRESH_SEED = 1000  # tuning uses the seeds from 0
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Comparison:
-    """What a comparison found; `compare` makes it.
-
-    Attributes:
-        table: One row a trial: arm, phase ("tuning" or "verdict"), learning_rate, seed, final_metric,
-            best_metric, best_step, initial_metric, diverged, steps_to_baseline (steps until the metric is at
-            most the baseline's final one on the same seed; NaN if never, and in tuning), compilation ("once",
-            or "per rate" for an arm that refuses a traced rate). Diverged trials have NaN metrics.
-        training_steps: The last steps of the windows over which the training loss is averaged.
-        training_curves: Training losses, one row a trial in the order of `table`.
-        validation_steps: The steps after which the metric was taken.
-        validation_curves: Metrics, one row a trial.
-        info: Settings, chosen rates, looks, versions, devices.
-    """
-
-    table: pd.DataFrame
-    training_steps: np.ndarray
-    training_curves: np.ndarray
-    validation_steps: np.ndarray
-    validation_curves: np.ndarray
-    info: dict[str, Any]
-
-    @functools.cached_property
-    def verdicts(self) -> dict[str, Verdict]:
-        """A verdict for every arm but the baseline.
-
-        Raises:
-            ValueError: If the trials do not allow one: a comparison that was stopped early, or a metric that
-                is not positive without a margin (`with_margin` gives one).
-        """
-        return judge(
-            self.table,
-            baseline=self.info["baseline"],
-            margin=self.info["margin"],
-            look=len(self.info["looks"]),
-        )
-
-    def verdict(self, arm: str | None = None) -> Verdict:
-        """Gives the verdict on an arm against the baseline.
-
-        Args:
-            arm: The arm; None for the one that did best in tuning, the baseline aside.
-
-        Raises:
-            ValueError: If there is no such arm, and as `verdicts`.
-        """
-        others = [name for name in self.info["arms"] if name != self.info["baseline"]]
-        if arm is not None:
-            check_choice("arm", arm, others)
-            return self.verdicts[arm]
-        verdicts, means = self.verdicts, tuning_means(self.table)
-        return verdicts[min(others, key=lambda name: min(means[name].values()))]
-
-    @property
-    def summary(self) -> pd.DataFrame:
-        """One row an arm: its rate, its metric on the fresh seeds, and the verdict."""
-        rows = []
-        fresh = self.table[self.table["phase"] == "verdict"]
-        for name in self.info["arms"]:
-            metric = fresh.loc[fresh["arm"] == name, "final_metric"]
-            verdict = self.verdicts.get(name)
-            rows.append(
-                {
-                    "arm": name,
-                    "learning_rate": self.info["best_rates"].get(name, math.nan),
-                    "final_metric": metric.mean(),
-                    "standard_error": metric.sem(),
-                    "diverged": int(metric.isna().sum()),
-                    "decision": verdict.decision if verdict else "baseline",
-                    "effect": verdict.effect if verdict else 0.0,
-                    "low": verdict.interval[0] if verdict else math.nan,
-                    "high": verdict.interval[1] if verdict else math.nan,
-                    "p_value": verdict.p_value if verdict else math.nan,
-                }
-            )
-        return pd.DataFrame(rows).set_index("arm")
-
-    def with_margin(self, margin: float) -> Comparison:
-        """Gives the comparison judged with an absolute equivalence margin, in the metric's units."""
-        check_scalar("margin", margin, "(0, inf)")
-        return dataclasses.replace(self, info=self.info | {"margin": float(margin)})
-
-    def plot(self) -> Figure:
-        """Draws metric against peak rate, paired differences with their intervals, and curves."""
-        from adaptive_optax.study import figures
-
-        return figures.plot(self)
-
-    def to_html(self, path: str | os.PathLike[str]) -> None:
-        """Writes the report: one self-contained file."""
-        from adaptive_optax.study import report
-
-        report.to_html(self, path)
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes everything to one file, which `load` reads back exactly."""
-        columns = {name: self.table[name].to_numpy() for name in self.table.columns}
-        strings = {name: column.tolist() for name, column in columns.items() if name in _STRINGS}
-        numbers = {name: column for name, column in columns.items() if name not in _STRINGS}
-        header = {"format": 1, "columns": list(columns), "strings": strings, "info": self.info}
-        file = io.BytesIO()
-        np.savez_compressed(
-            file,
-            header=np.frombuffer(json.dumps(header).encode(), np.uint8),
-            **{f"table.{name}": column for name, column in numbers.items()},
-            **{name: getattr(self, name) for name in _ARRAYS},
-        )
-        write_atomically(Path(path), file.getvalue())
-
-
-_STRINGS = ("arm", "phase", "compilation")
-_ARRAYS = ("training_steps", "training_curves", "validation_steps", "validation_curves")
-
-
-def load(path: str | os.PathLike[str]) -> Comparison:
-    """Reads a comparison that `Comparison.save` has written.
-
-    Raises:
-        ValueError: If the file is none.
-    """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            header = json.loads(file["header"].tobytes())
-            strings, info = header["strings"], header["info"]
-            table = pd.DataFrame(
-                {
-                    name: strings[name] if name in strings else file[f"table.{name}"]
-                    for name in header["columns"]
-                }
-            ).astype(_COLUMNS)
-            return Comparison(table=table, info=info, **{name: file[name] for name in _ARRAYS})
-    except (KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"path must be a file that Comparison.save has written, got {str(path)!r}."
-        ) from error
 
 
 def compare(
@@ -325,7 +176,7 @@ def compare(
         "devices": [device.device_kind for device in jax.devices()],
         "versions": _versions(),
         "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "metric_name": "loss" if task.metric is None else getattr(task.metric, "__name__", "metric"),
+        "metric_name": task.metric_name,
         "dataset": {"train": task.train_count, "validation": task.validation_count},
         "batch_size": task.batch_size,
         "parameters": task.parameter_count,
@@ -334,9 +185,8 @@ def compare(
 
     def so_far() -> Comparison:
         """The comparison of the trials that are finished."""
-        results = runner.results if runner else {}
-        table, keys = _trial_table(results, specs, plan, baseline, fresh)
-        means = tuning_means(table)
+        found = collect(runner.results if runner else {}, specs, plan, baseline, fresh)
+        means = tuning_means(found.table)
         complete = {
             name: grid for name, grid in tuned.items() if all(r in means.get(name, ()) for r in grid.rates)
         }
@@ -347,14 +197,7 @@ def compare(
             "grown": {name: grid.grown for name, grid in tuned.items()},
             "seconds": round(time.perf_counter() - began, 3),
         }
-        return Comparison(
-            table,
-            plan.training_steps,
-            np.array([results[key].training for key in keys]).reshape(len(keys), -1),
-            np.array(plan.validation_steps),
-            _until_divergence(np.array([results[key].validation for key in keys]).reshape(len(keys), -1)),
-            info | chosen,
-        )
+        return dataclasses.replace(found, info=info | chosen)
 
     def tuning_keys(rates: Mapping[str, Sequence[float]]) -> list[Key]:
         return [
@@ -384,77 +227,6 @@ def compare(
             raise
     info["looks"] = store.look(seeds) if store else [seeds]
     return so_far()
-
-
-def tuning_means(table: pd.DataFrame) -> dict[str, dict[float, float]]:
-    """The mean final metric by arm and learning rate; a diverged trial counts as in the verdict."""
-    tuning = table[table["phase"] == "tuning"]
-    if tuning.empty:
-        return {}
-    means = judged_metric(tuning).groupby([tuning["arm"], tuning["learning_rate"]]).mean()
-    result: dict[str, dict[float, float]] = {}
-    for (name, rate), mean in means.items():
-        result.setdefault(name, {})[rate] = float(mean)
-    return result
-
-
-def _trial_table(
-    results: Results, arms: dict[str, ArmSpec], plan: Plan, baseline: str, fresh: range
-) -> tuple[pd.DataFrame, list[Key]]:
-    """Tabulates the trials: tuning first, then the fresh seeds asked for, arms in the user's order."""
-    order = list(arms)
-    keys = sorted(
-        (key for key in results if key.seed < FIRST_FRESH_SEED or key.seed in fresh),
-        key=lambda key: (key.seed >= FIRST_FRESH_SEED, order.index(key.arm), key.rate, key.seed),
-    )
-    steps = np.array(plan.validation_steps)
-    targets = {
-        key.seed: results[key].validation[-1]
-        for key in keys
-        if key.arm == baseline and key.seed >= FIRST_FRESH_SEED
-    }
-    rows = []
-    for key in keys:
-        curve = results[key].validation.astype(float)
-        finite = np.isfinite(curve)
-        at_best = np.argmin(np.where(finite, curve, np.inf))
-        reached = np.flatnonzero(curve <= targets.get(key.seed, -np.inf))
-        rows.append(
-            {
-                "arm": key.arm,
-                "phase": "verdict" if key.seed >= FIRST_FRESH_SEED else "tuning",
-                "learning_rate": key.rate,
-                "seed": key.seed,
-                "final_metric": curve[-1] if finite[-1] else math.nan,
-                "best_metric": curve[at_best] if finite.any() else math.nan,
-                "best_step": int(steps[at_best]),
-                "initial_metric": curve[0] if finite[0] else math.nan,
-                "diverged": not finite[-1],
-                "steps_to_baseline": float(steps[reached[0]]) if len(reached) else math.nan,
-                "compilation": arms[key.arm].compilation,
-            }
-        )
-    return pd.DataFrame(rows, columns=list(_COLUMNS)).astype(_COLUMNS), keys
-
-
-_COLUMNS = {
-    "arm": str,
-    "phase": str,
-    "learning_rate": float,
-    "seed": int,
-    "final_metric": float,
-    "best_metric": float,
-    "best_step": int,
-    "initial_metric": float,
-    "diverged": bool,
-    "steps_to_baseline": float,
-    "compilation": str,
-}
-
-
-def _until_divergence(curves: np.ndarray) -> np.ndarray:
-    """Makes values that are not finite NaN."""
-    return np.where(np.isfinite(curves), curves, np.nan)
 
 
 def _versions() -> dict[str, str]:

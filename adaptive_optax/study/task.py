@@ -106,6 +106,12 @@ class Task:
         return self.train_count // self.batch_size
 
     @property
+    def metric_name(self) -> str:
+        """What reports call the metric: the function's name, if it has one."""
+        name = "loss" if self.metric is None else getattr(self.metric, "__name__", "metric")
+        return "metric" if name == "<lambda>" else name
+
+    @property
     def parameter_count(self) -> int:
         """The number of trained values."""
         params, _ = jax.eval_shape(self.start, jax.random.key(0))
@@ -209,6 +215,7 @@ def nnx_task(
         model.eval()
         return (metric or loss)(model, batch)
 
+    metric_of.__name__ = getattr(metric, "__name__", "metric") if metric else "loss"  # for reports
     return Task(
         lambda key: split(key)[1:],
         loss_of,

@@ -279,11 +279,14 @@ class Program:
         runs, metrics, begin = self._start(placed), [], 0
         for end in self.plan.validation_steps:
             runs, metric = self._advance(runs, placed, active, begin, end)
-            metrics.append(np.asarray(metric)[home][:count])
-            on_point(end)
+            if metrics:  # waits for the point before, so that the devices always have work
+                metrics[-1].block_until_ready()
+                on_point(begin)
+            metrics.append(metric)
             begin = end
         training = np.asarray(runs.training)[home][:count]
-        return Records(training, np.stack(metrics, axis=1))
+        on_point(begin)
+        return Records(training, np.stack([np.asarray(metric)[home][:count] for metric in metrics], axis=1))
 
     def seconds(self, steps: int) -> float:
         """Times `steps` steps of a full chunk, and one evaluation."""

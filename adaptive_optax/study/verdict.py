@@ -102,14 +102,14 @@ def judge(
     "deterministic task".
 
     A diverged trial counts with the larger of its own initial metric and the worst finite final metric of the
-    judged trials. Diverged are the trials marked so and those whose final metric is NaN or, in a table without
-    marks, infinite.
+    judged trials. Diverged are the trials marked so and those whose final metric is NaN or, where the table
+    has no column diverged, infinite.
 
     Args:
         table: One row a trial: arm, seed, final_metric; optionally initial_metric, best_metric, diverged and
             phase (only rows of phase "verdict" are then judged). All arms have the same seeds, at least 2.
         baseline: The arm that the others are compared with.
-        margin: The difference from which on it matters, in the metric's units, in (0, inf). None: relative.
+        margin: Smaller differences than this do not matter; in the metric's units, (0, inf). None: relative.
         relative_margin: The same as a fraction of the baseline's metric, in (0, 1).
         alpha: Error rate over all arms and looks, in (0, 1).
         look: 1 when judging first, 2 after adding seeds, and so on to 100. None: there is only one look.
@@ -139,8 +139,8 @@ def judge(
     a, b = final[others], final[base]
     if margin is None and (b <= 0).any():
         raise ValueError(
-            f"margin must be given, in the metric's units, where a baseline metric is not positive, got a metric "
-            f"of {b.min():g} for {baseline!r}."
+            "margin must be given, in the metric's units: a relative one needs positive metrics of the "
+            f"baseline, got {b.min():g}."
         )
 
     above = b * (1 + relative_margin) if margin is None else b + margin
@@ -273,8 +273,8 @@ def _grid(table: pd.DataFrame) -> tuple[list[str], np.ndarray, np.ndarray | None
     if (trials != 1).any():
         arm, seed = np.argwhere(trials != 1)[0]
         raise ValueError(
-            f"table must have one row for each arm and seed, got {trials[arm, seed]} for arm {arms[arm]!r} and "
-            f"seed {seeds[seed]}."
+            f"table must have one row for each arm and seed, got {trials[arm, seed]} for arm {arms[arm]!r} "
+            f"and seed {seeds[seed]}."
         )
     at = np.argsort(arm_of * shape[1] + seed_of)  # the row of each arm and seed
     final, stand_in, diverged = (values[at].reshape(shape) for values in _outcomes(table))
@@ -323,7 +323,7 @@ def _bootstrap(differences: np.ndarray, resamples: int, seed: int) -> tuple[floa
     BCa is undefined if the differences are all alike, or if all resampled means lie on one side of the mean.
     """
     with warnings.catch_warnings(), np.errstate(all="ignore"):
-        warnings.simplefilter("ignore", stats.DegenerateDataWarning)
+        warnings.simplefilter("ignore")  # about what the check below finds
         for method in ("BCa", "percentile"):
             low, high = stats.bootstrap(
                 (differences,), np.mean, n_resamples=resamples, method=method, rng=np.random.default_rng(seed)
@@ -370,26 +370,23 @@ def _sentence(verdict: Verdict, relative_margin: float, alpha: float, adjustment
     found = f"final metric {_change(v.effect, decimals)}{percent}"
     near, far = sorted(v.interval, key=abs) if low * high > 0 else (low, high)
     start = _number(near, decimals) if low * high > 0 else _change(near, decimals)
-    interval = f"{100 * (1 - alpha):g} % interval {start} to {_change(far, decimals)}"
+    level, ends = f"{100 * (1 - alpha):g} % interval", f"{start} to {_change(far, decimals)}"
     if adjustments:
-        interval += f" (adjusted for {' and '.join(adjustments)})"
+        ends += f" (adjusted for {' and '.join(adjustments)})"
+    seeds = f"{v.seeds} seeds"
     if v.reason:
-        text = (
-            f"{v.arm} against {v.baseline} is undecided: {found} at every one of {v.seeds} seeds; seeds change "
-            f"nothing about it ({v.reason}), so no interval over seeds exists"
-        )
+        text = f"{v.arm} against {v.baseline} is undecided: {found} at every one of {seeds}; seeds change "
+        text += f"nothing about it ({v.reason}), so no interval over seeds exists"
     elif v.decision == "undecided":
         needed = f"about {v.seeds_needed}" if v.seeds_needed else f"not even {_MOST_SEEDS}"
-        text = (
-            f"{v.arm} against {v.baseline} is undecided: {found}, but {interval}, {v.seeds} seeds; {needed} seeds "
-            f"would settle it, if the effect is as seen"
-        )
+        text = f"{v.arm} against {v.baseline} is undecided: {found}, but the {level} is {ends}, {seeds}; "
+        text += f"{needed} seeds would settle it, if the effect is as seen"
     elif v.decision == "equivalent":
         zone = f"{100 * relative_margin:g} %" if v.margin is None else f"{v.margin:g}"
-        seen = f"{found}, {interval}, {v.seeds} seeds" if high > low else f"the same at all {v.seeds} seeds"
+        seen = f"{found}, {level} {ends}, {seeds}" if high > low else f"the same at all {seeds}"
         text = f"{v.arm} is equivalent to {v.baseline}, within {zone}: {seen}"
     else:
-        text = f"{v.arm} is {v.decision} than {v.baseline}: {found}, {interval}, {v.seeds} seeds"
+        text = f"{v.arm} is {v.decision} than {v.baseline}: {found}, {level} {ends}, {seeds}"
     counts = zip(v.diverged, (v.arm, v.baseline), strict=True)
     if lost := " and ".join(f"{count} of {v.seeds} trials of {arm}" for count, arm in counts if count):
         text += f"; {lost} diverged, counted as the worst metric"

@@ -1,0 +1,345 @@
+"""The pictures of a comparison, each drawn on axes that it is given: rates, paired differences, curves.
+
+Colours are those of Okabe and Ito (2008), "Color Universal Design"; the baseline has the text's colour,
+and every arm its own marker, so that no arm is told from another by colour only.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from adaptive_optax._checks import check_choice
+from adaptive_optax.study.findings import (
+    Tuned,
+    equivalence_margin,
+    final_metrics,
+    judge_all,
+    paired_differences,
+    plain,
+    tuned_rates,
+    written,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from adaptive_optax.study.comparison import Comparison
+    from adaptive_optax.study.verdict import Verdict
+
+
+class Theme(NamedTuple):
+    """The colours of a picture that are not those of the arms."""
+
+    ink: str
+    muted: str
+    line: str
+    strip: str
+    paper: str
+
+
+THEMES = {
+    "light": Theme("#1c1e22", "#5a606a", "#d5d9df", "#e9ecf0", "#ffffff"),
+    "dark": Theme("#e8eaed", "#a3a9b3", "#3c424b", "#262a31", "#15171a"),
+}
+PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+MARKERS = "osD^vP<>p*hd"
+LINES = ("-", "--", "-.")
+
+
+# ---- Parts of pictures ----
+
+
+def shortened(name: str, length: int) -> str:
+    """Fits a name on one line, leaving out its middle."""
+    name = " ".join(name.split())
+    half = (length - 1) // 2
+    return name if len(name) <= length else f"{name[: length - 1 - half]}…{name[-half:]}"
+
+
+def arm_styles(comparison: Comparison, theme: str) -> dict[str, dict[str, Any]]:
+    """Gives each arm its colour, marker and line; the baseline has the ink's colour."""
+    baseline, arms = comparison.info["baseline"], comparison.info["arms"]
+    rivals = [arm for arm in arms if arm != baseline]
+    styles = {baseline: {"color": THEMES[theme].ink, "marker": MARKERS[0], "linestyle": "-"}}
+    for i, arm in enumerate(rivals):
+        styles[arm] = {
+            "color": PALETTE[i % len(PALETTE)],
+            "marker": MARKERS[(i + 1) % len(MARKERS)],
+            "linestyle": LINES[i // len(PALETTE) % len(LINES)],
+        }
+    return {arm: styles[arm] for arm in arms}
+
+
+def _text(axes: Any, *arguments: Any, **style: Any) -> None:
+    axes.text(*arguments, parse_math=False, **style)  # names may hold dollar signs
+
+
+def _dress(axes: Axes, theme: Theme, title: str, xlabel: str) -> None:
+    """Sets what all pictures share; the y label lies flat above the axes, where it can be read."""
+    axes.set_title(shortened(title, 48), loc="left", color=theme.muted, fontsize="medium", parse_math=False)
+    axes.set_xlabel(xlabel, color=theme.muted, parse_math=False)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(theme.line)
+    axes.tick_params(colors=theme.muted, which="both", color=theme.line)
+    axes.set_facecolor("none")
+    axes.grid(color=theme.line, linewidth=0.5, alpha=0.6)
+    axes.set_axisbelow(True)
+
+
+def _ticks(axis: Any, low: float, high: float, log: bool) -> None:
+    """Puts three to six labelled ticks between low and high."""
+    axis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
+    if not log:
+        axis.set_major_locator(MaxNLocator(5))
+        return
+    axis.set_minor_locator(NullLocator())
+    decades = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
+    for subs in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)):
+        ticks = np.outer(10.0**decades, subs)
+        if np.count_nonzero((low <= ticks) & (ticks <= high)) >= 3:
+            axis.set_major_locator(LogLocator(subs=subs, numticks=7))
+            return
+    axis.set_major_locator(MaxNLocator(4))
+
+
+def _set_range(axes: Axes, low: float, high: float, above: float = 0.0) -> None:
+    """Shows low to high on y, logarithmic where it can be, and leaves free a share `above` of the height."""
+    log = low > 0
+    a, b = (np.log10(low), np.log10(high)) if log else (low, high)
+    top, pad = high, 0.06 * (b - a) or (0.1 if log else 0.1 * abs(a) or 1.0)
+    a, b = a - pad, b + pad
+    free = a + (b - a) / (1 - above)
+    low, high, free = (10**a, 10**b, 10**free) if log else (a, b, free)
+    if log:
+        axes.set_yscale("log")
+    axes.set_ylim(low, free)
+    _ticks(axes.yaxis, low, high, log)
+    if above:
+        axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= top])
+
+
+def _draw_band(axes: Axes, x: Any, mean: Any, error: Any, style: dict[str, Any], **more: Any) -> None:
+    error = np.nan_to_num(np.asarray(error))  # one seed has no standard error
+    axes.fill_between(x, mean - error, mean + error, color=style["color"], alpha=0.15, linewidth=0)
+    axes.plot(x, mean, **style, **more)
+
+
+# ---- The three pictures ----
+
+
+def plot_rates(comparison: Comparison, axes: Axes, *, theme: str = "light") -> None:
+    """Draws the final metric against the peak rate on the tuning seeds, for every arm.
+
+    Mean with a band of one standard error; the best rate is ringed; a rate at which a trial diverged is a
+    cross in the strip at the top. The y range holds every arm's best rate and the better half of all means;
+    it is logarithmic if all of them are positive.
+
+    Args:
+        comparison: What to draw.
+        axes: Where to draw it.
+        theme: "light" or "dark".
+    """
+    check_choice("theme", theme, THEMES)
+    info, styles = comparison.info, arm_styles(comparison, theme)
+    tuned = {arm: tuned_rates(comparison, arm) for arm in info["arms"]}
+    crossed = {arm: found for arm, found in tuned.items() if found.diverged.any()}
+    height = min(0.055, 0.3 / max(len(crossed), 1))  # of a row of crosses, as a share of the axes
+    strip = max(0.09, height * len(crossed) + 0.02) if crossed else 0.0
+
+    _dress(axes, THEMES[theme], f"{info['metric_name']}, tuning seeds", "peak learning rate")
+    axes.set_xscale("log")
+    for i, (arm, found) in enumerate(tuned.items()):
+        _draw_band(axes, found.rates, found.mean, found.error, styles[arm], label=arm, markersize=4.5)
+        best = found.best & np.isfinite(found.mean)
+        ring = {
+            "fillstyle": "none",
+            "markersize": 11,
+            "markeredgewidth": 1.3,
+            "zorder": 4,
+            "gid": f"best-{i}",
+        }
+        axes.plot(found.rates[best], found.mean[best], "o", color=styles[arm]["color"], **ring)
+    rates = np.concatenate([found.rates for found in tuned.values()])
+    left, right = (rates.min() / 1.6, rates.max() * 1.6) if len(rates) else (0.1, 1.0)
+    axes.set_xlim(left, right)
+    _ticks(axes.xaxis, left, right, True)
+    _set_readable_range(axes, list(tuned.values()), strip)
+    if crossed:
+        shade = {"color": THEMES[theme].strip, "linewidth": 0, "zorder": 2.5, "transform": axes.transAxes}
+        axes.add_patch(Rectangle((0, 1 - strip), 1, strip, **shade))
+        _text(axes, -0.02, 1 - strip / 2, "diverged", transform=axes.transAxes, va="center", ha="right",
+              color=THEMES[theme].muted)  # fmt: skip
+    for row, (arm, found) in enumerate(crossed.items()):
+        x = found.rates[found.diverged > 0]
+        y = np.full(len(x), 1 - strip / 2 + height * ((len(crossed) - 1) / 2 - row))
+        axes.plot(x, y, "x", color=styles[arm]["color"], transform=axes.get_xaxis_transform(), markersize=5.5,
+                  zorder=3, gid=f"diverged-{row}")  # fmt: skip
+
+
+def _set_readable_range(axes: Axes, tuned: list[Tuned], above: float) -> None:
+    means, errors = (np.concatenate([getattr(found, name) for found in tuned]) for name in ("mean", "error"))
+    finite = np.isfinite(means)
+    if not finite.any():
+        axes.set_yticks([])
+        return
+    bests = [np.nanmin(found.mean) for found in tuned if np.isfinite(found.mean).any()]
+    low = np.min((means - np.nan_to_num(errors))[finite])
+    if low <= 0 < np.min(means[finite]):
+        low = np.min(means[finite])  # a wide band alone does not take away the logarithm
+    _set_range(axes, low, max(*bests, np.median(means[finite])), above)
+
+
+def plot_differences(comparison: Comparison, axes: Axes, *, theme: str = "light") -> None:
+    """Draws a forest plot: how every arm differs from the baseline, paired by seed.
+
+    Dots are seeds, the bar is the adjusted interval, the strip is the region of equivalence. A seed at which
+    the arm diverged is a cross at the right edge, one at which only the baseline did at the left edge. What
+    is far beyond the other arms ends in an arrow.
+
+    Args:
+        comparison: What to draw; dots alone are drawn if it cannot be judged.
+        axes: Where to draw it.
+        theme: "light" or "dark".
+    """
+    check_choice("theme", theme, THEMES)
+    colours, info, styles = THEMES[theme], comparison.info, arm_styles(comparison, theme)
+    verdicts, _, _ = judge_all(comparison)
+    metrics, margin = final_metrics(comparison), equivalence_margin(comparison)
+    rivals = [arm for arm in info["arms"] if arm != info["baseline"]]
+    differences = {arm: paired_differences(comparison, arm) for arm in rivals}
+    low, high = _common_range(differences, verdicts, margin)
+    edge = 0.03 * (high - low)
+
+    gap = "\N{NO-BREAK SPACE}" * 8  # a browser would make one of many spaces
+    label = f"← better{gap}worse →\n{shortened(info['metric_name'] + ' minus ' + info['baseline'], 46)}"
+    _dress(axes, colours, "", label)
+    axes.set_xlim(low, high)
+    _ticks(axes.xaxis, low, high, False)
+    axes.set_ylim(len(rivals) - 0.4, -0.5)
+    axes.set_yticks([])
+    axes.spines["left"].set_visible(False)
+    axes.grid(False)
+    for y, arm in enumerate(rivals):
+        colour, verdict, seeds = styles[arm]["color"], verdicts.get(arm), differences[arm]
+        if np.isfinite(margin):
+            zone = {"color": colours.strip, "linewidth": 0, "gid": f"zone-{y}"}
+            axes.broken_barh([(-margin, 2 * margin)], (y - 0.12, 0.56), **zone)
+        axes.vlines(0, y - 0.12, y + 0.44, color=colours.muted, linewidth=0.9)
+        seen = seeds[np.isfinite(seeds)]
+        dots = {"markersize": 3.6, "alpha": 0.75, "markeredgewidth": 0, "gid": f"seeds-{y}"}
+        axes.plot(seen, np.full(len(seen), y + 0.3), "o", color=colour, label=arm, **dots)
+        lost = np.isnan(seeds)
+        for x, seeds_lost in (
+            (high - edge, lost & np.isnan(metrics[arm])),
+            (low + edge, lost & ~np.isnan(metrics[arm])),
+        ):
+            if seeds_lost.any():
+                axes.plot(x, y + 0.3, "x", color=colour, markersize=5.5, gid=f"diverged-{y}")
+        firm, words = False, "not judged"
+        if verdict is not None:
+            firm = verdict.decision in ("better", "worse")
+            words = verdict.decision
+            if np.isfinite(verdict.relative_effect):
+                words += " " + written(100 * verdict.relative_effect, "+.1f", " %")
+            _draw_interval(axes, verdict, y, colour, styles[arm]["marker"])
+        side = {"transform": axes.get_yaxis_transform(), "va": "bottom"}
+        _text(axes, 0, y - 0.2, shortened(arm, 26), color=colours.ink, **side)
+        emphasis = {"color": colours.ink, "weight": "bold"} if firm else {"color": colours.muted}
+        _text(axes, 1, y - 0.2, words, ha="right", **emphasis, **side)
+
+
+def _common_range(
+    differences: dict[str, np.ndarray], verdicts: dict[str, Verdict], margin: float
+) -> tuple[float, float]:
+    """Gives the range of all arms, but for those whose extent is beyond eight times the lower median."""
+    extents = []
+    for arm, seeds in differences.items():
+        ends = np.array([0.0, *seeds, *(verdicts[arm].interval if arm in verdicts else ())])
+        extents.append(ends[np.isfinite(ends)])
+    sizes = [np.ptp(ends) for ends in extents]
+    typical = np.quantile(sizes or [0.0], 0.5, method="lower")
+    shown = [ends for ends, size in zip(extents, sizes, strict=True) if size <= 8 * typical]
+    whole = np.concatenate([[0.0], *shown, [-margin, margin] if np.isfinite(margin) else []])
+    room = 0.06 * np.ptp(whole) or 1.0
+    return whole.min() - room, whole.max() + room
+
+
+def _draw_interval(axes: Axes, verdict: Verdict, row: int, colour: str, marker: str) -> None:
+    if np.isnan([*verdict.interval, verdict.effect]).any():
+        return
+    (low, high), (start, end), y = axes.get_xlim(), verdict.interval, row + 0.08
+    ends = np.clip([start, end], low, high)
+    axes.plot(ends, [y, y], color=colour, linewidth=2.4, solid_capstyle="butt", gid=f"interval-{row}")
+    if low <= verdict.effect <= high:
+        axes.plot(verdict.effect, y, marker, color=colour, markersize=6)
+    for beyond, x, arrow in ((start < low, low, "<"), (end > high, high, ">")):
+        if beyond:
+            axes.plot(x, y, arrow, color=colour, clip_on=False, markersize=6)
+
+
+def plot_curves(comparison: Comparison, axes: Axes, *, theme: str = "light") -> None:
+    """Draws validation curves with bands of one standard error, and dotted training curves.
+
+    Every arm at its best rate: means over the verdict's seeds, without the trials that diverged. The y range
+    is that of the second half of the steps. Training losses have their own axis, on the right, where the
+    metric is not the loss.
+
+    Args:
+        comparison: What to draw.
+        axes: Where to draw it.
+        theme: "light" or "dark".
+    """
+    check_choice("theme", theme, THEMES)
+    colours, info, table = THEMES[theme], comparison.info, comparison.table
+    steps, windows = np.asarray(comparison.validation_steps), np.asarray(comparison.training_steps)
+    same = info["metric_name"] == "loss"
+    _dress(axes, colours, f"validation {info['metric_name']}{' (dotted: training)' * same}", "step")
+    axes.set_xlim(steps[0], steps[-1])
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    other = axes if same else axes.twinx()
+    judged = table["phase"].to_numpy(object) == "verdict"
+    judged &= ~table["diverged"].to_numpy(bool)
+    every = max(len(steps) // 6, 1)  # markers are sparse, and not at the same steps
+    seen, fitted = [], []
+    for i, (arm, style) in enumerate(arm_styles(comparison, theme).items()):
+        trials = np.flatnonzero(judged & (table["arm"].to_numpy(object) == arm))
+        if not len(trials):
+            continue
+        curves = np.asarray(comparison.validation_curves)[trials]
+        training = np.asarray(comparison.training_curves)[trials].mean(axis=0)
+        mean, error = curves.mean(axis=0), np.zeros(len(steps))
+        if len(curves) > 1:
+            error = curves.std(axis=0, ddof=1) / np.sqrt(len(curves))
+        marks = {"markevery": (i % every, every), "markersize": 4.5, "linewidth": 1.4, "label": arm}
+        _draw_band(axes, steps, mean, error, style, **marks)
+        other.plot(windows, training, ":", color=style["color"], linewidth=0.9)
+        late = steps >= steps[-1] / 2
+        seen += [(mean - error)[late], (mean + error)[late]]
+        fitted.append(training[windows >= steps[-1] / 2])
+    if not seen:
+        for axis in (axes, other):
+            axis.set_yticks([])
+        _text(axes, 0.5, 0.5, "no run to show", transform=axes.transAxes, ha="center", color=colours.muted)
+        return
+    low, high = np.min(seen), np.max(seen)
+    least, most = np.min(fitted), np.max(fitted)
+    if same:
+        _set_range(axes, _extended(low, high, least), high)
+        return
+    _set_range(axes, low, high)
+    _set_range(other, least, most)
+    other.set_ylabel("training loss (dotted)", rotation=270, va="bottom", color=colours.muted)
+    other.spines[:].set_visible(False)
+    other.tick_params(colors=colours.muted, which="both", color=colours.line)
+
+
+def _extended(low: float, high: float, least: float) -> float:
+    """Lowers a range towards training curves, which must not squeeze the validation curves."""
+    if low > 0:
+        return min(low, max(least, low / 3))
+    return min(low, max(least, 2 * low - high))

@@ -1,0 +1,282 @@
+"""Two small built-in tasks to compare on: boxes around digits in noise, and the prose of Python's own manual.
+
+Nothing is downloaded: the digits come with scikit-learn, the text with Python. The split of the data is fixed,
+so a seed decides the initial weights and the order of the batches and nothing else.
+
+    adaptive-optax compare adaptive_optax.study.tasks:text --arms adam:constant,adam:one_cycle …
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from adaptive_optax._checks import check_integer
+from adaptive_optax.study.task import Task, nnx_task
+
+try:
+    from flax import nnx
+except ImportError as error:
+    raise ImportError("adaptive_optax.study.tasks needs Flax: pip install 'adaptive-optax[flax]'.") from error
+
+# ---- Where is the digit? ----
+
+CANVAS, PATCH = 28, 7  # pixels
+DIGIT_SIDE = (8.0, 20.0)  # an image of 8 x 8 is scaled to a side from this range, pixels
+BACKGROUND, INK, NOISE = 64, 160, 24  # grey levels of 255; the noise is a standard deviation
+
+
+class LocalizationNet(nnx.Module):
+    """Embeds every patch alike, then has two dense layers; the answer is in pixels.
+
+    Args:
+        width: Values in the embedding of a patch.
+        hidden: Units of the hidden layer.
+        rngs: Where the initial weights come from.
+    """
+
+    def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
+        self.embed = nnx.Linear(PATCH**2, width, rngs=rngs)
+        self.hidden = nnx.Linear((CANVAS // PATCH) ** 2 * width, hidden, rngs=rngs)
+        self.box = nnx.Linear(hidden, 4, rngs=rngs)
+
+    def __call__(self, patches: jax.Array) -> jax.Array:
+        """Gives the boxes (left, top, right, bottom) of images [image, patch, pixel]."""
+        x = (patches.astype(jnp.float32) - BACKGROUND) / INK
+        x = nnx.relu(self.embed(x)).reshape(len(x), -1)
+        return CANVAS / 2 * (1 + self.box(nnx.relu(self.hidden(x))))
+
+
+def localization(
+    *,
+    train_count: int = 4096,
+    validation_count: int = 1024,
+    batch_size: int = 64,
+    width: int = 16,
+    hidden: int = 64,
+) -> Task:
+    """Makes the task of finding a handwritten digit on a noisy canvas: images in, boxes out.
+
+    Scikit-learn's digits lie at random positions and sizes, 8 to 20 pixels, on noisy canvases of 28 x 28. A
+    small nnx network reads off the box around the ink. Loss and metric are the mean absolute error of the box's
+    four sides in pixels; always answering the average box gives about 4.4. No digit is in both the training and
+    the validation images.
+
+    Args:
+        train_count: Training images.
+        validation_count: Validation images.
+        batch_size: Images in a batch.
+        width: Values in the embedding of a patch.
+        hidden: Units of the hidden layer.
+
+    Raises:
+        ImportError: If Flax or scikit-learn is missing; the extra `examples` has both.
+        ValueError: If a size is not positive.
+    """
+    for name, value in (("width", width), ("hidden", hidden)):
+        check_integer(name, value, "[1, inf)")
+
+    def mean_absolute_error(model, batch):
+        return jnp.mean(jnp.abs(model(batch["image"]) - batch["box"]))
+
+    train, validation = placed_digits(train_count, validation_count)
+    return nnx_task(
+        lambda rngs: LocalizationNet(width, hidden, rngs=rngs),
+        mean_absolute_error,
+        train,
+        validation,
+        batch_size=batch_size,
+        metric=mean_absolute_error,
+        name="digit localization",
+    )
+
+
+@functools.cache
+def placed_digits(train_count: int, validation_count: int) -> tuple[dict[str, np.ndarray], ...]:
+    """Gives training and validation data, `{"image": uint8[n, patch, pixel], "box": float32[n, 4]}` each."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            "localization needs scikit-learn for its digits: pip install 'adaptive-optax[examples]'."
+        ) from error
+    check_integer("train_count", train_count, "[1, inf)")
+    check_integer("validation_count", validation_count, "[1, inf)")
+    pixels, _ = load_digits(return_X_y=True)
+    rng = np.random.default_rng(0)
+    digits = rng.permutation(np.reshape(pixels, (-1, 8, 8)) / 16)
+    train, validation = np.split(digits, [len(digits) * 3 // 4])
+    return _place(train, train_count, rng), _place(validation, validation_count, rng)
+
+
+def _place(digits: np.ndarray, count: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Draws noisy canvases with one digit each, cut into patches, and the boxes around the ink."""
+    chosen = digits[rng.integers(len(digits), size=count)]
+    side = rng.uniform(*DIGIT_SIDE, size=(count, 1))
+    corner = rng.uniform(size=(count, 2)) * (CANVAS - side)  # left, top
+
+    def interpolation(start: np.ndarray) -> np.ndarray:
+        """The bilinear weights of the digit's 8 columns (or rows) in the canvas's."""
+        position = (np.arange(CANVAS) + 0.5 - start[:, None]) / side * 8 - 0.5
+        return np.clip(1 - np.abs(position[:, :, None] - np.arange(8)), 0, None)
+
+    image = interpolation(corner[:, 1]) @ chosen @ interpolation(corner[:, 0]).transpose(0, 2, 1)
+    image = BACKGROUND + INK * image + NOISE * rng.standard_normal(image.shape)
+    grid = CANVAS // PATCH
+    patches = image.reshape(count, grid, PATCH, grid, PATCH).transpose(0, 1, 3, 2, 4)
+    patches = np.clip(patches.reshape(count, grid**2, PATCH**2), 0, 255).astype(np.uint8)
+
+    inked = np.stack([chosen.max(axis=1), chosen.max(axis=2)], axis=1) > 0.1  # columns, rows
+    first, last = inked.argmax(axis=2), 8 - inked[:, :, ::-1].argmax(axis=2)
+    boxes = np.tile(corner, 2) + np.concatenate([first, last], axis=1) * side / 8
+    return {"image": patches, "box": boxes.astype(np.float32)}
+
+
+# ---- Which character comes next? ----
+
+ALPHABET = " abcdefghijklmnopqrstuvwxyz.,()'"
+VALIDATION_EVERY = 8  # of the topics, in alphabetical order
+
+
+class Block(nnx.Module):
+    """Causal self-attention and a two-layer perceptron, each after a layer norm and beside a shortcut."""
+
+    def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+        small = nnx.initializers.normal(0.02)
+        self.heads = heads
+        self.norm_1, self.norm_2 = nnx.LayerNorm(width, rngs=rngs), nnx.LayerNorm(width, rngs=rngs)
+        self.attend = nnx.Linear(width, 3 * width, use_bias=False, rngs=rngs)
+        self.join = nnx.Linear(width, width, use_bias=False, kernel_init=small, rngs=rngs)
+        self.up = nnx.Linear(width, 4 * width, rngs=rngs)
+        self.down = nnx.Linear(4 * width, width, kernel_init=small, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [window, position, width] to the same."""
+        query, key, value = (
+            y.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2)
+            for y in jnp.split(self.attend(self.norm_1(x)), 3, axis=-1)
+        )  # [window, head, position, feature]
+        scores = query @ key.swapaxes(2, 3) / math.sqrt(query.shape[-1])
+        visible = np.tri(x.shape[1], dtype=bool)  # itself and those before it
+        attention = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
+        x += self.join((attention @ value).swapaxes(1, 2).reshape(x.shape))
+        return x + self.down(nnx.relu(self.up(self.norm_2(x))))
+
+
+class CharacterTransformer(nnx.Module):
+    """Predicts every next character of a window from those before it."""
+
+    def __init__(self, context: int, width: int, layers: int, heads: int, *, rngs: nnx.Rngs):
+        small = nnx.initializers.normal(0.02)
+        self.character = nnx.Embed(len(ALPHABET), width, rngs=rngs, embedding_init=small)
+        self.position = nnx.Embed(context, width, rngs=rngs, embedding_init=small)
+        self.blocks = nnx.List([Block(width, heads, rngs=rngs) for _ in range(layers)])
+        self.norm = nnx.LayerNorm(width, rngs=rngs)
+        self.logits = nnx.Linear(width, len(ALPHABET), kernel_init=small, rngs=rngs)
+
+    def __call__(self, characters: jax.Array) -> jax.Array:
+        """Gives logits [window, position, character] for the codes of the windows' characters."""
+        x = self.character(characters) + self.position(jnp.arange(characters.shape[1]))
+        for block in self.blocks:
+            x = block(x)
+        return self.logits(self.norm(x))
+
+
+def text(
+    *,
+    context: int = 48,
+    validation_count: int = 256,
+    batch_size: int = 8,
+    width: int = 48,
+    layers: int = 2,
+    heads: int = 2,
+) -> Task:
+    """Makes the task of predicting the next character of the prose in Python's own manual.
+
+    The text is what `help()` prints on topics (`pydoc_data.topics` of the standard library), about 200,000
+    characters after headings, tables, grammar and code have been left out and the rest reduced to 32 characters. A
+    small nnx transformer with causal attention, learned positions and no dropout is trained on cross-entropy; the
+    metric is that in bits a character, on fixed windows. Guessing evenly costs 5 bits. Every eighth topic is
+    for validation, and paragraphs that are in these too are not in training.
+
+    The text differs a little between versions of Python, and so do the results.
+
+    Args:
+        context: Characters that the model sees at most.
+        validation_count: Validation windows at most, evenly spaced in the text of the validation topics.
+        batch_size: Windows in a batch.
+        width: Values at every position between the layers, a multiple of `heads`.
+        layers: Blocks of attention and perceptron.
+        heads: Attention heads.
+
+    Raises:
+        ImportError: If Flax is missing; it is in the extra `flax`.
+        ValueError: If a size is out of range.
+    """
+    sizes = {"context": context, "validation_count": validation_count, "layers": layers, "heads": heads}
+    for name, value in sizes.items():
+        check_integer(name, value, "[1, inf)")
+    check_integer("width", width, "[1, inf)")
+    if width % heads:
+        raise ValueError(f"width must be a multiple of heads, {heads}, got {width}.")
+
+    def cross_entropy(model, windows):
+        codes = windows.astype(jnp.int32)
+        logits = model(codes[:, :-1])
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, codes[:, 1:]))
+
+    def bits_per_character(model, windows):
+        return cross_entropy(model, windows) / math.log(2)
+
+    train, validation = prose_windows(context)
+    spaced = np.linspace(0, len(validation) - 1, min(validation_count, len(validation))).astype(int)
+    return nnx_task(
+        lambda rngs: CharacterTransformer(context, width, layers, heads, rngs=rngs),
+        cross_entropy,
+        train,
+        validation[spaced],
+        batch_size=batch_size,
+        metric=bits_per_character,
+        name="character-level text",
+    )
+
+
+@functools.cache
+def prose_windows(context: int) -> tuple[np.ndarray, np.ndarray]:
+    """Gives the windows of training and validation topics: codes of `ALPHABET`, uint8[n, context + 1].
+
+    Each window begins with the last character of the one before it, so that every character but a topic's
+    first is predicted once.
+    """
+    from pydoc_data.topics import topics  # half a megabyte
+
+    prose = {name: list(dict.fromkeys(_prose(topics[name]))) for name in sorted(topics)}
+    validation = list(prose)[::VALIDATION_EVERY]
+    seen: set[str] = set()
+    windows: dict[bool, list[np.ndarray]] = {True: [], False: []}
+    for name in [*validation, *(name for name in prose if name not in validation)]:
+        new = [paragraph for paragraph in prose[name] if paragraph not in seen]  # topics quote each other
+        seen.update(new)
+        codes = np.array([ALPHABET.index(character) for character in " ".join(new)], np.uint8)
+        starts = np.arange(0, len(codes) - context, context)
+        windows[name in validation].append(codes[starts[:, None] + np.arange(context + 1)])
+    return np.concatenate(windows[False]), np.concatenate(windows[True])
+
+
+def _prose(topic: str) -> list[str]:
+    """Gives a topic's paragraphs of prose, in the characters of `ALPHABET`."""
+    paragraphs = []
+    for block in re.split(r"\n\s*\n", topic):
+        paragraph = " ".join(block.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").split())
+        letters = sum(character.isalpha() or character == " " for character in paragraph)
+        underlined = "***" in paragraph or "===" in paragraph or "---" in paragraph
+        if len(paragraph) >= 60 and letters >= 0.88 * len(paragraph) and not underlined:
+            allowed = (character if character in ALPHABET else " " for character in paragraph)
+            paragraphs.append(" ".join("".join(allowed).split()))
+    return paragraphs

@@ -1,0 +1,585 @@
+"""The pictures and the report of a comparison, made from synthetic comparisons that need no training."""
+
+from __future__ import annotations
+
+import html.parser
+import io
+import math
+import re
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import pytest
+import rich.console
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+
+from adaptive_optax.study import Comparison, figures, findings, pictures, report
+
+ARMS = {  # best rate, metric there, curvature in log10 rate, rate beyond which it diverges
+    "adam:constant": (1e-3, 0.412, 0.06, 0.5),
+    "adam:step": (1e-3, 0.401, 0.05, 0.5),
+    "adam:exponential": (3e-3, 0.396, 0.04, 0.5),
+    "adam:one_cycle": (1e-2, 0.371, 0.03, 0.5),
+    "adamw:one_cycle": (1e-2, 0.372, 0.035, 0.05),
+    "rmsprop": (1e-6, 0.436, 0.02, 0.02),
+    "adam:constant:averaged": (3e-3, 0.411, 0.05, 0.05),
+}
+GRID = [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2]
+
+
+def make(arms=ARMS, *, seeds=8, lost=(), shift=0.0, margin=None, spread=0.008, looks=None, **info):
+    """Makes a comparison without training.
+
+    `arms` as ARMS; those of `lost` always diverge; `shift` is added to every metric. "adam:one_cycle" has a
+    grown grid, "rmsprop" one that grew and still has its best rate on the edge.
+    """
+    rng = np.random.default_rng(0)
+    baseline = next(iter(arms))
+    steps, windows = np.linspace(0, 2560, 17).astype(int), np.linspace(64, 2560, 40).astype(int)
+    rows, training, validation = [], [], []
+    grown = {arm: [] for arm in arms} | ({"adam:one_cycle": [0.1]} if "adam:one_cycle" in arms else {})
+    grid = {arm: GRID + grown[arm] for arm in arms}
+    if "rmsprop" in arms:
+        grown["rmsprop"] = [3e-6, 1e-5, 3e-5]
+        grid["rmsprop"] = grown["rmsprop"] + GRID
+
+    def trial(phase, arm, rate, seed):
+        best, level, curvature, limit = arms[arm]
+        luck = np.random.default_rng(seed).normal(0, 2 * spread)
+        final = level + curvature * np.log10(rate / best) ** 2 + luck + rng.normal(0, spread)
+        diverged = arm in lost or rate >= limit or (rate >= limit / 4 and rng.random() < 0.15)
+        part = steps / steps[-1]
+        early = np.cos(part * np.pi / 2) ** 2 * 0.5 if "one_cycle" in arm else np.exp(-6 * part)
+        early[0] = 1.0
+        curve = final + (2.3 - final) * early + rng.normal(0, spread / 2, len(steps)) * (steps > 0)
+        curve[-1] = final
+        decay = np.exp(-6 * windows / windows[-1])
+        train = 0.8 * final + (2.2 - 0.8 * final) * decay + rng.normal(0, 0.004, 40)
+        if diverged:
+            curve[5:], train[12:] = np.nan, np.nan
+        reached = steps[np.argmax(curve <= 0.412)] if not diverged and (curve <= 0.412).any() else np.nan
+        rows.append({
+            "arm": arm, "phase": phase, "learning_rate": rate, "seed": seed,
+            "final_metric": np.nan if diverged else final + shift,
+            "best_metric": np.nan if diverged else curve.min() + shift,
+            "best_step": int(steps[np.nanargmin(curve)]), "initial_metric": 2.3 + shift, "diverged": diverged,
+            "steps_to_baseline": reached if phase == "verdict" else np.nan,
+            "compilation": "per rate" if arm == "adamw:one_cycle" else "once",
+        })  # fmt: skip
+        validation.append(curve + shift)
+        training.append(train + shift)
+
+    for arm in arms:
+        for rate in grid[arm]:
+            for seed in range(3):
+                trial("tuning", arm, rate, seed)
+    table = pd.DataFrame(rows)
+    middle = table.assign(final_metric=table["final_metric"].fillna(9.0 + shift))
+    best = {
+        arm: float(middle[middle["arm"] == arm].groupby("learning_rate")["final_metric"].mean().idxmin())
+        for arm in arms
+    }
+    for arm in arms:
+        for seed in range(1000, 1000 + seeds):
+            trial("verdict", arm, best[arm], seed)
+    return Comparison(
+        table=pd.DataFrame(rows),
+        training_steps=windows,
+        training_curves=np.array(training),
+        validation_steps=steps,
+        validation_curves=np.array(validation),
+        info={
+            "task": "digits MLP", "baseline": baseline, "arms": list(arms), "steps": 2560, "tuning_seeds": 3,
+            "seeds": seeds, "margin": margin, "best_rates": best, "grid": grid, "grown": grown,
+            "on_edge": {arm: best[arm] in (min(grid[arm]), max(grid[arm])) for arm in arms},
+            "looks": looks or [seeds], "mode": "scan", "chunk": 18, "devices": ["TFRT_CPU_0", "TFRT_CPU_1"],
+            "versions": {"adaptive_optax": "0.2.0", "jax": "0.10.1", "optax": "0.2.8", "numpy": "2.4.6"},
+            "command": ["adaptive-optax", "compare", "digits:task", "--arms", ",".join(arms)],
+            "seconds": 173.4, "metric_name": "loss", "dataset": {"train": 1437, "validation": 360},
+            "batch_size": 64, "parameters": 26122,
+        } | info,
+    )  # fmt: skip
+
+
+def pick(*names):
+    return {name: ARMS[name] for name in names}
+
+
+TWO = pick("adam:constant", "adam:one_cycle")
+HOSTILE = "<script>alert(1)</script> & 'co' \"x\""
+LONG = "[red]an arm whose name is far too long for a table[/red]"
+TWELVE = {f"{name}{end}": values for end in ("", ", again") for name, values in list(ARMS.items())[:6]}
+
+
+class Page(html.parser.HTMLParser):
+    """Parses strictly: every tag that opens closes, in order."""
+
+    VOID = {"meta", "wbr", "br", "hr", "link", "img"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.events, self.words, self.tables, self.attributes = [], [], [], [], []
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.attributes += [(tag, name, value) for name, value in attributes]
+        self.events.append((tag, dict(attributes).get("class", "")))
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        if tag not in self.VOID:
+            self.open.append((tag, dict(attributes).get("class", "")))
+
+    def handle_startendtag(self, tag, attributes):
+        self.handle_starttag(tag, attributes)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag):
+        assert self.open.pop()[0] == tag
+
+    def handle_data(self, data):
+        if any(tag in ("td", "th") for tag, _ in self.open):
+            self.tables[-1][-1][-1] += data
+        self.words.append((*(self.open[-1] if self.open else ("", "")), data))
+
+    def texts(self, tag, kind=None):
+        return [data for where, what, data in self.words if where == tag and kind in (None, what)]
+
+    def table(self, index):
+        head, *rows = self.tables[index]
+        return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+
+
+def written_page(comparison, path):
+    report.to_html(comparison, path)
+    return path.read_text("utf-8")
+
+
+@pytest.fixture(scope="module")
+def full():
+    return make(seeds=12)
+
+
+@pytest.fixture(scope="module")
+def source(full, tmp_path_factory):
+    return written_page(full, tmp_path_factory.mktemp("report") / "report.html")
+
+
+@pytest.fixture(scope="module")
+def page(source):
+    return Page(source)
+
+
+def number(text):
+    return float(text.split(" ")[0].rstrip("*⁺%").replace("−", "-"))
+
+
+def close(text, value):
+    """Whether a written number is `value` rounded to the digits that it has."""
+    digits = text.split(" ")[0].rstrip("*⁺%").partition(".")[2]
+    return abs(number(text) - value) <= 0.5001 * 10.0 ** -len(digits)
+
+
+# ---- The page ----
+
+
+def test_page_is_balanced_and_its_ids_are_unique(page):
+    ids = [value for _, name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids)) > 100
+    references = [value for _, name, value in page.attributes if name == "href"]
+    references += re.findall(r"url\(([^)]*)\)", " ".join(value or "" for *_, value in page.attributes))
+    assert len(references) > 100
+    assert {reference.removeprefix("#") for reference in references} <= set(ids)
+
+
+def test_page_refers_to_nothing_outside(source, page):
+    assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in page.events}
+    assert all(value.startswith("#") for _, name, value in page.attributes if name in ("href", "src"))
+    assert all(value.startswith("#") for value in re.findall(r"url\(([^)]*)\)", source))
+    assert "http" not in source and "@import" not in source
+
+
+def test_page_opens_with_the_verdict_on_the_arm_that_did_best_in_tuning(full, page):
+    kinds = [("p", "verdict"), ("svg", ""), ("table", "")]
+    assert [page.events.index(kind) for kind in kinds] == sorted(page.events.index(kind) for kind in kinds)
+    assert page.texts("p", "verdict") == [full.verdict().sentence]
+    assert full.verdict().arm == "adamw:one_cycle"
+
+
+def test_page_has_one_line_for_each_other_arm(full, page):
+    others = [v for arm, v in full.verdicts.items() if arm != full.verdict().arm]
+    sentences = [text for text in page.texts("span", "") if " seeds" in text]
+    assert sentences == [v.sentence for v in others]
+    marks = [kind.split()[1] for tag, kind in page.events if tag == "span" and kind.startswith("decision")]
+    assert marks == [v.decision for v in others]
+
+
+def test_verdict_table_says_what_was_judged(full, page):
+    table, metrics = page.table(0), findings.final_metrics(full)
+    assert list(table) == list(ARMS)
+    assert table["adam:constant"]["decision"] == "baseline"
+    for arm, v in full.verdicts.items():
+        row = table[arm]
+        assert row["decision"] == v.decision
+        assert close(row["difference"], v.effect)
+        assert close(row["in per cent"], 100 * v.relative_effect)
+        assert close(row["best-so-far difference(favours not decaying)"], v.best_effect)
+        named = {"adjusted interval": v.interval, "95 % intervalthis arm alone": v.interval_95}
+        for heading, ends in (named | {"bootstrap 95 %this arm alone": v.bootstrap}).items():
+            assert all(map(close, row[heading].split(" to "), ends))
+        mean, error = row["lossmean ± standard error"].split(" ± ")
+        assert close(mean, np.nanmean(metrics[arm]))
+        assert close(error, np.nanstd(metrics[arm], ddof=1) / math.sqrt(np.isfinite(metrics[arm]).sum()))
+        assert row["diverged"] == f"{v.diverged[0]} of {v.seeds}"
+        needed = row["seeds neededfor power 0.8"]
+        assert needed == (str(v.seeds_needed or "too many") if v.decision == "undecided" else "–")
+    assert {v.decision for v in full.verdicts.values()} >= {"better", "worse", "undecided"}
+    stars = {arm for arm, row in table.items() if row["best peak rate"].endswith("*")}
+    assert stars == {arm for arm, on_edge in full.info["on_edge"].items() if on_edge} == {"rmsprop"}
+
+
+def test_tuning_table_has_every_rate_that_was_tried(full, page):
+    table, info = page.table(1), full.info
+    tuning = full.table[full.table["phase"] == "tuning"]
+    for arm in ARMS:
+        cells = {number(rate): text for rate, text in table[arm].items() if rate != "arm" and text}
+        assert list(cells) == info["grid"][arm]
+        for rate, text in cells.items():
+            trials = tuning[(tuning["arm"] == arm) & (tuning["learning_rate"] == rate)]
+            if lost := trials["diverged"].sum():
+                assert text == f"{lost} of 3 diverged"
+            else:
+                assert close(text, trials["final_metric"].mean())
+            assert ("⁺" in text) == (rate in info["grown"][arm])
+            assert text.endswith("*") == (arm == "rmsprop" and rate == info["best_rates"][arm])
+    assert "3 of 3 diverged" in table["rmsprop"].values()
+    strong = [text for text in page.texts("td", "strong") if number(text)]
+    assert [number(text) for text in strong] == [
+        number(next(t for r, t in table[arm].items() if r != "arm" and number(r) == info["best_rates"][arm]))
+        for arm in ARMS
+    ]
+
+
+def test_page_says_what_the_interval_covers_and_how_it_was_run(full, page):
+    text = " ".join(" ".join(page.texts(tag)) for tag in ("p", "dd", "code", "li", "summary"))
+    text = re.sub(r"\s+", " ", text)
+    for phrase in (
+        "Seeds:", "these tuned rates", "this split of the data",
+        "tuning and verdict share the validation set", "all 6 comparisons together", "jax 0.10.1",
+        "1 × TFRT_CPU_0", "mode scan", "chunks of 18", "2,560 steps", "12 fresh", "batches of 64",
+        "1,437 training and 360 validation", "26,122", "2 min 53 s", "adaptive-optax compare digits:task",
+        "once per rate: adamw:one_cycle", f"All {len(full.table)} runs",
+    ):  # fmt: skip
+        assert phrase in text, phrase
+    assert len(page.tables[-1]) == 1 + len(full.table)
+
+
+def test_looks_are_listed_with_what_they_cost(tmp_path):
+    page = Page(written_page(make(TWO, looks=[5, 8]), tmp_path / "r.html"))
+    assert page.tables[2][1:] == [["1", "5", "α / 2"], ["2", "8", "α / 4"]]
+
+
+def test_every_picture_is_there_in_both_themes(source, page):
+    wrappers = [kind for tag, kind in page.events if tag == "div" and kind in pictures.THEMES]
+    assert wrappers == ["light", "dark"] * 3
+    assert len([tag for tag, _ in page.events if tag == "svg"]) == 6
+    for theme in pictures.THEMES.values():
+        assert source.count(f"fill: {theme.ink}") > 10
+    hidden = re.search(
+        r"\.dark \{ display: none; \}\s*@media \(prefers-color-scheme: dark\) \{[^@]*?\}\s*\}", source
+    )
+    assert hidden and ".light { display: none; }" in hidden.group()
+
+
+def test_names_are_escaped(tmp_path):
+    formula = "_$\\nope$"  # as mathematics it would be an error
+    arms = {HOSTILE: ARMS["adam:constant"], formula: ARMS["adam:step"], "日本 --> ": ARMS["rmsprop"]}
+    comparison = make(arms, task=HOSTILE, metric_name="<i>", devices=["<b>"], versions={"<u>": "&lt;"})
+    page = Page(written_page(comparison, tmp_path / "r.html"))
+    assert not {"script", "b", "i", "u"} & {tag for tag, _ in page.events}
+    assert list(page.table(0)) == list(arms)
+    assert any(text.startswith(HOSTILE) for text in page.texts("h1"))
+    assert page.texts("text").count(formula) == 6  # two legends and a row, in two themes
+    names = {formula: ARMS["adam:constant"], "plain": ARMS["rmsprop"]}
+    figures.plot(make(names, metric_name=formula)).draw_without_rendering()
+
+
+def test_page_is_the_same_whatever_matplotlib_is_set_to(tmp_path):
+    comparison = make(TWO)
+    first = written_page(comparison, tmp_path / "a.html")
+    with matplotlib.rc_context({"font.size": 30.0, "svg.fonttype": "path", "lines.linewidth": 9.0}):
+        assert written_page(comparison, tmp_path / "b.html") == first
+        assert matplotlib.rcParams["font.size"] == 30.0
+
+
+def test_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "new" / "report.html"
+    comparison = make(TWO)
+    report.to_html(comparison, str(path))
+    before = path.read_bytes()
+    monkeypatch.setattr(report.os, "replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        report.to_html(make(TWO, seeds=9), path)
+    assert path.read_bytes() == before
+    with pytest.raises(ValueError, match="path must be a file to write, got the folder"):
+        report.to_html(comparison, tmp_path)
+
+
+# ---- Comparisons that are not as they should be ----
+
+
+def check_everything(comparison, tmp_path):
+    """Makes all that can be made of a comparison."""
+    page = Page(written_page(comparison, tmp_path / "r.html"))
+    figure = figures.plot(comparison)
+    figure.draw_without_rendering()
+    console = rich.console.Console(width=80, record=True, file=io.StringIO())
+    report.print_summary(comparison, console)
+    return page, figure.axes, console.export_text()
+
+
+def test_an_arm_that_always_diverges(tmp_path):
+    arms = pick("adam:constant", "adam:step", "rmsprop")
+    comparison = make(arms, lost=["rmsprop"])
+    page, (rates, differences, curves), text = check_everything(comparison, tmp_path)
+    row = page.table(0)["rmsprop"]
+    assert (row["diverged"], row["lossmean ± standard error"], row["decision"]) == ("8 of 8", "–", "worse")
+    assert "rmsprop: 8 of 8 runs diverged" in " ".join(text.split())
+    crosses = line(rates, "diverged-0").get_xdata()
+    assert crosses.tolist() == comparison.info["grid"]["rmsprop"]
+    assert np.ptp(differences.get_xlim()) < 0.2  # not the range of the arm that is off the scale
+    assert line(differences, "seeds-1").get_xdata().size == 0
+    assert [a.get_label() for a in curves.lines if a.get_label() in arms] == ["adam:constant", "adam:step"]
+
+
+def test_nothing_but_divergence(tmp_path):
+    page, *_ = check_everything(make(TWO, lost=list(TWO)), tmp_path)
+    assert {row["diverged"] for row in page.table(0).values()} == {"8 of 8"}
+
+
+def test_negative_metrics_with_a_margin(tmp_path):
+    comparison = make(shift=-3.0, margin=0.01)
+    page, axes, _ = check_everything(comparison, tmp_path)
+    assert [a.get_yscale() for a in axes] == ["linear"] * 3
+    assert number(page.table(0)["adam:constant"]["lossmean ± standard error"]) < -2
+    assert page.table(0)["rmsprop"]["in per cent"] == "–"
+    assert zone_of(axes[1]) == pytest.approx((-0.01, 0.01))
+
+
+def test_what_cannot_be_judged_is_reported_with_the_reason(tmp_path):
+    comparison = make(shift=-3.0)
+    with pytest.raises(ValueError, match="margin must be given") as error:
+        _ = comparison.verdicts
+    page, axes, text = check_everything(comparison, tmp_path)
+    assert page.texts("p", "verdict") == [f"Not judged: {error.value}"]
+    assert " ".join(text.split()).startswith(f"Not judged: {' '.join(str(error.value).split())}")
+    assert {row["decision"] for row in page.table(0).values()} == {"baseline", "not judged"}
+    assert "adjusted interval" not in page.table(0)["rmsprop"]
+    assert not [artist for artist in axes[1].lines if str(artist.get_gid()).startswith("interval")]
+    assert line(axes[1], "seeds-0").get_xdata().size == 8
+
+
+def test_a_comparison_that_was_stopped_early(tmp_path):
+    whole = make(TWO)
+    rows = np.flatnonzero(whole.table["phase"] == "tuning")[:20]
+    info = whole.info | {"best_rates": {}, "on_edge": {}}
+    comparison = Comparison(
+        whole.table.iloc[rows], whole.training_steps, whole.training_curves[rows], whole.validation_steps,
+        whole.validation_curves[rows], info,
+    )  # fmt: skip
+    page, _, text = check_everything(comparison, tmp_path)
+    assert page.table(0)["adam:one_cycle"]["best peak rate"] == "–"
+    assert "not judged" in text
+
+
+@pytest.mark.parametrize("scale", [1e-9, 1e7])
+def test_metrics_far_from_one_keep_their_digits(scale, tmp_path):
+    comparison = make(TWO)
+    columns = ["final_metric", "best_metric", "initial_metric"]
+    table = comparison.table.assign(**{name: scale * comparison.table[name] for name in columns})
+    comparison = Comparison(
+        table, comparison.training_steps, scale * comparison.training_curves, comparison.validation_steps,
+        scale * comparison.validation_curves, comparison.info,
+    )  # fmt: skip
+    page, *_ = check_everything(comparison, tmp_path)
+    assert number(page.table(0)["adam:one_cycle"]["difference"]) == pytest.approx(
+        comparison.verdict().effect, rel=1e-3
+    )
+
+
+# ---- The pictures ----
+
+
+def line(axes, gid):
+    return next(artist for artist in axes.lines if artist.get_gid() == gid)
+
+
+def zone_of(axes):
+    zone = next(artist for artist in axes.collections if artist.get_gid() == "zone-0")
+    x = zone.get_paths()[0].vertices[:, 0]
+    return x.min(), x.max()
+
+
+def drawn(draw, comparison, **options):
+    axes = Figure().subplots()
+    draw(comparison, axes, **options)
+    return axes
+
+
+def test_rates_are_drawn_as_in_the_table(full):
+    axes = drawn(pictures.plot_rates, full)
+    tuning = full.table[full.table["phase"] == "tuning"].groupby(["arm", "learning_rate"])
+    low, high = axes.get_ylim()
+    for i, arm in enumerate(ARMS):
+        mean, lost = tuning["final_metric"].mean()[arm], tuning["diverged"].sum()[arm]
+        curve = next(artist for artist in axes.lines if artist.get_label() == arm)
+        np.testing.assert_array_equal(curve.get_xdata(), mean.index)
+        np.testing.assert_allclose(curve.get_ydata(), mean.where(lost == 0))
+        ring = line(axes, f"best-{i}")
+        best = full.info["best_rates"][arm]
+        np.testing.assert_allclose([*ring.get_xdata(), *ring.get_ydata()], [best, mean[best]])
+        assert low < mean[best] < high
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert high < 0.6  # the worst means are far above, and would flatten the rest
+    crosses = line(axes, "diverged-0")
+    lost = tuning["diverged"].sum()
+    assert crosses.get_xdata().tolist() == lost["rmsprop"].index[lost["rmsprop"] > 0].tolist()
+    assert 0.9 < crosses.get_ydata()[0] < 1
+
+
+def test_differences_are_drawn_as_in_the_table(full):
+    axes = drawn(pictures.plot_differences, full)
+    fresh = full.table[full.table["phase"] == "verdict"].pivot(
+        index="seed", columns="arm", values="final_metric"
+    )
+    low, high = axes.get_xlim()
+    for row, (arm, verdict) in enumerate(full.verdicts.items()):
+        expected = (fresh[arm] - fresh["adam:constant"]).dropna()
+        dots = line(axes, f"seeds-{row}").get_xdata()
+        np.testing.assert_allclose(dots, expected)
+        np.testing.assert_allclose(line(axes, f"interval-{row}").get_xdata(), verdict.interval)
+        assert low < dots.min() and dots.max() < high
+    words = [text.get_text() for text in axes.texts]
+    assert words[::2] == list(ARMS)[1:]
+    assert words[1].split()[0] == full.verdicts["adam:step"].decision
+    assert zone_of(axes) == pytest.approx(np.array([-0.01, 0.01]) * fresh["adam:constant"].mean())
+
+
+def test_a_seed_that_diverged_is_a_cross_at_the_edge():
+    comparison = make(TWO)
+    fresh = np.flatnonzero(
+        (comparison.table["phase"] == "verdict") & (comparison.table["arm"] == "adam:one_cycle")
+    )
+    comparison.table.loc[fresh[0], ["final_metric", "diverged"]] = [np.nan, True]
+    axes = drawn(pictures.plot_differences, comparison)
+    assert line(axes, "seeds-0").get_xdata().size == 7
+    assert line(axes, "diverged-0").get_xdata()[0] > 0.9 * axes.get_xlim()[1] > 0
+
+
+@pytest.mark.parametrize("metric_name", ["loss", "error rate"])
+def test_curves_are_means_at_the_best_rates(full, metric_name):
+    comparison = make(seeds=12, metric_name=metric_name)
+    axes = drawn(pictures.plot_curves, comparison)
+    other = axes if metric_name == "loss" else axes.figure.axes[1]
+    dotted = [artist for artist in other.lines if artist.get_linestyle() == ":"]
+    assert len(dotted) == len(ARMS)
+    for arm, training in zip(ARMS, dotted, strict=True):
+        curve = next(artist for artist in axes.lines if artist.get_label() == arm)
+        table = comparison.table
+        rows = np.flatnonzero((table["phase"] == "verdict") & (table["arm"] == arm) & ~table["diverged"])
+        np.testing.assert_allclose(curve.get_ydata(), comparison.validation_curves[rows].mean(axis=0))
+        np.testing.assert_allclose(training.get_ydata(), comparison.training_curves[rows].mean(axis=0))
+        low, high = axes.get_ylim()
+        assert low < curve.get_ydata()[-1] < high < 1
+
+
+@pytest.mark.parametrize("theme", pictures.THEMES)
+def test_twelve_arms_are_told_apart(theme):
+    comparison = make(TWELVE)
+    styles = pictures.arm_styles(comparison, theme)
+    assert len(styles) == 12
+    assert len({style["marker"] for style in styles.values()}) == 12
+    looks = {(style["color"], style["linestyle"]) for style in styles.values()}
+    assert len(looks) == 12
+    assert styles["adam:constant"]["color"] == pictures.THEMES[theme].ink
+    for draw in (pictures.plot_rates, pictures.plot_curves):
+        lines = {a.get_label(): a for a in drawn(draw, comparison, theme=theme).lines}
+        assert {arm: lines[arm].get_marker() for arm in styles} == {
+            arm: style["marker"] for arm, style in styles.items()
+        }
+        assert {to_hex(lines[arm].get_color()) for arm in styles} == {
+            to_hex(style["color"]) for style in styles.values()
+        }
+
+
+@pytest.mark.parametrize("arms", [ARMS, TWELVE, TWO], ids=["seven", "twelve", "two"])
+def test_no_text_covers_another(arms):
+    comparison = make(arms, metric_name="negative log-likelihood")
+    figure = figures.plot(comparison)
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    figure.draw_without_rendering()
+    texts = [*figure.legends[0].get_texts()]
+    for axes in figure.axes:
+        texts += [*axes.texts, axes.xaxis.label, axes.yaxis.label]
+        texts += [text for text in axes.get_children() if isinstance(text, matplotlib.text.Text)]
+        for i, axis in enumerate((axes.xaxis, axes.yaxis)):
+            low, high = sorted(axis.get_view_interval())
+            ticks = axis.get_ticklabels() if axis.get_visible() else []  # a twin's are not
+            texts += [tick for tick in ticks if low <= tick.get_position()[i] <= high]
+    texts = {id(text): text for text in texts if text.get_text().strip()}.values()
+    boxes = [(text.get_text(), text.get_window_extent(renderer).padded(-1)) for text in texts]
+    assert len(boxes) > 20
+    for i, (first, box) in enumerate(boxes):
+        for second, other in boxes[:i]:
+            assert not box.overlaps(other), (first, second)
+        assert box.x0 > 0 and box.x1 < figure.bbox.x1 and box.y0 > 0 and box.y1 < figure.bbox.y1, first
+
+
+def test_a_figure_is_its_callers_and_pyplot_knows_nothing_of_it(full, tmp_path):
+    import matplotlib.pyplot as plt
+
+    before = plt.get_fignums()
+    figure = full.plot()
+    assert isinstance(figure, Figure) and len(figure.axes) == 3
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(ARMS)
+    figure.savefig(tmp_path / "figure.png")
+    full.to_html(tmp_path / "report.html")
+    assert plt.get_fignums() == before == []
+
+
+@pytest.mark.parametrize("draw", [*figures.PICTURES.values(), figures.plot])
+def test_an_unknown_theme_is_refused(draw):
+    arguments = () if draw is figures.plot else (Figure().subplots(),)
+    with pytest.raises(ValueError, match="theme must be one of 'light', 'dark', got 'blue'"):
+        draw(make(TWO), *arguments, theme="blue")
+
+
+# ---- The terminal ----
+
+
+@pytest.mark.parametrize(
+    "arms", [ARMS, TWELVE, {**TWO, LONG: ARMS["rmsprop"]}], ids=["seven", "twelve", "long"]
+)
+def test_summary_fits_in_80_columns_and_says_all(arms):
+    comparison = make(arms, metric_name="negative log-likelihood", shift=-3.0, margin=0.01)
+    console = rich.console.Console(width=80, record=True, file=io.StringIO())
+    report.print_summary(comparison, console)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= 80
+    words = " ".join(text.split())
+    assert words.startswith(" ".join(comparison.verdict().sentence.split()))
+    for arm, verdict in comparison.verdicts.items():
+        assert " ".join(verdict.sentence.split()) in words
+        low, high = verdict.interval
+        assert any(
+            arm.startswith(row.split()[0]) for row in text.splitlines() if f"{low:+.4f} to {high:+.4f}" in row
+        )
