@@ -27,7 +27,7 @@ from adaptive_optax.study.pictures import (
 )
 
 if TYPE_CHECKING:
-    from adaptive_optax.study.comparison import Comparison
+    from adaptive_optax.study.result import Comparison
 
 PICTURES = {"rates": plot_rates, "differences": plot_differences, "curves": plot_curves}
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
-    from adaptive_optax.study.comparison import Comparison
+    from adaptive_optax.study.result import Comparison
     from adaptive_optax.study.verdict import Verdict
 
 MINUS = "\N{MINUS SIGN}"

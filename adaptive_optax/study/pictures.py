@@ -27,7 +27,7 @@ from adaptive_optax.study.findings import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from adaptive_optax.study.comparison import Comparison
+    from adaptive_optax.study.result import Comparison
     from adaptive_optax.study.verdict import Verdict
 
 
@@ -48,6 +48,7 @@ THEMES = {
 PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "osD^vP<>p*hd"
 LINES = ("-", "--", "-.")
+_MOST_WINDOWS = 25
 
 
 # ---- Parts of pictures ----
@@ -170,7 +171,7 @@ def plot_rates(comparison: Comparison, axes: Axes, *, theme: str = "light") -> N
     _set_readable_range(axes, list(tuned.values()), strip)
     if crossed:
         shade = {"color": THEMES[theme].strip, "linewidth": 0, "zorder": 2.5, "transform": axes.transAxes}
-        axes.add_patch(Rectangle((0, 1 - strip), 1, strip, **shade))
+        axes.add_patch(Rectangle((0, 1 - strip), 1, strip + 0.01, clip_on=False, **shade))
         _text(axes, -0.02, 1 - strip / 2, "diverged", transform=axes.transAxes, va="center", ha="right",
               color=THEMES[theme].muted)  # fmt: skip
     for row, (arm, found) in enumerate(crossed.items()):
@@ -285,8 +286,8 @@ def plot_curves(comparison: Comparison, axes: Axes, *, theme: str = "light") -> 
     """Draws validation curves with bands of one standard error, and dotted training curves.
 
     Every arm at its best rate: means over the verdict's seeds, without the trials that diverged. The y range
-    is that of the second half of the steps. Training losses have their own axis, on the right, where the
-    metric is not the loss.
+    is that of the second half of the steps. Training losses are means over at most 25 windows, as batches are
+    noisy; they have their own axis, on the right, where the metric is not the loss.
 
     Args:
         comparison: What to draw.
@@ -296,6 +297,8 @@ def plot_curves(comparison: Comparison, axes: Axes, *, theme: str = "light") -> 
     check_choice("theme", theme, THEMES)
     colours, info, table = THEMES[theme], comparison.info, comparison.table
     steps, windows = np.asarray(comparison.validation_steps), np.asarray(comparison.training_steps)
+    width = -(-len(windows) // _MOST_WINDOWS)
+    windows = windows[width - 1 :: width]
     same = info["metric_name"] == "loss"
     _dress(axes, colours, f"validation {info['metric_name']}{' (dotted: training)' * same}", "step")
     axes.set_xlim(steps[0], steps[-1])
@@ -312,6 +315,7 @@ def plot_curves(comparison: Comparison, axes: Axes, *, theme: str = "light") -> 
             continue
         curves = np.asarray(comparison.validation_curves)[trials]
         training = np.asarray(comparison.training_curves)[trials].mean(axis=0)
+        training = training[: len(windows) * width].reshape(-1, width).mean(axis=1)
         mean, error = curves.mean(axis=0), np.zeros(len(steps))
         if len(curves) > 1:
             error = curves.std(axis=0, ddof=1) / np.sqrt(len(curves))

@@ -36,7 +36,7 @@ from adaptive_optax.study.report_tables import looks_table, trial_table, tuning_
 from adaptive_optax.study.store import write_atomically
 
 if TYPE_CHECKING:
-    from adaptive_optax.study.comparison import Comparison
+    from adaptive_optax.study.result import Comparison
     from adaptive_optax.study.verdict import Verdict
 
 # ---- The terminal ----

@@ -26,7 +26,7 @@ from adaptive_optax.study.findings import (
 )
 
 if TYPE_CHECKING:
-    from adaptive_optax.study.comparison import Comparison
+    from adaptive_optax.study.result import Comparison
     from adaptive_optax.study.verdict import Verdict
 
 GROWN = "\N{SUPERSCRIPT PLUS SIGN}"
@@ -103,8 +103,10 @@ def tuning_table(comparison: Comparison) -> str:
         rows.append([arm, *cells.values()])
     notes = (
         f"Mean final {info['metric_name']} of {info['tuning_seeds']} tuning seeds; bold: the best, taken for "
-        "the verdict. A rate at which a run diverged has no mean."
+        "the verdict."
     )
+    if any(found.diverged.any() for found in tuned.values()):
+        notes += " A rate at which a run diverged has no mean."
     if any(info["grown"].values()):
         notes += f" {GROWN}: added, as the best rate lay on the edge of the grid."
     if any(info["on_edge"].values()):

@@ -383,7 +383,7 @@ def _sentence(verdict: Verdict, relative_margin: float, alpha: float, adjustment
         text += f"{needed} seeds would settle it, if the effect is as seen"
     elif v.decision == "equivalent":
         zone = f"{100 * relative_margin:g} %" if v.margin is None else f"{v.margin:g}"
-        seen = f"{found}, {level} {ends}, {seeds}" if high > low else f"the same at all {seeds}"
+        seen = f"{found}, {level} {ends}, {seeds}" if high > low else f"final metric the same at all {seeds}"
         text = f"{v.arm} is equivalent to {v.baseline}, within {zone}: {seen}"
     else:
         text = f"{v.arm} is {v.decision} than {v.baseline}: {found}, {level} {ends}, {seeds}"
