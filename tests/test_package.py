@@ -92,8 +92,48 @@ def test_optax_internals_are_not_imported():
 
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
-def test_the_readmes_examples_run(code):
+def test_the_readmes_examples_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # an example may write a report
     exec(compile(code, "README.md", "exec"), {})
+
+
+def test_a_verdict_on_a_model_of_ones_own_takes_less_than_30_lines():
+    (example,) = (code for code in README.split("```python\n") if "study.compare(" in code)
+    assert len(example.partition("```")[0].splitlines()) < 30
+
+
+def test_the_study_has_what_is_promised():
+    from adaptive_optax import study
+
+    promised = {
+        "Task": "init, loss, train, validation, *, batch_size, metric=None, name='task', has_model_state=False, "
+        "evaluation_batch_size=None",
+        "nnx_task": "build, loss, train, validation, *, batch_size, metric=None, name='task', "
+        "evaluation_batch_size=None",
+        "suggest": "learning_rates, losses, rule",
+        "load": "path",
+    }
+    for name, expected in promised.items():
+        parameters = inspect.signature(getattr(study, name)).parameters.values()
+        bare = inspect.Signature([p.replace(annotation=inspect.Parameter.empty) for p in parameters])
+        assert str(bare) == f"({expected})"
+    begins = {
+        "compare": [
+            "task",
+            "arms",
+            "learning_rates",
+            "seeds",
+            "steps",
+            "tuning_seeds",
+            "baseline",
+            "margin",
+            "out",
+        ],
+        "lr_range_test": ["task", "optimizer", "low", "high", "points", "steps", "seeds"],
+        "judge": ["table", "baseline", "margin"],
+    }
+    for name, expected in begins.items():
+        assert list(inspect.signature(getattr(study, name)).parameters)[: len(expected)] == expected
 
 
 def test_files_named_in_the_readme_exist():

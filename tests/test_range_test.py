@@ -14,7 +14,9 @@ from reference import lr_finder as reference
 from scipy import stats
 
 import adaptive_optax as ao
-from adaptive_optax.study.range_test import RangeTest, analyze, lr_range_test, read_ramp, suggest
+from adaptive_optax.study.ramp import read_ramp, suggest
+from adaptive_optax.study.range_analysis import analyze
+from adaptive_optax.study.range_test import RangeTest, lr_range_test
 from adaptive_optax.study.task import Task, nnx_task
 
 RULES = {
@@ -266,6 +268,15 @@ def test_explosion_that_comes_to_rest_on_a_plateau_is_unstable():
 def test_explosion_that_is_made_good_is_stable():
     initial, final, training = network(explosion=50.0, plateau=0.2)
     assert math.isnan(analyze(GRID, initial, final, training).largest_stable)
+    final[-1] = math.nan  # changes nothing for the rates below
+    assert analyze(GRID, initial, final, training).largest_stable == pytest.approx(10**-0.125)
+
+
+@pytest.mark.parametrize("shift", [-100.0, 100.0])
+def test_losses_may_have_any_offset(shift):
+    known = analyze(GRID, *network(explosion=50.0))
+    found = analyze(GRID, *(shift + x for x in network(explosion=50.0)))
+    assert found.largest_stable == known.largest_stable
 
 
 def test_hard_batches_that_all_rates_meet_are_no_instability():
@@ -541,6 +552,8 @@ def test_plot_marks_what_was_found(ramp, full_batch):
         line.get_label().split()[0]: line.get_xdata()[0] for line in axes.lines if len(line.get_xdata()) == 2
     }
     assert marks["suggestion"] == found.suggestion
+    band = next(patch for patch in axes.patches if patch.get_label().startswith("95 % interval"))
+    np.testing.assert_allclose((band.get_x(), band.get_x() + band.get_width()), found.interval)
     assert marks["steepest"] == found.steepest
     assert marks["largest"] == found.largest_stable
     found.plot().savefig("/dev/null", format="png")
@@ -554,6 +567,8 @@ def test_diverged_trials_are_marked():
     line = next(line for line in found.plot().axes[0].lines if line.get_label() == "a trial diverged")
     diverged = found.table.groupby("learning_rate")["diverged"].any()
     np.testing.assert_array_equal(line.get_xdata(), diverged[diverged].index)
+    mean = next(line for line in found.plot().axes[0].lines if line.get_label() == "mean over seeds")
+    np.testing.assert_array_equal(np.isnan(mean.get_ydata()), diverged)
 
 
 @pytest.mark.parametrize(

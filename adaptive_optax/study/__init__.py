@@ -11,6 +11,9 @@ except ImportError as error:
 
 from adaptive_optax.study.arms import arm as arm
 from adaptive_optax.study.comparison import compare as compare
+from adaptive_optax.study.ramp import suggest as suggest
+from adaptive_optax.study.range_test import RangeTest as RangeTest
+from adaptive_optax.study.range_test import lr_range_test as lr_range_test
 from adaptive_optax.study.result import Comparison as Comparison
 from adaptive_optax.study.result import load as load
 from adaptive_optax.study.task import Task as Task

@@ -14,280 +14,28 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 import optax
 import pandas as pd
-from matplotlib.figure import Figure
-from numpy.typing import ArrayLike
-from scipy import stats
 
 from adaptive_optax._checks import check_bool, check_choice, check_integer, check_scalar
 from adaptive_optax.study.arms import check_arm
 from adaptive_optax.study.layout import MODES, settle_layout
 from adaptive_optax.study.progress import TrialProgress
+from adaptive_optax.study.ramp import read_ramp
+from adaptive_optax.study.range_analysis import analyze, geometric_mean
 from adaptive_optax.study.runner import ArmSpec, Runner
 from adaptive_optax.study.store import Key
 from adaptive_optax.study.task import Task
 from adaptive_optax.study.trials import Plan
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
 Optimizer = Callable[[Any], optax.GradientTransformation]
-
-# ---- Reading a curve: fastai's rules ----
-
-_SLIDE_WIDTH, _SLIDE_THRESHOLD = 15, 0.005
-_FEWEST_POINTS = {"steepest": 2, "valley": 1, "slide": _SLIDE_WIDTH + 1, "minimum": 1}
-
-
-def suggest(learning_rates: ArrayLike, losses: ArrayLike, rule: str) -> float:
-    r"""Reads a learning rate off a curve of losses by one of fastai's four rules.
-
-    For curves that another finder recorded, and to see what the rules say. The curve is taken as it is:
-    fastai's `lr_find` gives its rules the smoothed losses without the first tenth of its steps and the last
-    five points, and so does `lr_range_test(..., ramp=True)`. With points :math:`0 \dots n-1`:
-
-    | rule | index of the rate |
-    |---|---|
-    | `"steepest"` | the left end of the interval with the least :math:`\Delta L / \Delta\log\eta` |
-    | `"valley"` | a third, and half a third, into the longest decreasing subsequence: with its length \ell and its last index e (the first index to reach that length), :math:`e - \ell + \lfloor\ell/3\rfloor + \lfloor\ell/6\rfloor`; 0 where nothing decreases |
-    | `"slide"` | the left end of a window 15 wide, which moves left from the end of the curve while the gradients :math:`\Delta L / \Delta i` at its two ends differ by more than 0.005 |
-    | `"minimum"` | the lowest loss; a tenth of that rate is suggested |
-
-    An index of -1, which `"valley"` has for a curve that falls in its first step only, is the last point, as it
-    is in fastai. Of equal values the first counts.
-
-    Args:
-        learning_rates: Rates above 0, increasing.
-        losses: As many finite losses.
-        rule: The rule. `"slide"` needs 16 points, `"steepest"` 2, the others 1.
-
-    Raises:
-        ValueError: If an argument is not as above.
-
-    >>> rates = [1e-4, 1e-3, 1e-2, 1e-1]
-    >>> suggest(rates, [2.0, 1.9, 1.0, 0.9], "steepest"), suggest(rates, [2.0, 1.9, 1.0, 3.0], "minimum")
-    (0.001, 0.001)
-
-    Source: fastai 2 (Howard and Gugger 2020), `fastai.callback.schedule`.
-    """  # noqa: E501  (a table's row is one line)
-    check_choice("rule", rule, _FEWEST_POINTS)
-    rates, curve = np.asarray(learning_rates, np.float64), np.asarray(losses, np.float64)
-    if rates.ndim != 1 or rates.shape != curve.shape:
-        raise ValueError(
-            f"losses must hold one number for each learning rate, got shapes {curve.shape} and {rates.shape}."
-        )
-    if len(rates) < (fewest := _FEWEST_POINTS[rule]):
-        raise ValueError(f"losses must have at least {fewest} points for rule {rule!r}, got {len(rates)}.")
-    wrong = ~(np.diff(rates, prepend=0.0) > 0) | ~np.isfinite(rates)
-    if np.any(wrong):
-        at = int(np.argmax(wrong))
-        raise ValueError(
-            f"learning_rates must be finite, above 0 and increasing, got {rates[at]} at index {at}."
-        )
-    if not np.all(np.isfinite(curve)):
-        at = int(np.argmin(np.isfinite(curve)))
-        raise ValueError(f"losses must be finite, got {curve[at]} at index {at}: cut the curve there.")
-    index = {"steepest": _steepest, "valley": _valley, "slide": _slide, "minimum": _minimum}[rule]
-    rate = float(rates[index(rates, curve)])
-    return rate / 10 if rule == "minimum" else rate
-
-
-def _steepest(rates: np.ndarray, losses: np.ndarray) -> int:
-    return int(np.argmin(np.diff(losses) / np.diff(np.log(rates))))
-
-
-def _minimum(rates: np.ndarray, losses: np.ndarray) -> int:
-    return int(np.argmin(losses))
-
-
-def _valley(rates: np.ndarray, losses: np.ndarray) -> int:
-    lengths = np.ones(len(losses), int)  # of the longest decreasing subsequence that ends here
-    for i in range(1, len(losses)):
-        lengths[i] += np.max(lengths[:i], where=losses[:i] > losses[i], initial=0)
-    length, end = int(np.max(lengths)), int(np.argmax(lengths))
-    return end - length + length // 3 + length // 6 if length > 1 else 0
-
-
-def _slide(rates: np.ndarray, losses: np.ndarray) -> int:
-    slopes = np.gradient(losses)
-    right, index = -1, -1 - _SLIDE_WIDTH
-    left = index
-    while left >= -len(losses) and abs(slopes[right] - slopes[left]) > _SLIDE_THRESHOLD:
-        index, right, left = left, right - 1, left - 1
-    return index
-
-
-# ---- Constant rates: what the trials say ----
-
-UNSTABLE_RATIO = 3.0  # how far above what is usual the training loss rises in an unstable trial
-LOST_DESCENT = 0.5  # of the best descent; a trial that keeps more is stable, however it came there
-BEST_TO_PEAK = 0.5  # from the rate that is best in a short trial to the suggestion
-
-
-class Analysis(NamedTuple):
-    """What constant-rate trials say; rates are NaN where they are not defined.
-
-    Attributes:
-        suggestion: Half the rate with the lowest final loss, the geometric mean over seeds.
-        interval: The 95 % t interval of the suggestion over seeds, in the logarithm of the rate. It covers
-            seeds, not the choice of half, nor other lengths of trials.
-        steepest: Where the mean final loss falls fastest with the logarithm of the rate.
-        largest_stable: The middle, in the logarithm, of the last stable rate and the first unstable one.
-        unstable: Which trials are unstable, [rate, seed].
-        declined: Why there is no suggestion, or None.
-    """
-
-    suggestion: float
-    interval: tuple[float, float]
-    steepest: float
-    largest_stable: float
-    unstable: np.ndarray
-    declined: str | None
-
-
-def analyze(rates: np.ndarray, initial: np.ndarray, final: np.ndarray, training: np.ndarray) -> Analysis:
-    r"""Analyzes trials at constant rates.
-
-    **Stable.** A trial is unstable if a loss is not finite, or if it ends without half of the descent that
-    the seed's best trial makes and its training loss is not stationary: with :math:`P_1, P_2` the peaks in
-    the first and the second half, above the lowest loss of all, and P the usual peak (the larger of the
-    initial loss and the peak at the lowest rate),
-
-    .. math:: \max(P_1, P_2) > 3 \max(\min(P_1, P_2), P).
-
-    :math:`P_2 > P_1` is a loss that grows; :math:`P_1 > P_2` one that exploded and came to rest on a plateau,
-    as in networks, which seldom overflow. A quadratic's noise floor may lie far above the initial loss: it
-    is stationary, and stable. A rate is unstable if one of its trials is not finite or half of them are
-    unstable. Only the rates below the first unstable one enter what follows.
-
-    **Suggestion.** Each seed's best rate is the minimum of its final loss, by a parabola through the lowest
-    point and its neighbours. Short trials prefer larger rates than long runs do: half the best rate lost
-    least in the worst case on a small network (SGD, momentum, Adam; constant and decaying rates; runs 3 to
-    30 times as long). It cannot exceed half the largest stable rate. The steepest rate is not used: on a
-    quadratic of curvature h it is 1/(2hT) after T steps, which says more about T than about h.
-
-    Args:
-        rates: [rate], ascending and evenly spaced in the logarithm.
-        initial: [seed], the loss on the probe set before training.
-        final: [rate, seed], the loss on the probe set after training.
-        training: [rate, seed, window], the training losses on the way.
-    """
-    x, losses = np.log(rates), np.where(np.isfinite(final), final, np.inf)
-    finite = np.isfinite(final) & np.all(np.isfinite(training), axis=2)
-    unstable = ~finite | _is_unstable(initial, losses, np.where(finite[..., None], training, np.inf))
-    bad = ~np.all(finite, axis=1) | (np.mean(unstable, axis=1) >= 0.5)
-    stable = int(np.argmax(bad)) if bad.any() else len(rates)  # the number of rates below the first bad one
-    limit = math.exp(x[stable - 1 : stable + 1].mean()) if 0 < stable < len(rates) else math.nan
-
-    x, losses = x[:stable], losses[:stable]
-    mean = losses.mean(axis=1)
-    steepest = math.nan
-    if stable > 1 and np.min(slopes := np.diff(mean) / np.diff(x)) < 0:
-        steepest = math.exp(_lowest((x[1:] + x[:-1]) / 2, slopes))
-    declined = _reason_to_decline(rates, initial, losses, finite)
-    if declined is not None:
-        return Analysis(math.nan, (math.nan, math.nan), steepest, limit, unstable, declined)
-    best = np.array([_lowest(x, of_seed) for of_seed in losses.T])
-    suggestion, interval = _geometric_mean(BEST_TO_PEAK * np.exp(best), spacing=float(x[1] - x[0]))
-    return Analysis(suggestion, interval, steepest, limit, unstable, None)
-
-
-def _is_unstable(initial: np.ndarray, final: np.ndarray, training: np.ndarray) -> np.ndarray:
-    """Which finite trials, [rate, seed], lost their descent and are not stationary; see `analyze`."""
-    descent = initial - final
-    keeps = descent > LOST_DESCENT * descent.max(axis=0)
-    lowest = min(training.min(), final.min(), initial.min())
-    half = training.shape[2] // 2
-    first = training[..., :half].max(axis=2, initial=lowest) - lowest
-    second = training[..., half:].max(axis=2) - lowest
-    high, low = np.maximum(first, second), np.minimum(first, second)
-    usual = np.maximum(initial - lowest, np.where(np.isfinite(high[0]), high[0], 0))
-    return ~keeps & (high > UNSTABLE_RATIO * np.maximum(low, usual))
-
-
-def _reason_to_decline(
-    rates: np.ndarray, initial: np.ndarray, stable_losses: np.ndarray, finite: np.ndarray
-) -> str | None:
-    if not np.all(np.isfinite(initial)):
-        return "the loss is not finite before training"
-    if not finite.any():
-        return f"every trial diverges, at {rates[0]:.2g} already: lower low"
-    if not len(stable_losses):
-        return f"training is unstable at the lowest rate, {rates[0]:.2g}, already: lower low"
-    best, seeds = int(np.argmin(stable_losses.mean(axis=1))), len(initial)
-    fell = int(np.sum(stable_losses[best] < initial))
-    if stats.binom.sf(fell - 1, seeds, 0.5) > max(0.05, 0.5**seeds):  # a sign test over seeds
-        where = f"at the best rate, {rates[best]:.2g}"
-        return f"nothing descends: {where}, the loss falls in {fell} of {seeds} seeds"
-    if best == 0:
-        return f"the loss is lowest at the lowest rate, {rates[0]:.2g}: lower low"
-    if best == len(rates) - 1:
-        return f"the loss is lowest at the highest rate, {rates[-1]:.2g}: raise high"
-    return None
-
-
-def _lowest(x: np.ndarray, y: np.ndarray) -> float:
-    """Where y is lowest: the vertex of the parabola through the lowest point and its neighbours."""
-    i = int(np.argmin(y))
-    if i in (0, len(y) - 1):
-        return float(x[i])
-    curvature = y[i - 1] - 2 * y[i] + y[i + 1]
-    shift = (y[i - 1] - y[i + 1]) / (2 * curvature) if curvature > 0 else 0.0  # within half a spacing
-    return float(x[i] + shift * (x[i + 1] - x[i]))
-
-
-def _geometric_mean(rates: np.ndarray, spacing: float = 0.0) -> tuple[float, tuple[float, float]]:
-    """The geometric mean of one rate a seed, and its interval; NaNs are left out.
-
-    A rate read off a grid is rounded: one twelfth of the squared `spacing` is added to the seeds' variance.
-    """
-    logs = np.log(rates[np.isfinite(rates)])
-    if len(logs) < 2:
-        return (math.exp(logs[0]) if len(logs) else math.nan), (math.nan, math.nan)
-    error = math.sqrt((logs.var(ddof=1) + spacing**2 / 12) / len(logs))
-    center, half = logs.mean(), stats.t.ppf(0.975, len(logs) - 1) * error
-    return math.exp(center), (math.exp(center - half), math.exp(center + half))
-
-
-# ---- The ramp ----
-
-SMOOTHING, STOP_RATIO, DROPPED_END = 0.98, 4.0, 5  # fastai's
-
-
-def read_ramp(rates: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
-    r"""Smooths the losses of one ramp, stops it where fastai would, and applies the rules.
-
-    .. math::
-
-        a_i = \beta a_{i-1} + (1 - \beta) L_i, \qquad \hat L_i = a_i / (1 - \beta^{i+1}), \quad \beta = 0.98
-
-    The ramp ends with the first point that is not finite or above 4 times the lowest one before it. The rules
-    see it without the first tenth of the planned steps and without its last five points; a rule that needs
-    more points than are left gives NaN.
-
-    Returns:
-        The smoothed losses, the last of them the one that stopped the ramp; and the rate by each rule, with
-        the rate of the stop as `"stop"` (NaN if nothing stopped it).
-    """
-    smoothed, average, best, stop = [], 0.0, math.inf, math.nan
-    for i, loss in enumerate(losses.tolist()):
-        average = SMOOTHING * average + (1 - SMOOTHING) * loss
-        smoothed.append(average / (1 - SMOOTHING ** (i + 1)))
-        best = min(best, smoothed[-1])
-        if not math.isfinite(smoothed[-1]) or smoothed[-1] > STOP_RATIO * best > 0:
-            stop = float(rates[i])
-            break
-    kept = slice(len(losses) // 10, max(len(smoothed) - DROPPED_END, 0))
-    read = {"stop": stop}
-    for rule, fewest in _FEWEST_POINTS.items():
-        curve = smoothed[kept]
-        read[rule] = suggest(rates[: len(smoothed)][kept], curve, rule) if len(curve) >= fewest else math.nan
-    return np.array(smoothed), read
-
-
-# ---- The range test ----
 
 POINTS_PER_DECADE = 4  # a limit between two rates is then known within a factor of 1.33
 PROBE_BATCHES, PROBE_SAMPLES = 8, 256  # the probe set has at least these, where the training data does
@@ -320,6 +68,8 @@ class RangeTest:
 
     def plot(self) -> Figure:
         """Draws the loss against the learning rate, with what the test reads off it."""
+        from matplotlib.figure import Figure  # the study needs no pictures until one is asked for
+
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.subplots()
         if self.rules is None:
@@ -529,7 +279,7 @@ def _ramp_result(rates: np.ndarray, numbers: np.ndarray, losses: np.ndarray) -> 
         for seed, of_seed, (smoothed, _) in zip(numbers, losses, read, strict=True)
         for i, loss in enumerate(smoothed)
     ]
-    mean = {rule: _geometric_mean(rules[rule].to_numpy()) for rule in ("valley", "steepest", "stop")}
+    mean = {rule: geometric_mean(rules[rule].to_numpy()) for rule in ("valley", "steepest", "stop")}
     suggestion, interval = mean["valley"]
     if math.isfinite(suggestion):
         declined = None

@@ -208,9 +208,8 @@ def _pictures(comparison: Comparison, judged: bool) -> str:
 def _covers(comparison: Comparison, judged: bool) -> str:
     info = comparison.info
     rivals = len(info["arms"]) - 1
-    adjusted = f"all {rivals} comparisons together" if rivals > 1 else "this comparison"
-    adjusted += f", over {len(info['looks'])} looks" if len(info["looks"]) > 1 else ""
-    held = f" The adjusted intervals hold for {adjusted}." if judged else ""
+    adjusted = f"{rivals} comparisons (Holm) and for looking" if rivals > 1 else "looking"
+    held = f" The adjusted intervals allow for {adjusted} again after adding seeds." if judged else ""
     return f"""<section class="prose">
 <h2>What the intervals cover</h2>
 <p>Seeds: other initial parameters and other orders of the batches. All else is held: these tuned rates, this

@@ -1,9 +1,8 @@
-"""Two small built-in tasks to compare on: boxes around digits in noise, and the prose of Python's own manual.
+"""Two small tasks to compare on: boxes around digits in noise, and the prose of Python's own manual.
 
-Nothing is downloaded: the digits come with scikit-learn, the text with Python. The split of the data is fixed,
-so a seed decides the initial weights and the order of the batches and nothing else.
-
-    adaptive-optax compare adaptive_optax.study.tasks:text --arms adam:constant,adam:one_cycle …
+Nothing is downloaded: the digits come with scikit-learn, the text with Python. The split of the data is
+fixed, so a seed decides the initial weights and the order of the batches and nothing else. On the command
+line they are `adaptive_optax.study.tasks:localization` and `adaptive_optax.study.tasks:text`.
 """
 
 from __future__ import annotations
@@ -64,9 +63,9 @@ def localization(
     """Makes the task of finding a handwritten digit on a noisy canvas: images in, boxes out.
 
     Scikit-learn's digits lie at random positions and sizes, 8 to 20 pixels, on noisy canvases of 28 x 28. A
-    small nnx network reads off the box around the ink. Loss and metric are the mean absolute error of the box's
-    four sides in pixels; always answering the average box gives about 4.4. No digit is in both the training and
-    the validation images.
+    small nnx network (17,508 parameters) reads off the box around the ink. Loss and metric are the mean
+    absolute error of the box's four sides in pixels; always answering the same box gives 3.7. No digit is in
+    both the training and the validation images.
 
     Args:
         train_count: Training images.
@@ -76,8 +75,8 @@ def localization(
         hidden: Units of the hidden layer.
 
     Raises:
-        ImportError: If Flax or scikit-learn is missing; the extra `examples` has both.
-        ValueError: If a size is not positive.
+        ImportError: If scikit-learn is missing; it is in the extra `examples`.
+        ValueError: If a size is not positive, or a batch larger than the training data.
     """
     for name, value in (("width", width), ("hidden", hidden)):
         check_integer(name, value, "[1, inf)")
@@ -142,19 +141,36 @@ def _place(digits: np.ndarray, count: int, rng: np.random.Generator) -> dict[str
 
 ALPHABET = " abcdefghijklmnopqrstuvwxyz.,()'"
 VALIDATION_EVERY = 8  # of the topics, in alphabetical order
+ROTARY_BASE = 1000.0  # the longest wavelength, in characters over 2 pi
+
+
+def rotate(x: jax.Array) -> jax.Array:
+    """Turns pairs of features by angles that grow with the position, x [window, head, position, feature].
+
+    The products of a query and a key then depend on their distance alone: rotary positions (Su et al. 2021).
+    """
+    positions, pairs = x.shape[-2], x.shape[-1] // 2
+    angle = np.arange(positions)[:, None] * ROTARY_BASE ** (-np.arange(pairs) / pairs)
+    cos, sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+    a, b = x[..., :pairs], x[..., pairs:]
+    return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
 
 class Block(nnx.Module):
-    """Causal self-attention and a two-layer perceptron, each after a layer norm and beside a shortcut."""
+    """Causal self-attention and a two-layer perceptron, each after a layer norm and beside a shortcut.
+
+    Queries and keys are normalised (Henry et al. 2020), without which a high learning rate ends the attention.
+    """
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
-        small = nnx.initializers.normal(0.02)
         self.heads = heads
         self.norm_1, self.norm_2 = nnx.LayerNorm(width, rngs=rngs), nnx.LayerNorm(width, rngs=rngs)
         self.attend = nnx.Linear(width, 3 * width, use_bias=False, rngs=rngs)
-        self.join = nnx.Linear(width, width, use_bias=False, kernel_init=small, rngs=rngs)
+        self.norm_query = nnx.RMSNorm(width // heads, rngs=rngs)
+        self.norm_key = nnx.RMSNorm(width // heads, rngs=rngs)
+        self.join = nnx.Linear(width, width, use_bias=False, rngs=rngs)
         self.up = nnx.Linear(width, 4 * width, rngs=rngs)
-        self.down = nnx.Linear(4 * width, width, kernel_init=small, rngs=rngs)
+        self.down = nnx.Linear(4 * width, width, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [window, position, width] to the same."""
@@ -162,6 +178,7 @@ class Block(nnx.Module):
             y.reshape(*x.shape[:2], self.heads, -1).swapaxes(1, 2)
             for y in jnp.split(self.attend(self.norm_1(x)), 3, axis=-1)
         )  # [window, head, position, feature]
+        query, key = rotate(self.norm_query(query)), rotate(self.norm_key(key))
         scores = query @ key.swapaxes(2, 3) / math.sqrt(query.shape[-1])
         visible = np.tri(x.shape[1], dtype=bool)  # itself and those before it
         attention = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
@@ -170,19 +187,25 @@ class Block(nnx.Module):
 
 
 class CharacterTransformer(nnx.Module):
-    """Predicts every next character of a window from those before it."""
+    """Predicts every next character of a window from those before it.
 
-    def __init__(self, context: int, width: int, layers: int, heads: int, *, rngs: nnx.Rngs):
-        small = nnx.initializers.normal(0.02)
-        self.character = nnx.Embed(len(ALPHABET), width, rngs=rngs, embedding_init=small)
-        self.position = nnx.Embed(context, width, rngs=rngs, embedding_init=small)
+    Args:
+        width: Values at every position between the layers, an even multiple of `heads`.
+        layers: Blocks of attention and perceptron.
+        heads: Attention heads.
+        rngs: Where the initial weights come from.
+    """
+
+    def __init__(self, width: int, layers: int, heads: int, *, rngs: nnx.Rngs):
+        initial = nnx.initializers.normal
+        self.character = nnx.Embed(len(ALPHABET), width, embedding_init=initial(1.0), rngs=rngs)
         self.blocks = nnx.List([Block(width, heads, rngs=rngs) for _ in range(layers)])
         self.norm = nnx.LayerNorm(width, rngs=rngs)
-        self.logits = nnx.Linear(width, len(ALPHABET), kernel_init=small, rngs=rngs)
+        self.logits = nnx.Linear(width, len(ALPHABET), kernel_init=initial(0.02), rngs=rngs)
 
-    def __call__(self, characters: jax.Array) -> jax.Array:
-        """Gives logits [window, position, character] for the codes of the windows' characters."""
-        x = self.character(characters) + self.position(jnp.arange(characters.shape[1]))
+    def __call__(self, codes: jax.Array) -> jax.Array:
+        """Gives logits [window, position, character] for codes of `ALPHABET` [window, position]."""
+        x = self.character(codes)
         for block in self.blocks:
             x = block(x)
         return self.logits(self.norm(x))
@@ -192,39 +215,39 @@ def text(
     *,
     context: int = 48,
     validation_count: int = 256,
-    batch_size: int = 8,
+    batch_size: int = 4,
     width: int = 48,
     layers: int = 2,
     heads: int = 2,
 ) -> Task:
     """Makes the task of predicting the next character of the prose in Python's own manual.
 
-    The text is what `help()` prints on topics (`pydoc_data.topics` of the standard library), about 200,000
-    characters after headings, tables, grammar and code have been left out and the rest reduced to 32 characters. A
-    small nnx transformer with causal attention, learned positions and no dropout is trained on cross-entropy; the
-    metric is that in bits a character, on fixed windows. Guessing evenly costs 5 bits. Every eighth topic is
-    for validation, and paragraphs that are in these too are not in training.
+    The text is what `help()` prints on topics (`pydoc_data.topics` of the standard library): about 200,000
+    characters without headings, tables, grammar and code, reduced to an alphabet of 32. A small nnx
+    transformer (59,456 parameters) with causal attention, rotary positions and no dropout is trained on
+    cross-entropy; the metric is that in bits a character, on fixed windows. Guessing costs 5 bits, knowing how
+    frequent the characters are 4.2. Every eighth topic is for validation; its paragraphs are not in training,
+    also where another topic quotes them.
 
-    The text differs a little between versions of Python, and so do the results.
+    The manual changes a little from one version of Python to the next, and so do the results.
 
     Args:
-        context: Characters that the model sees at most.
+        context: Characters in a window, the most that the model looks back.
         validation_count: Validation windows at most, evenly spaced in the text of the validation topics.
         batch_size: Windows in a batch.
-        width: Values at every position between the layers, a multiple of `heads`.
+        width: Values at every position between the layers, an even multiple of `heads`.
         layers: Blocks of attention and perceptron.
         heads: Attention heads.
 
     Raises:
-        ImportError: If Flax is missing; it is in the extra `flax`.
         ValueError: If a size is out of range.
     """
     sizes = {"context": context, "validation_count": validation_count, "layers": layers, "heads": heads}
     for name, value in sizes.items():
         check_integer(name, value, "[1, inf)")
     check_integer("width", width, "[1, inf)")
-    if width % heads:
-        raise ValueError(f"width must be a multiple of heads, {heads}, got {width}.")
+    if width % (2 * heads):
+        raise ValueError(f"width must be an even multiple of heads={heads}, got {width}.")
 
     def cross_entropy(model, windows):
         codes = windows.astype(jnp.int32)
@@ -237,7 +260,7 @@ def text(
     train, validation = prose_windows(context)
     spaced = np.linspace(0, len(validation) - 1, min(validation_count, len(validation))).astype(int)
     return nnx_task(
-        lambda rngs: CharacterTransformer(context, width, layers, heads, rngs=rngs),
+        lambda rngs: CharacterTransformer(width, layers, heads, rngs=rngs),
         cross_entropy,
         train,
         validation[spaced],

@@ -188,11 +188,9 @@ class Program:
     def __init__(self, task: Task, arm: Arm, plan: Plan, layout: Layout, evaluate: Evaluate | None = None):
         self.plan, self.layout = plan, layout
         trial = make_trial(task, arm, plan, evaluate)
-        devices = jax.local_devices()[: layout.devices]
-        mesh = jax.sharding.Mesh(np.array(devices), ("trials",))
         split, whole = PartitionSpec("trials"), PartitionSpec()
+        mesh, self._train, self._validation = _place_data(task, layout.devices)
         self._split, self._whole = NamedSharding(mesh, split), NamedSharding(mesh, whole)
-        self._train, self._validation = jax.device_put((task.train, task.validation), self._whole)
         each = {"scan": _one_by_one, "vmap": jax.vmap, "step": _the_only_one}[layout.mode]
 
         def compiled(function, in_specs, out_specs, *arguments, donate=()):
@@ -316,6 +314,13 @@ class Program:
                 samples = self._order(trials, index)
             runs, index = self._step(runs, trials, index, samples, self._train)
         return runs, self._measure(runs, self._validation)
+
+
+@functools.lru_cache(maxsize=4)
+def _place_data(task: Task, devices: int) -> tuple[jax.sharding.Mesh, Any, Any]:
+    """Copies the data to the devices, once for all arms; gives the mesh, the training and validation data."""
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()[:devices]), ("trials",))
+    return mesh, *jax.device_put((task.train, task.validation), NamedSharding(mesh, PartitionSpec()))
 
 
 def _one_by_one(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -261,7 +261,7 @@ def _grid(table: pd.DataFrame) -> tuple[list[str], np.ndarray, np.ndarray | None
     if table.empty:
         raise ValueError("table must have trials to judge (of phase 'verdict', if it has phases), got none.")
     arm_of, arms = pd.factorize(table["arm"])
-    seed_of, seeds = pd.factorize(table["seed"], sort=True)
+    seed_of, seeds = pd.factorize(table["seed"].to_numpy(), sort=True)
     if min(arm_of.min(), seed_of.min()) < 0:
         raise ValueError("table must name the arm and the seed in every row, got a row where one is missing.")
     shape = len(arms), len(seeds)
@@ -345,19 +345,24 @@ def _seeds_needed(seeds: int, effects: np.ndarray, level: float, level_equivalen
 
     def power(n: int, effect: float, one_sided: float) -> float:
         """P(T > critical) for noncentral t with n - 1 degrees of freedom and noncentrality effect sqrt(n)."""
-        critical, noncentrality = -special.stdtrit(n - 1, one_sided), effect * math.sqrt(n)
+        noncentrality = effect * math.sqrt(n)
         if not 0 < noncentrality < 1e6:
             return float(noncentrality > 0)
+        critical = -special.stdtrit(n - 1, one_sided)
         missed = special.nctdtr(n - 1, noncentrality, critical)  # NaN where it is 0 or 1 to many digits
         return float(noncentrality > critical) if math.isnan(missed) else 1 - missed
 
-    def either(n: int) -> float:
-        both_sides = power(n, -above, level_equivalence) + power(n, below, level_equivalence) - 1
-        return max(power(n, abs(difference), level / 2), both_sides)
+    def power_of_difference(n: int) -> float:
+        return power(n, abs(difference), level / 2)
 
-    numbers = range(seeds + 1, _MOST_SEEDS + 1)
-    found = bisect.bisect_left(numbers, _POWER, key=either)
-    return numbers[found] if found < len(numbers) else None
+    def power_of_equivalence(n: int) -> float:
+        return power(n, -above, level_equivalence) + power(n, below, level_equivalence) - 1
+
+    end = _MOST_SEEDS + 1
+    for power_of_test in (power_of_difference, power_of_equivalence):
+        fewer = range(seeds + 1, end)
+        end = seeds + 1 + bisect.bisect_left(fewer, _POWER, key=power_of_test)
+    return end if end <= _MOST_SEEDS else None
 
 
 # ---- The sentence ----
