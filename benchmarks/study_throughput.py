@@ -2,7 +2,8 @@
 
 The task is a digits MLP (64-128-128-10) with batches of 64. Both train the same trials (rates x seeds) with
 Adam and evaluate on the validation set at the same points. The loop is kind to itself: one optax step, jitted
-once, with the rate as an argument, and the batches of an epoch indexed with NumPy. Compilation is timed apart.
+once, with the rate as an argument, and the batches of an epoch indexed with NumPy. Compilation is timed
+apart.
 Both alternate in one process; the study uses as many devices as there are cores.
 
     python -m benchmarks.study_throughput [--rounds 5] [--json FILE]

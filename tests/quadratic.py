@@ -1,7 +1,8 @@
 """A noisy quadratic, whose best schedule and final loss are known in closed form.
 
 Loss h/2 |x|^2 with gradient h x + sqrt(c) n, n standard normal: with the rate a_t, the expected square of a
-coordinate follows E_{t+1} = (1 - a_t h)^2 E_t + a_t^2 c. Minimizing over a_t gives a_t = h E_t / (h^2 E_t + c),
+coordinate follows E_{t+1} = (1 - a_t h)^2 E_t + a_t^2 c. Minimizing over a_t gives the rate
+a_t = h E_t / (h^2 E_t + c),
 and by induction that greedy choice is the best schedule, as E_{t+1} grows with E_t.
 """
 

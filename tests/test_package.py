@@ -106,7 +106,8 @@ def test_the_study_has_what_is_promised():
     from adaptive_optax import study
 
     promised = {
-        "Task": "init, loss, train, validation, *, batch_size, metric=None, name='task', has_model_state=False, "
+        "Task": "init, loss, train, validation, *, batch_size, metric=None, name='task', "
+        "has_model_state=False, "
         "evaluation_batch_size=None",
         "nnx_task": "build, loss, train, validation, *, batch_size, metric=None, name='task', "
         "evaluation_batch_size=None",

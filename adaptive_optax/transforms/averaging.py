@@ -42,7 +42,7 @@ def average_parameters(power: float = 8.0) -> optax.GradientTransformationExtraA
         \bar\theta_t = \bar\theta_{t-1} + \frac{\gamma + 1}{t + \gamma} (\theta_t - \bar\theta_{t-1})
 
     gives :math:`\theta_i` a weight that grows with :math:`i^\gamma`. The average is about as old as
-    :math:`t/(\gamma + 2)` steps whatever t is, so no length of run has to be known: 10 % of it at the default.
+    :math:`t/(\gamma + 2)` steps whatever t is, so no length of run has to be known: 10 % at the default.
 
     Args:
         power: :math:`\gamma` in [0, inf); 0 is the plain mean of all steps. May be a JAX scalar or a tracer,
@@ -89,7 +89,8 @@ def average_parameters(power: float = 8.0) -> optax.GradientTransformationExtraA
         gamma = state.power
         weight = (gamma + 1) / (count.astype(gamma.dtype) + gamma)
         leaves, treedef = jax.tree.flatten(state.average)
-        new = optax.apply_updates(jax.tree.leaves(params), jax.tree.leaves(updates))  # as they will be rounded
+        # Of the parameters as they will be, rounded to their dtype.
+        new = optax.apply_updates(jax.tree.leaves(params), jax.tree.leaves(updates))
         average = [a + scale(x - a, weight) for a, x in zip(leaves, widen(new), strict=True)]
         state = AverageParametersState(count, jax.tree.unflatten(treedef, average), gamma)
         return widen(updates), state
