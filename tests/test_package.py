@@ -142,3 +142,13 @@ def test_files_named_in_the_readme_exist():
     assert named
     for name in named:
         assert (ROOT / name).exists(), name
+
+
+def test_the_packages_data_files_are_where_they_are_read():
+    assert (ROOT / "adaptive_optax" / "py.typed").exists()
+    assert (ROOT / "adaptive_optax" / "study" / "report.css").exists()
+
+
+def test_the_command_is_installed():
+    (command,) = importlib.metadata.entry_points(group="console_scripts", name="adaptive-optax")
+    assert callable(command.load())

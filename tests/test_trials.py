@@ -10,6 +10,7 @@ from quadratic import constant, quadratic_task
 
 import adaptive_optax as ao
 from adaptive_optax import study
+from adaptive_optax.study.arms import OPTIMIZERS, SCHEDULES, check_arm
 from adaptive_optax.study.trials import Layout, Plan, Program, as_trials
 
 X = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
@@ -301,12 +302,8 @@ def test_float64_is_kept(x64):
 
 
 @pytest.mark.parametrize(
-    "optimizer", ["adam", "adamw", "nadam", "amsgrad", "rmsprop", "global_rmsprop", "sgd", "momentum"]
+    "name", [*(f"{name}:one_cycle" for name in OPTIMIZERS), *(f"adam:{name}:averaged" for name in SCHEDULES)]
 )
-@pytest.mark.parametrize("schedule", ["constant", "exponential", "step", "linear", "cosine", "warmup_cosine",
-                                      "warmup_stable_decay", "inverse_sqrt", "one_cycle"])  # fmt: skip
-def test_every_named_arm_runs_with_a_traced_rate(optimizer, schedule):
-    from adaptive_optax.study.arms import check_arm
-
-    arm = study.arm(f"{optimizer}:{schedule}:averaged")
-    assert check_arm("it", arm, make_task(), Plan(100, (0, 100)), ao.averaged_parameters, 0.1) == "once"
+def test_every_named_arm_runs_with_a_traced_rate(name):
+    found = check_arm("it", study.arm(name), make_task(), Plan(100, (0, 100)), ao.averaged_parameters, 0.1)
+    assert found == "once"

@@ -122,6 +122,9 @@ def test_a_look_multiplies_after_holm():
         verdicts = judge(table, baseline="base", look=look, resamples=0)
         expected = [min(1, p * 2**look) for p in (0.003, 0.008, 0.3)]
         assert [verdict.p_value for verdict in verdicts.values()] == pytest.approx(expected, rel=1e-9)
+        for verdict, factor in zip(verdicts.values(), (3, 2, 1), strict=True):
+            half = t_of_p(ALPHA / 2**look / factor) / math.sqrt(3)
+            assert verdict.interval[1] - verdict.effect == pytest.approx(half, rel=1e-9)
     first = judge(table, baseline="base", look=1, resamples=0)
     assert [verdict.decision for verdict in first.values()] == ["worse", "worse", "undecided"]
     fifth = judge(table, baseline="base", look=5, resamples=0)
@@ -186,10 +189,12 @@ def test_deterministic_task_is_undecided(arm, baseline, options):
 
 def test_arms_without_variance_keep_their_place_in_holm():
     base = noisy(0, {"base": 0.0, "arm": 0.03})
-    alone = judge(make_table(base), baseline="base", resamples=0)["arm"]
-    others = {"same": base["base"], "shifted": base["base"] + 0.5}
-    verdict = judge(make_table(base | others), baseline="base", resamples=0)["arm"]
+    alone = judge(make_table(base), baseline="base", margin=0.1, resamples=0)["arm"]
+    others = {"same": base["base"], "shifted": base["base"] + 0.001}
+    verdict = judge(make_table(base | others), baseline="base", margin=0.1, resamples=0)["arm"]
     assert verdict.p_value == pytest.approx(3 * alone.p_value, rel=1e-12)
+    # "same" has p_equivalence 0 and so comes first; "shifted" has none, which counts as 1 and comes last.
+    assert verdict.p_equivalence == pytest.approx(2 * alone.p_equivalence, rel=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -384,9 +389,18 @@ def test_seeds_needed_is_more_than_there_are_and_only_where_undecided():
     assert 8 < needed[0] < needed[1] < needed[2]
     assert judge_one(standardised(3.0), np.zeros(8), margin=1e-6).seeds_needed is None
     assert judge_one(standardised(0.0), np.zeros(8), margin=9).seeds_needed is None
-    # Standardised effects so large that the noncentral t under- or overflows.
-    for effect in (1e3, 1e9, 1e13):
-        assert judge_one(standardised(effect, 3), np.zeros(3), margin=1e-6, look=100).seeds_needed > 3
+
+
+@pytest.mark.parametrize("effect", [1e4, 1e9, 1e12])
+def test_seeds_needed_where_the_noncentral_t_overflows(effect):
+    # T = (Z + effect sqrt(n)) / sqrt(V / (n - 1)), where Z does not matter beside such an effect. The
+    # next look's share of alpha, 2**-101, makes the critical value extreme as well.
+    verdict = judge_one(standardised(effect, 3), np.zeros(3), margin=1e-6, look=100)
+    n = np.arange(4, 100)
+    critical = stats.t.isf(ALPHA * 2.0**-101 / 2, n - 1)
+    power = stats.chi2.cdf((n - 1) * (effect * np.sqrt(n) / critical) ** 2, n - 1)
+    assert verdict.seeds_needed == n[power >= 0.8][0]
+    assert verdict.decision == "undecided"
 
 
 # ---- Errors ----
@@ -492,6 +506,9 @@ def test_sentences():
     hopeless = judge_one(b + 1e-6 + noise, b, margin=1e-9)
     assert "; not even 10000 seeds would settle it" in hopeless.sentence
     assert "but the 95 % interval is 0.018 lower to 0.018 higher" in hopeless.sentence
+    assert (
+        ", but the 95 % interval is 7e-05 lower to 0.037 higher" in judge_one(b + 0.0183 + noise, b).sentence
+    )
     assert judge_one(b + 0.25, b).sentence == (
         "arm against base is undecided: final metric 0.250 higher (38.5 %) at every one of 4 seeds; seeds "
         "change nothing about it (deterministic task), so no interval over seeds exists."
@@ -509,11 +526,12 @@ def test_sentences_at_any_scale(scale):
     arms = {name: scale * values for name, values in noisy(0, {"base": 0.0, "arm": 0.1}).items()}
     verdict = judge(make_table(arms), baseline="base", resamples=0)["arm"]
     said = verdict.sentence.split("final metric ")[1].split()
-    near, far = (float(said[said.index("interval") + place]) for place in (1, 3))
+    near, far = (said[said.index("interval") + place] for place in (1, 3))
     # Two digits of the half-width: the error is at most half of the last digit, 5 % of it.
     half = (verdict.interval[1] - verdict.interval[0]) / 2
-    for word, value in zip((float(said[0]), near, far), (verdict.effect, *verdict.interval), strict=True):
-        assert word == pytest.approx(value, abs=0.051 * half)
+    for word, value in zip((said[0], near, far), (verdict.effect, *verdict.interval), strict=True):
+        assert float(word) == pytest.approx(abs(value), abs=0.051 * half)
+        assert len(word) <= 9
 
 
 # ---- Invariances ----

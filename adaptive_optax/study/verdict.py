@@ -149,7 +149,7 @@ def judge(
     same = (a == b).all(axis=1)
     deterministic = constant[0] & ~same
     seeds, df = b.size, b.size - 1
-    p_difference = np.where(same | deterministic, 1.0, 2 * special.stdtr(df, -np.abs(t[0])))
+    p_difference = np.where(deterministic, 1.0, 2 * special.stdtr(df, -np.abs(t[0])))
     p_equivalence = np.maximum(special.stdtr(df, t[1]), special.stdtr(df, -t[2]))
     p_equivalence = np.where(same, 0.0, np.where(deterministic, 1.0, p_equivalence))
 
@@ -170,7 +170,7 @@ def judge(
     verdicts = {}
     for i, row in enumerate(others):
         needed = None
-        if p_equivalences[i] < alpha or same[i]:
+        if p_equivalences[i] < alpha:
             decision = "equivalent"
         elif p_values[i] < alpha:
             decision = "better" if effect[i] < 0 else "worse"
@@ -346,11 +346,13 @@ def _seeds_needed(seeds: int, effects: np.ndarray, level: float, level_equivalen
     def power(n: int, effect: float, one_sided: float) -> float:
         """P(T > critical) for noncentral t with n - 1 degrees of freedom and noncentrality effect sqrt(n)."""
         noncentrality = effect * math.sqrt(n)
-        if not 0 < noncentrality < 1e6:
-            return float(noncentrality > 0)
+        if noncentrality <= 0:
+            return 0.0
         critical = -special.stdtrit(n - 1, one_sided)
-        missed = special.nctdtr(n - 1, noncentrality, critical)  # NaN where it is 0 or 1 to many digits
-        return float(noncentrality > critical) if math.isnan(missed) else 1 - missed
+        missed = special.nctdtr(n - 1, noncentrality, critical) if noncentrality < 1e5 else math.nan
+        if math.isnan(missed):  # so large a noncentrality leaves the variance's chi-squared alone to chance
+            return special.chdtr(n - 1, (n - 1) * (noncentrality / critical) ** 2)
+        return 1 - missed
 
     def power_of_difference(n: int) -> float:
         return power(n, abs(difference), level / 2)
