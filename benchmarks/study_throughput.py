@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
 import statistics
 import time
@@ -35,7 +34,7 @@ from adaptive_optax.study.progress import TrialProgress
 from adaptive_optax.study.runner import ArmSpec, Runner
 from adaptive_optax.study.store import Key
 from adaptive_optax.study.trials import Plan
-from benchmarks.setting import describe_setting
+from benchmarks.setting import publish
 
 SIZES = (64, 128, 128, 10)
 BATCH, STEPS, POINTS = 64, 400, 10
@@ -175,11 +174,7 @@ def main() -> None:
             f"{study_compile:.1f} against {loop_compile:.1f}",
         )
     rich.print(table)
-    setting = describe_setting("study_throughput") | {"steps": STEPS, "batch_size": BATCH, "rates": RATES}
-    rich.print(setting)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(setting | {"rows": rows}, indent=1) + "\n")
+    publish("study_throughput", rows, args.json, steps=STEPS, batch_size=BATCH, rates=RATES)
 
 
 if __name__ == "__main__":

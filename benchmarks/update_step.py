@@ -10,7 +10,6 @@ optax) with its quartiles, and the ratio of the times that tracing and compiling
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -26,7 +25,7 @@ import rich.progress
 import rich.table
 
 import adaptive_optax as ao
-from benchmarks.setting import describe_setting
+from benchmarks.setting import publish
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -131,11 +130,7 @@ def main() -> None:
             numbers = (f"{row['ours_ms']:.2f}", f"{row['optax_ms']:.2f}", f"{row['ratio']:.2f}")
             table.add_row(tree, chain, *numbers, f"{low:.2f}-{high:.2f}", f"{compiling:.2f}")
     rich.print(table)
-    setting = describe_setting("update_step")
-    rich.print(setting)
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(setting | {"rows": rows}, indent=1) + "\n")
+    publish("update_step", rows, args.json)
 
 
 if __name__ == "__main__":
