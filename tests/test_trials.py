@@ -1,5 +1,6 @@
 """The task and the engine: what is refused, how trials are paired, and that every layout trains the same."""
 
+import equinox
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -278,6 +279,27 @@ def test_a_linen_module_is_a_task():
         task, study.arm("adam:constant"), [0.1], [0], steps=200, points=(0, 200), width=1, devices=1
     )
     assert metrics[0, -1] < 1e-2 * metrics[0, 0]
+
+
+def test_an_equinox_model_is_a_task():
+    def build(key):
+        return equinox.nn.MLP(3, "scalar", 8, 1, key=key)
+
+    def filtered(key):
+        return equinox.filter(build(key), equinox.is_inexact_array)
+
+    _, static = equinox.partition(build(jax.random.key(0)), equinox.is_inexact_array)
+
+    def loss(params, batch, key):
+        return jnp.mean((jax.vmap(equinox.combine(params, static))(batch["x"]) - batch["y"]) ** 2)
+
+    task = make_task(init=filtered, loss=loss)
+    _, metrics = run(
+        task, study.arm("adam:constant"), [0.03], [0], steps=200, points=(0, 200), width=1, devices=1
+    )
+    assert metrics[0, -1] < 0.1 * metrics[0, 0]
+    with pytest.raises(ValueError, match="init cannot be traced"):
+        make_task(init=build, loss=loss)  # functions are no parameters
 
 
 def test_complex_and_low_precision_parameters():

@@ -27,6 +27,9 @@ Batch = Any
 class Task:
     """Describes a training task to the study.
 
+    What is trained is a tree of arrays. An Equinox model also holds functions: `init` returns
+    `eqx.filter(model, eqx.is_inexact_array)`, and `loss` puts the model together with `eqx.combine`.
+
     Attributes:
         init: `init(key) -> params`; the key is a typed key (`jax.random.key`). With model state:
             `init(key) -> (params, model_state)`.
