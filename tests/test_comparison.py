@@ -336,7 +336,7 @@ def test_what_was_finished_survives_an_interruption():
     partial = caught.value.comparison
     assert set(partial.table["arm"]) == {"a"} and len(partial.table) == 6
     assert "6 trials that had finished" in caught.value.__notes__[0]
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="stopped before its verdict, after 6 trials"):
         partial.verdict()
 
 

@@ -58,6 +58,11 @@ class Comparison:
             ValueError: If the trials do not allow one: a comparison that was stopped early, or a metric that
                 is not positive without a margin (`with_margin` gives one).
         """
+        if not self.info["looks"]:
+            raise ValueError(
+                f"The comparison was stopped before its verdict, after {len(self.table)} trials; run it again, "
+                "with out= from where it was."
+            )
         return judge(
             self.table,
             baseline=self.info["baseline"],
