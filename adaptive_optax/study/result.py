@@ -60,8 +60,8 @@ class Comparison:
         """
         if not self.info["looks"]:
             raise ValueError(
-                f"The comparison was stopped before its verdict, after {len(self.table)} trials; run it again, "
-                "with out= from where it was."
+                f"The comparison was stopped before its verdict, after {len(self.table)} trials; "
+                "run it again, with out= from where it was."
             )
         return judge(
             self.table,
