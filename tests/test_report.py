@@ -275,7 +275,7 @@ def test_page_says_what_the_interval_covers_and_how_it_was_run(full, page):
     text = re.sub(r"\s+", " ", text)
     for phrase in (
         "Seeds:", "these tuned rates", "this split of the data",
-        "tuning and verdict share the validation set", "all 6 comparisons together", "jax 0.10.1",
+        "tuning and verdict share the validation set", "allow for 6 comparisons (Holm)", "jax 0.10.1",
         "1 × TFRT_CPU_0", "mode scan", "chunks of 18", "2,560 steps", "12 fresh", "batches of 64",
         "1,437 training and 360 validation", "26,122", "2 min 53 s", "adaptive-optax compare digits:task",
         "once per rate: adamw:one_cycle", f"All {len(full.table)} runs",

@@ -203,6 +203,8 @@ def _load_task(name: str) -> Task:
     sys.path.insert(0, os.getcwd())
     try:
         if place.endswith(".py"):
+            if not Path(place).is_file():
+                raise FileNotFoundError("there is no such file")
             spec = importlib.util.spec_from_file_location(Path(place).stem, place)
             assert spec is not None and spec.loader is not None
             module = importlib.util.module_from_spec(spec)
