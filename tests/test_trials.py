@@ -79,7 +79,7 @@ def run(task, arm, rates, seeds, *, steps=20, points=(0, 5, 20), mode="scan", wi
     ],
 )  # fmt: skip
 def test_a_wrong_task_is_refused_before_anything_is_compiled(change, message):
-    with jax.log_compiles(False), pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message):
         make_task(**change)
 
 
@@ -142,7 +142,7 @@ def test_an_epoch_uses_no_sample_twice(mode):
         counting_task(), constant, [1.0], [0], steps=7, points=(0, 2, 3, 7), mode=mode, width=1, devices=1
     )
     assert metrics[0].tolist()[:3] == [0.0, 106.0, 109.0]
-    assert metrics[0, 3] in (321.0, 221.0 + 0.0)  # 7 batches, at most three uses of a sample
+    assert metrics[0, 3] in (221.0, 321.0)  # 21 samples, each two or at most three times
 
 
 def test_the_order_differs_between_epochs_seeds_and_streams():

@@ -1,13 +1,10 @@
 """Answers learning-rate questions on the user's own model: a range test, and comparisons with a verdict."""
 
-try:
-    import pandas  # noqa: F401
-    import rich  # noqa: F401
-    import scipy  # noqa: F401
-except ImportError as error:
-    raise ImportError(
-        f"adaptive_optax.study needs {error.name}: pip install 'adaptive-optax[study]'."
-    ) from error
+from importlib.util import find_spec
+
+for _name in ("filelock", "matplotlib", "pandas", "rich", "scipy"):
+    if find_spec(_name) is None:
+        raise ImportError(f"adaptive_optax.study needs {_name}: pip install 'adaptive-optax[study]'.")
 
 from adaptive_optax.study.arms import arm as arm
 from adaptive_optax.study.comparison import compare as compare

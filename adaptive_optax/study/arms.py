@@ -21,7 +21,6 @@ from adaptive_optax.study.task import Task
 from adaptive_optax.study.trials import Arm, Evaluate, Plan, Trials, make_trial
 from adaptive_optax.transforms.averaging import average_parameters
 
-# The last fifth of the decays below is at a fifth of the peak or less; one-cycle's share of warm-up is 30 %.
 SCHEDULES: dict[str, Callable[[Any, int], Any]] = {
     "constant": lambda peak, steps: peak,
     "exponential": lambda peak, steps: schedules.exponential_decay(peak, steps, 0.01),
