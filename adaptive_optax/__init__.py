@@ -1,15 +1,39 @@
 """Adaptive learning rates for JAX, as composable optax transformations."""
 
-# Granularity and storage of a second moment
-# Reading and checking
+# Control: hyperparameters, bad gradients, low precision, states of other formats and libraries
+from adaptive_optax.control.conversion import convert_storage as convert_storage
+from adaptive_optax.control.conversion import state_bytes as state_bytes
+from adaptive_optax.control.hyperparams import InjectHyperparamsState as InjectHyperparamsState
 from adaptive_optax.control.hyperparams import get_hyperparams as get_hyperparams
+from adaptive_optax.control.hyperparams import inject_hyperparams as inject_hyperparams
+from adaptive_optax.control.hyperparams import set_hyperparams as set_hyperparams
+from adaptive_optax.control.reject_nonfinite import Rejections as Rejections
+from adaptive_optax.control.reject_nonfinite import RejectNonfiniteState as RejectNonfiniteState
+from adaptive_optax.control.reject_nonfinite import get_rejections as get_rejections
+from adaptive_optax.control.reject_nonfinite import reject_nonfinite as reject_nonfinite
+from adaptive_optax.control.rounding import KahanSummationState as KahanSummationState
+from adaptive_optax.control.rounding import MasterWeightsState as MasterWeightsState
+from adaptive_optax.control.rounding import StochasticRoundingState as StochasticRoundingState
+from adaptive_optax.control.rounding import kahan_summation as kahan_summation
+from adaptive_optax.control.rounding import master_weights as master_weights
+from adaptive_optax.control.rounding import stochastic_rounding as stochastic_rounding
+from adaptive_optax.integrations.adam_states import from_optax as from_optax
+from adaptive_optax.integrations.adam_states import from_torch as from_torch
+from adaptive_optax.integrations.adam_states import to_optax as to_optax
+from adaptive_optax.integrations.adam_states import to_torch as to_torch
 from adaptive_optax.invariants import verified as verified
+
+# Granularity and storage of a moment
+from adaptive_optax.moments.bfloat16 import BFloat16 as BFloat16
+from adaptive_optax.moments.formats import dense as dense
 from adaptive_optax.moments.granularity import Axis as Axis
 from adaptive_optax.moments.granularity import Coordinate as Coordinate
 from adaptive_optax.moments.granularity import Global as Global
 from adaptive_optax.moments.granularity import Granularity as Granularity
 from adaptive_optax.moments.granularity import Labels as Labels
 from adaptive_optax.moments.granularity import Tensor as Tensor
+from adaptive_optax.moments.int8 import Int8 as Int8
+from adaptive_optax.moments.int8 import Int8Moment as Int8Moment
 from adaptive_optax.moments.storage import Float32 as Float32
 from adaptive_optax.moments.storage import Storage as Storage
 

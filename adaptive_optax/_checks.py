@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.core import Tracer
 
 from adaptive_optax._paths import paths_and_leaves
@@ -123,3 +124,9 @@ def check_params(owner: str, params: Any) -> None:
     """Refuses a missing `params`."""
     if params is None:
         raise ValueError(f"{owner} needs the parameters: call update(updates, state, params).")
+
+
+def check_transformation(name: str, value: Any) -> None:
+    """Refuses a `value` that is no optax transformation."""
+    if not isinstance(value, optax.GradientTransformation):
+        raise ValueError(f"{name} must be an optax.GradientTransformation, got {value!r}.")

@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adaptive_optax._checks import check_same_tree
+from adaptive_optax._checks import check_same_tree, check_transformation
 from adaptive_optax._paths import paths_and_leaves
 from adaptive_optax._precision import abs_square, incremented, wide_dtype
+from adaptive_optax.control.reject_nonfinite import RejectNonfiniteState
 from adaptive_optax.transforms.direction import Bound, bound_of
 
 # The rounding of a direction that attains its bound, float32.
@@ -34,7 +35,8 @@ def verified(inner: optax.GradientTransformation) -> optax.GradientTransformatio
     * updates have the structure and shapes of the gradients and are float32 or wider;
     * the state keeps its structure, shapes and dtypes;
     * updates are finite, and so is every state element that was finite before;
-    * every `count` grows by one (so wrap what is inside `optax.MultiSteps`, not the outside);
+    * every `count` grows by one (so wrap what is inside `optax.MultiSteps`, not the outside), or stands still
+      in a step that `reject_nonfinite` rejects;
     * where `inner` is `scale_by_adam` or `scale_by_rms` itself, as in
       `optax.chain(verified(scale_by_adam()), ...)`: second moments are not negative, and in every group of
       the granularity the direction's root mean square is within its tight bound (see `adam_bound`) for the
@@ -87,8 +89,7 @@ def verified(inner: optax.GradientTransformation) -> optax.GradientTransformatio
         ...     print("'w'" in str(error))
         True
     """
-    if not isinstance(inner, optax.GradientTransformation):
-        raise ValueError(f"inner must be an optax.GradientTransformation, got {inner!r}.")
+    check_transformation("inner", inner)
     bound = bound_of(inner)
     inner = optax.with_extra_args_support(inner)
 
@@ -135,12 +136,34 @@ def _check_static(gradients: Any, updates: Any, state: Any, new_state: Any) -> N
 def _check_values(updates: Any, state: Any, new_state: Any) -> None:
     for path, u in paths_and_leaves(updates):
         _require(jnp.all(jnp.isfinite(u)), f"verified: the update of {path!r} is not finite")
-    for (path, old), (_, new) in zip(paths_and_leaves(state), paths_and_leaves(new_state), strict=True):
+    for (path, old), (_, new), rejected in zip(
+        paths_and_leaves(state), paths_and_leaves(new_state), _rejected(state, new_state), strict=True
+    ):
         if jnp.issubdtype(new.dtype, jnp.inexact):
             stayed = jnp.isfinite(new) | ~jnp.isfinite(old)
             _require(jnp.all(stayed), f"verified: the state {path!r} became not finite")
         elif path.split("/")[-1] == "count":  # a parameter of that name is not an integer
-            _require(new == incremented(old), f"verified: {path!r} did not grow by one")
+            _require(
+                new == jnp.where(rejected, old, incremented(old)), f"verified: {path!r} did not grow by one"
+            )
+
+
+def _rejected(state: Any, new_state: Any) -> list[Any]:
+    """For each leaf of the state whether a `reject_nonfinite` around it rejected the step."""
+
+    def is_transaction(node):
+        return isinstance(node, RejectNonfiniteState)
+
+    result = []
+    nodes, new_nodes = (jax.tree.leaves(tree, is_leaf=is_transaction) for tree in (state, new_state))
+    for old, new in zip(nodes, new_nodes, strict=True):
+        if is_transaction(old):
+            outside = new.total != old.total
+            result += [outside | inside for inside in _rejected(old.inner_state, new.inner_state)]
+            result += [outside, outside]
+        else:
+            result.append(False)
+    return result
 
 
 def _check_moments(bound: Bound, updates: Any, new_state: Any) -> None:

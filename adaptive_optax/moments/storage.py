@@ -15,7 +15,8 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from adaptive_optax._precision import real_dtype, wide_dtype
+from adaptive_optax._paths import paths_and_leaves
+from adaptive_optax._precision import real_dtype, wide_dtype, widen
 
 Role = Literal["mu", "nu"]
 
@@ -35,6 +36,11 @@ class Storage(abc.ABC):
         restores the bounds that it needs by a floor.
         """
         return math.inf
+
+    @property
+    def largest_decay(self) -> float:
+        """The largest decay of a moving average that moves in this format; 1, the default, for any."""
+        return 1.0
 
     @abc.abstractmethod
     def init(self, params_like: Any, role: Role) -> Any:
@@ -67,7 +73,8 @@ class Storage(abc.ABC):
         """
 
 
-def _zeros(params_like: Any, role: Role) -> Any:
+def zeros(params_like: Any, role: Role) -> Any:
+    """Returns a moment of zeros in the dtypes in which it is computed."""
     dtype = real_dtype if role == "nu" else wide_dtype
     return jax.tree.map(lambda x: jnp.zeros_like(x, dtype=dtype(x)), params_like)
 
@@ -92,15 +99,16 @@ class Float32(Storage):
 
     def init(self, params_like: Any, role: Role) -> Any:
         """Returns zeros like the parameters."""
-        return _zeros(params_like, role)
+        return zeros(params_like, role)
 
     def decode(self, moment: Any, *, lower: Callable[[], Any] | None = None) -> Any:
         """Returns the moment itself."""
+        check_kept_as(self, moment, wide_dtype)
         return moment
 
     def encode(self, moment: Any, values: Any, *, count: jax.Array, role: Role) -> Any:
         """Returns the values in the moment's dtypes."""
-        return jax.tree.map(lambda old, new: new.astype(old.dtype), moment, values)
+        return cast_like(moment, values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +118,11 @@ class NearestCast(Storage):
     dtype: Any
 
     @property
+    def largest_decay(self) -> float:
+        """That of a step which takes half a unit in the last place: a smaller one rounds back."""
+        return 1 - float(jnp.finfo(self.dtype).eps) / 2
+
+    @property
     def relative_error(self) -> float:
         """Half a unit in the last place; without bound where the dtype's range is smaller than float32's."""
         limits = jnp.finfo(self.dtype)
@@ -117,32 +130,41 @@ class NearestCast(Storage):
 
     def init(self, params_like: Any, role: Role) -> Any:
         """Returns zeros in the dtype; complex leaves stay complex."""
-
-        def cast(x):
-            return x if jnp.iscomplexobj(x) else x.astype(self.dtype)
-
-        return jax.tree.map(cast, _zeros(params_like, role))
+        return jax.tree.map(lambda x: x.astype(self._kept_as(x)), zeros(params_like, role))
 
     def decode(self, moment: Any, *, lower: Callable[[], Any] | None = None) -> Any:
         """Returns the moment widened to float32."""
-        return jax.tree.map(lambda x: x.astype(wide_dtype(x)), moment)
+        check_kept_as(self, moment, self._kept_as)
+        return widen(moment)
 
     def encode(self, moment: Any, values: Any, *, count: jax.Array, role: Role) -> Any:
         """Rounds the values to the moment's dtypes."""
-        return Float32().encode(moment, values, count=count, role=role)
+        return cast_like(moment, values)
+
+    def _kept_as(self, x: Any) -> Any:
+        return x.dtype if jnp.iscomplexobj(x) else jnp.dtype(self.dtype)
 
 
-_BY_NAME = {"float32": Float32()}
+def cast_like(moment: Any, values: Any) -> Any:
+    """Returns the values in the dtypes of a plain moment, rounded to nearest."""
+    return jax.tree.map(lambda old, new: new.astype(old.dtype), moment, values)
 
 
-def as_storage(name: str, value: Storage | str) -> Storage:
-    """Returns the storage that the argument called `name` means."""
-    if isinstance(value, Storage):
-        return value
-    if isinstance(value, str) and value in _BY_NAME:
-        return _BY_NAME[value]
-    known = ", ".join(map(repr, _BY_NAME))
-    raise ValueError(f"{name} must be a Storage or one of {known}, got {value!r}.")
+def check_kept_as(storage: Storage, moment: Any, dtype: Callable[[Any], Any]) -> None:
+    """Refuses a plain moment that was kept in another format, which a restored one may have been."""
+    for path, x in paths_and_leaves(moment):
+        if x.dtype != dtype(x):
+            raise ValueError(
+                f"A moment of {storage} must hold {dtype(x)}, got {x.dtype} at {path!r}: it was kept in "
+                "another format. Move the state with convert_storage."
+            )
+
+
+def indexed_map(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+    """Maps `f(index, leaf, ...)` over trees; the index tells a leaf's random bits from the others'."""
+    leaves, treedef = jax.tree.flatten(tree)
+    columns = zip(leaves, *(treedef.flatten_up_to(other) for other in rest), strict=True)
+    return treedef.unflatten([f(index, *column) for index, column in enumerate(columns)])
 
 
 def as_nearest(name: str, dtype: Any) -> Storage:

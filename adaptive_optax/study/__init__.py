@@ -1,11 +1,6 @@
 """Answers learning-rate questions on the user's own model: a range test, and comparisons with a verdict."""
 
-from importlib.util import find_spec
-
-for _name in ("filelock", "matplotlib", "pandas", "rich", "scipy"):
-    if find_spec(_name) is None:
-        raise ImportError(f"adaptive_optax.study needs {_name}: pip install 'adaptive-optax[study]'.")
-
+from adaptive_optax.study import _requirements as _requirements
 from adaptive_optax.study.arms import arm as arm
 from adaptive_optax.study.comparison import compare as compare
 from adaptive_optax.study.ramp import suggest as suggest

@@ -22,8 +22,9 @@ from adaptive_optax._checks import (
 )
 from adaptive_optax._precision import abs_square, concrete, incremented, scalar_dtype, scale, value_at, widen
 from adaptive_optax.moments.ema import Decay, decay_at, ema, ema_weight, weight_error
+from adaptive_optax.moments.formats import as_storage
 from adaptive_optax.moments.granularity import Granularity, as_granularity
-from adaptive_optax.moments.storage import Storage, as_nearest, as_storage
+from adaptive_optax.moments.storage import Storage, as_nearest
 from adaptive_optax.transforms.direction import Bound, bounded, divide_by_root
 
 
@@ -116,7 +117,7 @@ def scale_by_adam(
         bias_correction: Whether to divide by the weights' sums.
         granularity: Which coordinates share a second moment: a `Granularity`, "coordinate", "tensor" or
             "global".
-        mu_storage: The format of m between steps: a `Storage` or "float32".
+        mu_storage: The format of m between steps: a `Storage`, "float32", "bfloat16" or "int8".
         nu_storage: The format of v, likewise.
 
     Numbers may be JAX scalars or tracers; a tracer's range cannot be checked.
@@ -162,11 +163,10 @@ def scale_by_adam(
     granularity = as_granularity(granularity)
     if mu_dtype is not None and mu_storage != "float32":
         raise ValueError(f"Give mu_dtype or mu_storage, not both, got {mu_dtype!r} and {mu_storage!r}.")
-    nu_storage = as_storage("nu_storage", nu_storage)
-    if mu_dtype is None:
-        mu_storage = as_storage("mu_storage", mu_storage)
-    else:
+    if mu_dtype is not None:
         mu_storage = as_nearest("mu_dtype", mu_dtype)
+    mu_storage = as_storage("mu_storage", mu_storage, b1=b1)
+    nu_storage = as_storage("nu_storage", nu_storage, b2=b2)
     known_b1, known_b2 = concrete(b1), concrete(b2)
     if known_b1 is not None and known_b2 is not None and 0 < known_b1 and known_b1**2 >= known_b2:
         warnings.warn(f"b1**2 >= b2 ({b1}**2 >= {b2}): Adam's direction has no bound.", stacklevel=2)

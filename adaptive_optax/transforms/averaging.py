@@ -14,6 +14,7 @@ import optax
 
 from adaptive_optax._checks import check_inexact, check_params, check_same_tree, check_scalar, check_state
 from adaptive_optax._precision import incremented, scalar_dtype, scale, widen
+from adaptive_optax._states import states_of
 
 
 class AverageParametersState(NamedTuple):
@@ -117,11 +118,7 @@ def averaged_parameters(params: Any, opt_state: Any) -> Any:
         >>> ao.averaged_parameters(params, ao.adam(1e-3).init(params)) is params
         True
     """
-
-    def is_average(node):
-        return isinstance(node, AverageParametersState)
-
-    found = [node for node in jax.tree.leaves(opt_state, is_leaf=is_average) if is_average(node)]
+    found = states_of(AverageParametersState, opt_state)
     if len(found) > 1:
         raise ValueError(f"opt_state must hold one average of the parameters, got {len(found)}.")
     if not found:

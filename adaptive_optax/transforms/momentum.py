@@ -10,6 +10,7 @@ import optax
 
 from adaptive_optax._checks import check_bool, check_inexact, check_same_tree, check_scalar, check_state
 from adaptive_optax._precision import incremented, scalar_dtype, scale, value_at, widen
+from adaptive_optax.moments.formats import as_storage
 from adaptive_optax.moments.storage import as_nearest
 
 
@@ -70,7 +71,7 @@ def trace(
     """
     check_scalar("decay", decay, "[0, 1)", schedule=True)
     check_bool("nesterov", nesterov)
-    storage = as_nearest("accumulator_dtype", accumulator_dtype)
+    storage = as_storage("accumulator_dtype", as_nearest("accumulator_dtype", accumulator_dtype), decay=decay)
 
     def init_fn(params):
         check_inexact("trace", "params", params)

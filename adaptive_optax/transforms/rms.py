@@ -17,8 +17,9 @@ from jax.typing import ArrayLike
 from adaptive_optax._checks import check_bool, check_inexact, check_same_tree, check_scalar, check_state
 from adaptive_optax._precision import abs_square, incremented, scalar_dtype, scale, value_at, widen
 from adaptive_optax.moments.ema import Decay, decay_at, ema, ema_weight, weight_error
+from adaptive_optax.moments.formats import as_storage
 from adaptive_optax.moments.granularity import Granularity, as_granularity
-from adaptive_optax.moments.storage import Storage, as_storage
+from adaptive_optax.moments.storage import Storage
 from adaptive_optax.transforms.direction import Bound, bounded, divide_by_root
 
 # Of the centred second moment, as a fraction of the plain one: a nearly constant gradient has next to no
@@ -94,7 +95,7 @@ def scale_by_rms(
         centered: Whether to take the second moment about the moving mean.
         granularity: Which coordinates share a second moment: a `Granularity`, "coordinate", "tensor" or
             "global".
-        storage: The format of the moments between steps: a `Storage` or "float32".
+        storage: The format of the moments between steps: a `Storage`, "float32", "bfloat16" or "int8".
 
     Numbers may be JAX scalars or tracers; a tracer's range cannot be checked.
 
@@ -133,7 +134,7 @@ def scale_by_rms(
     check_bool("bias_correction", bias_correction)
     check_bool("centered", centered)
     granularity = as_granularity(granularity)
-    storage = as_storage("storage", storage)
+    storage = as_storage("storage", storage, decay=decay)
 
     def init_fn(params):
         check_inexact("scale_by_rms", "params", params)

@@ -1,0 +1,1 @@
+"""States and training loops of other libraries."""

@@ -1,0 +1,92 @@
+"""bfloat16 moments: half the memory, and unbiased when the rounding is stochastic.
+
+bfloat16 has float32's range and 8 bits of precision. Rounded to nearest, a moment with a decay near 1 stands
+still: 0.999 v rounds back to v. Rounded up or down at random, with the probabilities that make the expected
+value right, it follows the float32 moment for any decay.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from adaptive_optax._checks import check_choice
+from adaptive_optax._rounding import is_low_precision, random_bits, round_stochastically
+from adaptive_optax.moments.storage import NearestCast, Role, Storage, indexed_map
+
+_NEAREST = NearestCast(jnp.bfloat16)
+
+
+@dataclasses.dataclass(frozen=True)
+class BFloat16(Storage):
+    r"""Keeps a moment in bfloat16.
+
+    Use it to halve the state of Adam. With `"stochastic"` rounding a value x between the neighbours a < b of
+    bfloat16 becomes b with probability (x - a) / (b - a), so its expectation is x. In a moving average with
+    decay :math:`\beta` the roundings add a relative standard deviation of about
+    :math:`2^{-8} / \sqrt{6 (1 - \beta^2)}`: 4 % for the second moment at 0.999, 0.4 % for the first at 0.9.
+
+    The random bits are a hash of the coordinate, the step and the leaf: nothing is kept for them, a restored
+    run goes on bit for bit, and they are the same on any sharding. Under `vmap` all members draw the same
+    bits; under `shard_map` coordinates count from the shard's own corner.
+
+    Complex moments stay complex64.
+
+    Args:
+        rounding: `"stochastic"` (default), or `"nearest"`, which is refused with decays above 1 - 2^-8.
+
+    Raises:
+        ValueError: If `rounding` is unknown; where a transformation is built, if the decay is too near 1 for
+            `"nearest"` (that of a schedule or a tracer is not known and is not checked).
+
+    State cost: 2 bytes a value.
+
+    Example:
+        >>> import adaptive_optax as ao, jax.numpy as jnp
+        >>> tx = ao.scale_by_adam(mu_storage="bfloat16", nu_storage=ao.BFloat16())
+        >>> tx.init(jnp.ones(3)).nu.dtype
+        dtype(bfloat16)
+
+    Source: stochastic rounding as in Gupta et al. 2015, "Deep learning with limited numerical precision",
+    section 3.
+    """
+
+    rounding: Literal["stochastic", "nearest"] = "stochastic"
+
+    def __post_init__(self):
+        check_choice("rounding", self.rounding, ("stochastic", "nearest"))
+
+    @property
+    def relative_error(self) -> float:
+        """A unit in the last place, or half of it to nearest."""
+        return _NEAREST.relative_error * (1 if self.rounding == "nearest" else 2)
+
+    @property
+    def largest_decay(self) -> float:
+        """Any; 1 - 2^-8 to nearest."""
+        return _NEAREST.largest_decay if self.rounding == "nearest" else 1.0
+
+    def init(self, params_like: Any, role: Role) -> Any:
+        """Returns bfloat16 zeros."""
+        return _NEAREST.init(params_like, role)
+
+    def decode(self, moment: Any, *, lower: Callable[[], Any] | None = None) -> Any:
+        """Returns the moment widened to float32."""
+        return _NEAREST.decode(moment)
+
+    def encode(self, moment: Any, values: Any, *, count: jax.Array, role: Role) -> Any:
+        """Rounds the values to bfloat16."""
+        if self.rounding == "nearest":
+            return _NEAREST.encode(moment, values, count=count, role=role)
+
+        def leaf(index, old, x):
+            if not is_low_precision(old):  # complex
+                return x.astype(old.dtype)
+            bits = random_bits(x.shape, count, index, role)
+            return round_stochastically(x.astype(jnp.float32), old.dtype, bits).astype(old.dtype)
+
+        return indexed_map(leaf, moment, values)
