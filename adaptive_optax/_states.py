@@ -10,8 +10,8 @@ import jax
 State = TypeVar("State")
 
 
-def states_of(kind: type[State], opt_state: Any) -> list[State]:
-    """Lists the states of one type, not those inside another of the same type."""
+def states_of(kind: type[State] | tuple[type[State], ...], opt_state: Any) -> list[State]:
+    """Lists the states of a type (or tuple of types), not those inside another of the same type."""
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kind))
     return [node for node in nodes if isinstance(node, kind)]
 

@@ -30,6 +30,7 @@ class Case:
         not_traceable: Why contract 1 does not hold, if it does not.
         arguments: What `make` gives to the factory.
         raises_at_nan: Whether a NaN gradient raises, instead of going through.
+        hides_nan: Why a NaN gradient does not reach the updates, if it does not.
         scalars_follow: Whether the state's scalars take the widest dtype of the tree (a scalar moment takes
             its own leaf's).
     """
@@ -44,6 +45,7 @@ class Case:
     not_traceable: str = ""
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     raises_at_nan: bool = False
+    hides_nan: str = ""
     scalars_follow: bool = True
 
 
@@ -77,6 +79,14 @@ COARSE = {
     "labels": ao.Labels(_by_name),
     "global_sum": ao.Global("sum"),
 }
+
+# On leaves as small as these, so that they are compressed.
+INT8 = ao.Int8(block_size=64, min_size=1)
+FORMATS = [
+    ("bfloat16", ao.BFloat16(), 2**-7),
+    ("bfloat16_to_nearest", ao.BFloat16("nearest"), 2**-8),
+    ("int8", INT8, 1 / 8),
+]
 
 CASES = [
     _case("rms", "scale_by_rms", RMS | {"initial_scale": (0.0, 1.0)}),
@@ -170,6 +180,46 @@ CASES = [
     _case("optimizer_rmsprop", "rmsprop", RATE, learning_rate=0.1, momentum=0.9, centered=True),
     _case("optimizer_global_rmsprop", "global_rmsprop", RATE, learning_rate=0.1, shares=True),
     _case("optimizer_sgd", "sgd", RATE | {"momentum": (0.9, 0.0)}, learning_rate=0.1, momentum=0.9),
+    *(
+        _case(
+            f"adam_{name}",
+            "scale_by_adam",
+            b2=0.99,
+            mu_storage=storage,
+            nu_storage=storage,
+            rounding=rounding,
+        )
+        for name, storage, rounding in FORMATS
+    ),
+    _case("adam_int8_bfloat16", "scale_by_adam", mu_storage=INT8, nu_storage="bfloat16", rounding=1 / 8),
+    _case("adam_float32_int8", "scale_by_adam", nu_storage=INT8, amsgrad=True, rounding=1 / 8),
+    *(
+        _case(
+            f"adam_{name}_{n}",
+            "scale_by_adam",
+            mu_storage=storage,
+            nu_storage=storage,
+            granularity=g,
+            rounding=rounding,
+            shares=True,
+        )
+        for name, storage, rounding in FORMATS[::2]
+        for n, g in COARSE.items()
+    ),
+    *(
+        _case(f"rms_{name}", "scale_by_rms", RMS, storage=storage, centered=True, rounding=rounding)
+        for name, storage, rounding in FORMATS
+    ),
+    _case("stochastic_rounding", "stochastic_rounding", rounding=2**-7),
+    Case("kahan_summation", "kahan_summation", lambda: ao.kahan_summation(ao.adam(0.1)), rounding=2**-8),
+    Case("master_weights", "master_weights", lambda: ao.master_weights(ao.adam(0.1)), rounding=2**-8),
+    Case(
+        "reject_nonfinite",
+        "reject_nonfinite",
+        lambda: ao.reject_nonfinite(ao.adam(0.1)),
+        hides_nan="a step with a NaN is not taken",
+    ),
+    Case("injected", "adam", lambda: ao.inject_hyperparams(ao.adam)(0.1), scalars_follow=False),
     Case(
         "verified",
         "verified",
@@ -190,6 +240,7 @@ def mixed_params() -> dict[str, Any]:
         "empty": jnp.zeros((0, 2)),
         "none": None,
         "masked": optax.MaskedNode(),
+        "wide": jnp.linspace(-1.0, 1.0, 160).reshape(2, 80),  # wide enough for `Int8`
     }
 
 

@@ -27,7 +27,7 @@ traceable = parametrised([case for case in CASES if not case.not_traceable])
 
 
 def assert_close(actual, expected, case: Case):
-    """Trees equal to float32 rounding, or to two levels of a lossy storage.
+    """Trees equal to float32 rounding; with a lossy storage but for 1 % of the values, those to two levels.
 
     Sums of terms with both signs may cancel, so the tree's largest value sets the absolute tolerance.
     """
@@ -37,15 +37,21 @@ def assert_close(actual, expected, case: Case):
     def leaf(a, b):
         assert a.dtype == b.dtype and a.shape == b.shape
         if jnp.issubdtype(a.dtype, jnp.integer):
-            atol = 1 if case.rounding and a.dtype == jnp.int8 else 0
+            atol = 1 if case.rounding and a.dtype in (jnp.int8, jnp.uint8) else 0
             np.testing.assert_allclose(np.asarray(a, int), np.asarray(b, int), rtol=0, atol=atol)
-            return
+            return np.sum(np.asarray(a) != np.asarray(b)), a.size
         wide = jnp.promote_types(a.dtype, jnp.float32)
         a, b = np.asarray(a.astype(wide)), np.asarray(b.astype(wide))
         np.testing.assert_allclose(a, b, rtol=2e-6, atol=(1e-6 + 2 * case.rounding) * largest)
+        return np.sum(~np.isclose(a, b, rtol=2e-6, atol=1e-6 * largest)), a.size
 
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    jax.tree.map(leaf, actual, expected)
+    differing, size = np.sum(
+        [leaf(a, b) for a, b in zip(jax.tree.leaves(actual), jax.tree.leaves(expected), strict=True)]
+        or [(0, 0)],
+        axis=0,
+    )
+    assert differing <= (max(2, 0.01 * size) if case.rounding else 0)
 
 
 def spec(tree):
@@ -180,7 +186,7 @@ def test_low_precision_leaves_have_float32_updates_and_state(case, dtypes):
     assert all(bool(jnp.all(jnp.isfinite(u))) for u in jax.tree.leaves((updates, zero_updates)))
     if not case.rounding:
         kinds = {x.dtype for x in jax.tree.leaves(state)}
-        assert kinds <= {jnp.dtype("float32"), jnp.dtype("int32")}
+        assert kinds <= {jnp.dtype("float32"), jnp.dtype("int32"), jnp.dtype("bool")}
     assert optax.apply_updates(params, updates)["a"].dtype == params["a"].dtype
 
 
@@ -279,7 +285,7 @@ def test_non_finite_gradients_are_not_hidden(case):
             tx.update({"a": jnp.array([1.0, jnp.nan, 1.0])}, tx.init(params), params)
         return
     updates, _ = tx.update({"a": jnp.array([1.0, jnp.nan, 1.0])}, tx.init(params), params)
-    assert jnp.isnan(updates["a"][1])
+    assert jnp.isnan(updates["a"][1]) != bool(case.hides_nan)
 
 
 @all_cases

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from adaptive_optax._precision import abs_square, scale
 from adaptive_optax._states import replace_states, states_of, unwrapped
 from adaptive_optax.moments.formats import as_storage, dense, known_scalar, recoded
-from adaptive_optax.moments.storage import Storage
+from adaptive_optax.moments.storage import Role, Storage
 from adaptive_optax.transforms.adam import ScaleByAdamState
 from adaptive_optax.transforms.rms import ScaleByRmsState
 
@@ -86,15 +86,17 @@ def _moved(state: Any, mu_storage: Any, nu_storage: Any) -> Any:
     else:
         decays = (_known(decay=state.decay),) * 2
     moved = {}
-    for name, given, decay, moments in (
-        ("mu", mu_storage, decays[0], {"mu": mu}),
-        ("nu", nu_storage, decays[1], {"nu": nu, "nu_max": nu_max}),
-    ):
-        if given is not None:
-            storage = as_storage(f"{name}_storage", given, **decay)
-            for field, values in moments.items():
-                if values is not None:
-                    moved[field] = recoded(storage, values, count=unwrapped(state.count), role=name)
+
+    def move(role: Role, given, decay, **moments):
+        if given is None:
+            return
+        storage = as_storage(f"{role}_storage", given, **decay)
+        for field, values in moments.items():
+            if values is not None:
+                moved[field] = recoded(storage, values, count=unwrapped(state.count), role=role)
+
+    move("mu", mu_storage, decays[0], mu=mu)
+    move("nu", nu_storage, decays[1], nu=nu, nu_max=nu_max)
     return state._replace(**moved)
 
 

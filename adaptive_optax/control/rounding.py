@@ -18,7 +18,6 @@ Leaves of float32 and wider pass through all three as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -36,6 +35,7 @@ from adaptive_optax._checks import (
 from adaptive_optax._paths import paths_and_leaves
 from adaptive_optax._precision import incremented, widen
 from adaptive_optax._rounding import is_low_precision, random_bits, round_stochastically, round_to_nearest
+from adaptive_optax._trees import map_to_pair, map_with_index
 
 
 class StochasticRoundingState(NamedTuple):
@@ -93,14 +93,15 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:
         check_state("stochastic_rounding", state, StochasticRoundingState)
         check_params("stochastic_rounding", params)
         check_same_tree("stochastic_rounding", "updates", updates, "params", params)
-        leaves, treedef = jax.tree.flatten(widen(updates))
-        landing = []
-        for index, (u, p) in enumerate(zip(leaves, jax.tree.leaves(params), strict=True)):
-            if is_low_precision(p):
-                bits = random_bits(p.shape, state.count, index, seed=seed)
-                u = _landing(p, round_stochastically(_wide(p) + _wide(u), p.dtype, bits))
-            landing.append(u)
-        return treedef.unflatten(landing), StochasticRoundingState(incremented(state.count))
+
+        def leaf(index, u, p):
+            if not is_low_precision(p):
+                return u
+            bits = random_bits(p.shape, state.count, index, seed=seed)
+            return _landing(p, round_stochastically(_wide(p) + _wide(u), p.dtype, bits))
+
+        updates = map_with_index(leaf, widen(updates), params)
+        return updates, StochasticRoundingState(incremented(state.count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
@@ -171,7 +172,7 @@ def kahan_summation(inner: optax.GradientTransformation) -> optax.GradientTransf
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         check_same_tree("kahan_summation", "updates", updates, "params", params)
 
-        def leaf(u, p, c):
+        def leaf(_, u, p, c):
             if not is_low_precision(p):
                 return u, c
             step = _wide(u) + _wide(c)
@@ -179,7 +180,7 @@ def kahan_summation(inner: optax.GradientTransformation) -> optax.GradientTransf
             lacking = round_to_nearest((_wide(p) - target) + step, p.dtype)
             return _landing(p, target), lacking.astype(p.dtype)
 
-        updates, compensation = _map_pairs(leaf, widen(updates), params, state.compensation)
+        updates, compensation = map_to_pair(leaf, widen(updates), params, state.compensation)
         return updates, KahanSummationState(inner_state, compensation)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
@@ -237,28 +238,28 @@ def master_weights(inner: optax.GradientTransformation) -> optax.GradientTransfo
     def init_fn(params):
         _check_params("master_weights", params)
         master = jax.tree.map(lambda p: _wide(p) if is_low_precision(p) else jnp.zeros((), p.dtype), params)
-        return MasterWeightsState(inner.init(jax.tree.map(_seen, params, master)), master)
+        return MasterWeightsState(inner.init(map_with_index(_seen, params, master)), master)
 
     def update_fn(updates, state, params=None, **extra_args):
         check_state("master_weights", state, MasterWeightsState)
         check_params("master_weights", params)
         check_same_tree("master_weights", "updates", updates, "params", params)
-        copies = jax.tree.map(_seen, params, state.master)
+        copies = map_with_index(_seen, params, state.master)
         updates, inner_state = inner.update(widen(updates), state.inner_state, copies, **extra_args)
 
-        def leaf(u, p, copy, old):
+        def leaf(_, u, p, copy, old):
             if not is_low_precision(p):
                 return u, old
             master = copy + _wide(u)
             return _landing(p, round_to_nearest(master, p.dtype)), master
 
-        updates, master = _map_pairs(leaf, widen(updates), params, copies, state.master)
+        updates, master = map_to_pair(leaf, widen(updates), params, copies, state.master)
         return updates, MasterWeightsState(inner_state, master)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _seen(p: jax.Array, master: jax.Array) -> jax.Array:
+def _seen(_: int, p: jax.Array, master: jax.Array) -> jax.Array:
     """The copy of a parameter: of itself where it is wide, or changed from outside."""
     if not is_low_precision(p):
         return p
@@ -277,14 +278,6 @@ def _landing(p: jax.Array, target: jax.Array) -> jax.Array:
     p, hence a multiple of their unit, and the difference is exact again.
     """
     return target - _wide(p)
-
-
-def _map_pairs(f: Callable[..., tuple[Any, Any]], tree: Any, *rest: Any) -> tuple[Any, Any]:
-    """Maps a function of leaves that returns two, and returns two trees."""
-    leaves, treedef = jax.tree.flatten(tree)
-    pairs = [f(*column) for column in zip(leaves, *map(jax.tree.leaves, rest), strict=True)]
-    first, second = ([pair[i] for pair in pairs] for i in (0, 1))
-    return treedef.unflatten(first), jax.tree.structure(rest[-1]).unflatten(second)
 
 
 def _check_params(owner: str, params: Any) -> None:

@@ -6,6 +6,7 @@ follows from the count and the decays.
 
 from __future__ import annotations
 
+import importlib
 import math
 import numbers
 from collections.abc import Callable, Mapping
@@ -206,7 +207,7 @@ def to_torch(opt_state: Any, *, layout: Layout | None = None) -> dict[str, Any]:
         ImportError: If PyTorch is not installed.
         ValueError: If there is not one Adam state, or it is AMSGrad's or not per coordinate.
     """
-    import torch
+    torch = importlib.import_module("torch")  # not one of this library's requirements
 
     found = states_of(ScaleByAdamState, opt_state)
     if len(found) != 1:

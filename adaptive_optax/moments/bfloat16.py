@@ -16,7 +16,8 @@ import jax.numpy as jnp
 
 from adaptive_optax._checks import check_choice
 from adaptive_optax._rounding import is_low_precision, random_bits, round_stochastically
-from adaptive_optax.moments.storage import NearestCast, Role, Storage, indexed_map
+from adaptive_optax._trees import map_with_index
+from adaptive_optax.moments.storage import NearestCast, Role, Storage
 
 _NEAREST = NearestCast(jnp.bfloat16)
 
@@ -89,4 +90,4 @@ class BFloat16(Storage):
             bits = random_bits(x.shape, count, index, role)
             return round_stochastically(x.astype(jnp.float32), old.dtype, bits).astype(old.dtype)
 
-        return indexed_map(leaf, moment, values)
+        return map_with_index(leaf, moment, values)

@@ -27,7 +27,8 @@ import jax.numpy as jnp
 from adaptive_optax._checks import check_integer
 from adaptive_optax._paths import paths_and_leaves
 from adaptive_optax._rounding import as_uniform, random_bits
-from adaptive_optax.moments.storage import Role, Storage, indexed_map, zeros
+from adaptive_optax._trees import map_to_pair
+from adaptive_optax.moments.storage import Role, Storage, zeros
 
 FORMAT = 1  # of the two maps above, so that a saved state says how it is to be read
 _SHORTEST_AXIS = 64
@@ -146,15 +147,14 @@ class Int8(Storage):
         """Rounds the values to codes."""
         encode = _encode_signed if role == "mu" else _encode_root
 
-        def pair(index, old, x):
+        def pair(index, old, x, _):
             if not _is_code(old):
                 return x.astype(old.dtype), jnp.ones((), x.real.dtype)
             largest = self._largest(x)
             uniform = as_uniform(random_bits(x.shape, count, index, role)).astype(x.dtype)
-            return encode(x, largest, self._spread(largest, x.shape), uniform)
+            return encode(x, largest, spread_blocks(largest, x.shape, self.block_size), uniform)
 
-        pairs = indexed_map(pair, moment.codes, values)
-        codes, scale = jax.tree.transpose(jax.tree.structure(moment.codes), jax.tree.structure((0, 0)), pairs)
+        codes, scale = map_to_pair(pair, moment.codes, values, moment.scale)
         return moment._replace(codes=codes, scale=scale)
 
     def _compresses(self, x: Any) -> bool:
@@ -170,9 +170,6 @@ class Int8(Storage):
             magnitude = jnp.pad(magnitude, [(0, 0)] * (x.ndim - 1) + [(0, padding)])
         largest = jnp.max(magnitude.reshape(*x.shape[:-1], -1, size), axis=-1)
         return jnp.where(largest < jnp.finfo(x.dtype).tiny, 0, largest)
-
-    def _spread(self, per_block: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        return spread_blocks(per_block, shape, self.block_size)
 
     def _check(self, moment: Any) -> None:
         if not isinstance(moment, Int8Moment):

@@ -160,13 +160,6 @@ def check_kept_as(storage: Storage, moment: Any, dtype: Callable[[Any], Any]) ->
             )
 
 
-def indexed_map(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
-    """Maps `f(index, leaf, ...)` over trees; the index tells a leaf's random bits from the others'."""
-    leaves, treedef = jax.tree.flatten(tree)
-    columns = zip(leaves, *(treedef.flatten_up_to(other) for other in rest), strict=True)
-    return treedef.unflatten([f(index, *column) for index, column in enumerate(columns)])
-
-
 def as_nearest(name: str, dtype: Any) -> Storage:
     """Returns the storage that an argument such as optax's `mu_dtype` means: `Float32` for None."""
     if dtype is None:
