@@ -17,6 +17,7 @@ import numpy as np
 # The multipliers of a 32-bit finaliser with low bias (Wellons 2018, "lowbias32").
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B
 _GOLDEN = 0x9E3779B9
+_PARAMETER = 0x85EBCA6B  # tells parameters from moments of the same leaf
 
 
 def _shifted_xor(x: jax.Array, by: int) -> jax.Array:
@@ -31,7 +32,7 @@ def _finalise(x: jax.Array, between: Any = 0) -> jax.Array:
 
 
 def random_bits(
-    shape: tuple[int, ...], count: jax.Array, leaf: int, role: Literal["mu", "nu"] = "mu", seed: int = 0
+    shape: tuple[int, ...], count: jax.Array, leaf: int, role: Literal["mu", "nu", "parameter"], seed: int = 0
 ) -> jax.Array:
     """Returns 16 random bits for each coordinate of an array, as uint32.
 
@@ -39,10 +40,11 @@ def random_bits(
         shape: The array's shape; the global one where it is sharded.
         count: The number of the step.
         leaf: The array's index in its tree.
-        role: Which moment they are for: the two take a half each of one hash, which is computed once.
+        role: What they are for. The two moments take a half each of one hash, which is computed once.
         seed: Tells apart uses that share all of the above.
     """
     count = count.astype(jnp.uint32)
+    seed += _PARAMETER if role == "parameter" else 0
     stream = _finalise(np.uint32((leaf * _GOLDEN + seed) % 2**32) ^ _finalise(count + np.uint32(_GOLDEN)))
     index = jnp.zeros(shape, jnp.uint32)
     for axis in range(len(shape)):
@@ -89,7 +91,12 @@ def round_stochastically(x: jax.Array, dtype: Any, bits: jax.Array) -> jax.Array
     pattern = jax.lax.bitcast_convert_type(x, jnp.uint32)
     noise = jax.lax.shift_right_logical(bits, np.uint32(16 - dropped))
     rounded = jax.lax.bitcast_convert_type((pattern + noise) & kept, jnp.float32)
-    rounded = _below_normal(x, limits, lambda steps: jnp.floor(steps + as_uniform(bits)), rounded)
+
+    def whole(steps):
+        below = jnp.floor(steps)  # not floor(steps + uniform), a sum that rounds up to the next step
+        return below + (as_uniform(bits) < steps - below)
+
+    rounded = _below_normal(x, limits, whole, rounded)
     largest = float(limits.max)
     return jnp.where(jnp.isfinite(x), jnp.clip(rounded, -largest, largest), x)
 

@@ -12,8 +12,9 @@ import optax
 from jax.typing import ArrayLike
 
 from adaptive_optax._checks import check_bool, check_choice, check_scalar
+from adaptive_optax.moments.formats import as_storage
 from adaptive_optax.moments.granularity import Granularity
-from adaptive_optax.moments.storage import Storage
+from adaptive_optax.moments.storage import Storage, as_nearest
 from adaptive_optax.transforms.adam import EpsForm, scale_by_adam
 from adaptive_optax.transforms.learning_rate import scale_by_learning_rate
 from adaptive_optax.transforms.momentum import trace
@@ -339,4 +340,5 @@ def _momentum(momentum: Any, nesterov: bool, accumulator_dtype: Any = None):
             raise ValueError("nesterov=True needs momentum=.")
         return ()
     check_scalar("momentum", momentum, "[0, 1)", schedule=True)
+    as_storage("accumulator_dtype", as_nearest("accumulator_dtype", accumulator_dtype), momentum=momentum)
     return (trace(momentum, nesterov, accumulator_dtype),)

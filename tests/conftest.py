@@ -1,4 +1,4 @@
-"""Test session set-up: eight CPU devices, and x64 as a scoped fixture."""
+"""Test session set-up: eight CPU devices, an option for the number of random examples, x64 as a fixture."""
 
 import os
 
@@ -10,6 +10,18 @@ import pytest
 
 hypothesis.settings.register_profile("project", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("project")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--random-examples", type=int, default=2000, help="how many test_random_chains.py draws in all"
+    )
+
+
+@pytest.fixture
+def random_examples(request) -> int:
+    """The value of `--random-examples`."""
+    return request.config.getoption("--random-examples")
 
 
 @pytest.fixture

@@ -93,7 +93,8 @@ def _moved(state: Any, mu_storage: Any, nu_storage: Any) -> Any:
         storage = as_storage(f"{role}_storage", given, **decay)
         for field, values in moments.items():
             if values is not None:
-                moved[field] = recoded(storage, values, count=unwrapped(state.count), role=role)
+                moment = recoded(storage, values, count=unwrapped(state.count), role=role)
+                moved[field] = _wrapped_like(state.count, moment)
 
     move("mu", mu_storage, decays[0], mu=mu)
     move("nu", nu_storage, decays[1], nu=nu, nu_max=nu_max)
@@ -103,6 +104,18 @@ def _moved(state: Any, mu_storage: Any, nu_storage: Any) -> Any:
 def _known(**scalars: Any) -> dict[str, float]:
     known = {name: known_scalar(value) for name, value in scalars.items()}
     return {name: value for name, value in known.items() if value is not None}
+
+
+def _wrapped_like(scalar: Any, moment: Any) -> Any:
+    """Wraps the arrays that a format adds as nnx has wrapped the state's scalars, if it has."""
+    if unwrapped(scalar) is scalar:
+        return moment
+
+    def is_wrapped(x):
+        return unwrapped(x) is not x
+
+    wrap = type(scalar)
+    return jax.tree.map(lambda x: x if is_wrapped(x) else wrap(x), moment, is_leaf=is_wrapped)
 
 
 def _is_rounded(moment: Any) -> bool:

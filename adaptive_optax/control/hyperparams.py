@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from adaptive_optax._checks import check_scalar, check_state
 from adaptive_optax._precision import incremented, value_at
@@ -90,12 +91,16 @@ def inject_hyperparams(
         raise ValueError(f"factory must be a function that returns a transformation, got {factory!r}.")
     signature = inspect.signature(factory)
     static = {static_args} if isinstance(static_args, str) else set(static_args)
-    if unknown := static - signature.parameters.keys():
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
+    if (unknown := static - signature.parameters.keys()) and not takes_any:
         raise ValueError(f"static_args must be names of {list(signature.parameters)}, got {sorted(unknown)}.")
-    dtype = jnp.dtype(hyperparam_dtype)
-    if not jnp.issubdtype(dtype, jnp.floating):
+    try:  # None would be NumPy's float64
+        is_floating = hyperparam_dtype is not None and jnp.issubdtype(hyperparam_dtype, jnp.floating)
+    except TypeError:
+        is_floating = False
+    if not is_floating:
         raise ValueError(f"hyperparam_dtype must be a floating dtype, got {hyperparam_dtype!r}.")
-    hints = _hints(factory)
+    dtype, hints = jnp.dtype(hyperparam_dtype), _hints(factory)
 
     def is_hyperparameter(name, value):
         return _is_hyperparameter(value, signature.parameters[name].default, hints.get(name))
@@ -143,9 +148,11 @@ def inject_hyperparams(
             given = given_at(state.count)
             used, overridden = {}, {}
             for name, value in given.items():
-                current = jnp.asarray(state.hyperparams[name], dtype)
-                # What was assigned to the dictionary without the flag differs from what was given.
-                overridden[name] = state.overridden[name] | (current != state.given[name])
+                current, before = jnp.asarray(state.hyperparams[name], dtype), state.given[name]
+                # What was assigned to the dictionary without the flag differs from what was given; a NaN that
+                # a schedule gave is no assignment.
+                changed = (current != before) & ~(jnp.isnan(current) & jnp.isnan(before))
+                overridden[name] = state.overridden[name] | changed
                 used[name] = jnp.where(overridden[name], current, value)
             updates, inner_state = build(used).update(updates, state.inner_state, params, **extra_args)
             count = incremented(state.count)
@@ -159,10 +166,14 @@ def inject_hyperparams(
 def _hints(factory: Factory) -> dict[str, Any]:
     target = factory.func if isinstance(factory, functools.partial) else factory
     target = target if inspect.isroutine(target) else type(target).__call__
-    try:
-        return typing.get_type_hints(target)
-    except (NameError, TypeError):  # annotations that only a type checker can resolve
-        return {}
+    hints, names = {}, getattr(inspect.unwrap(target), "__globals__", {})
+    # One by one: an annotation that only a type checker can resolve leaves the others as they are.
+    for name, annotation in inspect.get_annotations(target).items():
+        try:
+            hints[name] = eval(annotation, names) if isinstance(annotation, str) else annotation
+        except (NameError, AttributeError, TypeError, SyntaxError):
+            continue
+    return hints
 
 
 def _is_number(value: Any) -> bool:
@@ -272,23 +283,26 @@ def _with_value(owner: Any, name: str, value: Any) -> Any:
     if isinstance(owner, ScaleByLearningRateState):
         if value is None:
             return owner._replace(override=_filled(owner.override, -1.0))
-        check_scalar("learning_rate", _member(value, owner.override), "[0, inf)")
+        _check_value("learning_rate", value, owner.override)
         return owner._replace(
             learning_rate=_filled(owner.learning_rate, value), override=_filled(owner.override, value)
         )
     if value is not None:
-        check_scalar(name, _member(value, owner.hyperparams[name]), "(-inf, inf)")
+        _check_value(name, value, owner.given[name])
     new = unwrapped(owner.given[name]) if value is None else value
     return owner._replace(
-        hyperparams=owner.hyperparams | {name: _filled(owner.hyperparams[name], new)},
+        hyperparams=owner.hyperparams | {name: _filled(owner.given[name], new)},  # it may hold a plain float
         overridden=owner.overridden | {name: _filled(owner.overridden[name], value is not None)},
     )
 
 
-def _member(value: Any, like: Any) -> Any:
-    """A scalar of a value that may be an array of them, one for each member of a vmapped state."""
-    like = unwrapped(like)
-    return jnp.ravel(value)[0] if like.ndim and jnp.shape(value) == like.shape else value
+def _check_value(name: str, value: Any, like: Any) -> None:
+    """Refuses a value that is no scalar, or an array of them where a vmapped state has one a member."""
+    shape, members = unwrapped(like).shape, [value]
+    if shape and np.shape(value) == shape:
+        members = [jnp.ravel(value)[0]] if isinstance(value, Tracer) else np.ravel(value)
+    for member in members:
+        check_scalar(name, member, "[0, inf)" if name == "learning_rate" else "(-inf, inf)")
 
 
 def _filled(like: Any, value: Any) -> Any:

@@ -7,9 +7,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from adaptive_optax._checks import check_state, check_transformation
+from adaptive_optax._checks import check_same_tree, check_state, check_transformation
 from adaptive_optax._paths import paths_and_leaves
 from adaptive_optax._precision import incremented, widen
 from adaptive_optax._states import states_of, unwrapped
@@ -49,18 +50,24 @@ def reject_nonfinite(
     Wrap the whole chain in it, outermost (but for `verified`), and a run survives NaN gradients, spikes that
     overflow a second moment, and overflow anywhere inside. A step is rejected if
 
-    * a gradient holds a NaN or an infinity, or
-    * an update does, or
+    * a gradient holds a NaN or an infinity,
+    * an update does,
     * an element of the state that was finite no longer is (one that was infinite, such as the best value of
-      a plateau before its first metric, may stay so).
+      a plateau before its first metric, may stay so), or
+    * an element of the parameters, where `update` is given them, no longer would be after
+      `optax.apply_updates`.
 
     Then the updates are zero and the state is what it was, step counts and schedules included, so that the
     run goes on as if the batch had not been. All devices decide alike, as global arrays are looked at.
 
     Why outermost: what stands outside it does not see the rejection. A `trace` behind it would go on moving
-    the parameters by its momentum, and a weight decay behind it would go on decaying them. Inside gradient
-    accumulation (`optax.MultiSteps(reject_nonfinite(tx), k)`) it sees the mean of k micro-batches, of which
-    one bad one spoils all k; outside, it drops the bad one alone.
+    the parameters by its momentum, and a weight decay behind it would go on decaying them.
+
+    With gradient accumulation there are two places. Outside, around
+    `optax.MultiSteps(tx, k).gradient_transformation()`, it drops a micro-batch with a NaN alone; a finite
+    spike is added up before it overflows, and every rejection then puts back the sum that holds it. Inside,
+    `optax.MultiSteps(reject_nonfinite(tx), k)`, a spike costs its k micro-batches; a NaN stays in optax's
+    accumulator. So wrap both; `get_rejections` reads the outer one.
 
     `optax.apply_if_finite` looks at the updates only, wants them in the gradients' dtype, and after its limit
     lets the NaN in. A run in which `in_a_row` keeps growing is over all the same: look at it with
@@ -69,8 +76,8 @@ def reject_nonfinite(
     Args:
         inner: Any transformation whose state keeps its structure.
         on_reject: `on_reject(what, path)` is called on the host, through `jax.debug.callback`, at each
-            rejected step, with what was bad first, "gradient", "update" or "state", and the path of its
-            first bad leaf; `print` will do. None for no call.
+            rejected step, with what was bad first, "gradient", "update", "state" or "parameter", and the path
+            of its first bad leaf; `print` will do. None for no call.
 
     Returns:
         The transformation; extra arguments go to `inner`. Updates are float32 or wider.
@@ -115,6 +122,15 @@ def reject_nonfinite(
         for (path, before), after in zip(paths_and_leaves(old), jax.tree.leaves(new), strict=True):
             if jnp.issubdtype(after.dtype, jnp.inexact):
                 places.append(("state", path))
+                finite.append(jnp.all(jnp.isfinite(after) | ~jnp.isfinite(before)))
+        if params is not None:
+            check_same_tree("reject_nonfinite", "updates", new_updates, "params", params)
+            # A finite step can be more than the parameter's dtype holds.
+            moves = zip(paths_and_leaves(params), jax.tree.leaves(new_updates), strict=True)
+            for (path, before), u in moves:
+                wide = np.promote_types(before.dtype, u.dtype)  # strict promotion forbids the bare sum
+                after = (before.astype(wide) + u.astype(wide)).astype(before.dtype)
+                places.append(("parameter", path))
                 finite.append(jnp.all(jnp.isfinite(after) | ~jnp.isfinite(before)))
         if not finite:
             return new_updates, state._replace(inner_state=new)

@@ -97,7 +97,7 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:
         def leaf(index, u, p):
             if not is_low_precision(p):
                 return u
-            bits = random_bits(p.shape, state.count, index, seed=seed)
+            bits = random_bits(p.shape, state.count, index, "parameter", seed)
             return _landing(p, round_stochastically(_wide(p) + _wide(u), p.dtype, bits))
 
         updates = map_with_index(leaf, widen(updates), params)

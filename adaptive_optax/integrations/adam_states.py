@@ -20,12 +20,20 @@ import optax
 from adaptive_optax._checks import check_same_tree
 from adaptive_optax._paths import paths_and_leaves
 from adaptive_optax._states import replace_states, states_of, unwrapped
+from adaptive_optax.control.hyperparams import InjectHyperparamsState
 from adaptive_optax.moments.formats import dense, refilled
 from adaptive_optax.transforms.adam import ScaleByAdamState, adam_bound
 from adaptive_optax.transforms.learning_rate import ScaleByLearningRateState
 from adaptive_optax.transforms.weight_decay import AddDecoupledWeightDecayState
 
 _OPTAX = (optax.ScaleByAdamState, optax.ScaleByAmsgradState)
+_SCHEDULED = (
+    ScaleByLearningRateState,
+    AddDecoupledWeightDecayState,
+    InjectHyperparamsState,
+    optax.ScaleByScheduleState,
+    optax.InjectStatefulHyperparamsState,
+)
 Layout = Callable[[str, np.ndarray], np.ndarray]
 
 
@@ -41,7 +49,8 @@ def from_optax(opt_state: Any, tx: optax.GradientTransformation, params: Any) ->
 
     Returns:
         A state of `tx`, with the moments and the count of `opt_state`; the sums of the weights are those of
-        the decays that `tx` starts with, held constant. Everything else is as `tx` initialises it.
+        the decays that `tx` starts with, held constant. Schedules go on from the count. Everything else is as
+        `tx` initialises it.
 
     Raises:
         ValueError: If the numbers of Adam states, their counts, their trees or their shapes do not fit.
@@ -112,8 +121,7 @@ def to_optax(opt_state: Any, tx: optax.GradientTransformation | None = None, par
         return jax.tree.map(lambda old, new: jnp.asarray(new, old.dtype), slot, state)
 
     target = replace_states(_OPTAX, target, fill)
-    count = unwrapped(found[0].count)
-    return replace_states(optax.ScaleByScheduleState, target, lambda s: s._replace(count=count))
+    return _scheduled_from(target, unwrapped(found[0].count))
 
 
 def _as_optax(state: Any) -> Any:
@@ -269,15 +277,16 @@ def _filled(owner: str, tx: optax.GradientTransformation, params: Any, kept: lis
         _check_per_coordinate(owner, slot.mu, slot.nu)
         if (nu_max is None) != (slot.nu_max is None):
             raise ValueError(f"{owner}: amsgrad must be the same in the state and in tx.")
-        b1, b2 = float(unwrapped(slot.b1)), float(unwrapped(slot.b2))
+        b1, b2 = _as_given(slot.b1), _as_given(slot.b2)
 
         def scalar(value):
             return jnp.asarray(value, unwrapped(slot.bound_sq).dtype)
 
         def moment(old, values, role):
             # In the slot's tree, which may be wrapped, and its dtypes.
-            leaves = [jnp.asarray(x) for x in jax.tree.leaves(values)]
-            return refilled(old, jax.tree.structure(dense(old)).unflatten(leaves), count=count, role=role)
+            like, treedef = jax.tree.flatten(dense(old))
+            leaves = [jnp.asarray(x, y.dtype) for x, y in zip(jax.tree.leaves(values), like, strict=True)]
+            return refilled(old, treedef.unflatten(leaves), count=count, role=role)
 
         largest = float(jnp.finfo(jnp.float32).max)
         bound_sq = min(adam_bound(b1, b2, steps, bias_correction=False) ** 2, largest) if steps else 0.0
@@ -292,5 +301,26 @@ def _filled(owner: str, tx: optax.GradientTransformation, params: Any, kept: lis
         )
 
     target = replace_states(ScaleByAdamState, target, fill)
-    counted = (ScaleByLearningRateState, AddDecoupledWeightDecayState)
-    return replace_states(counted, target, lambda state: state._replace(count=count))
+    return _scheduled_from(target, count)
+
+
+def _as_given(decay: Any) -> float:
+    """The decimal number that was rounded: of 0.999 in float32, 1 - b2 would be 1e-5 off."""
+    return float(str(np.asarray(unwrapped(decay))))
+
+
+def _scheduled_from(opt_state: Any, count: Any) -> Any:
+    """The state with its schedules at a step."""
+
+    def at_step(state):
+        if not isinstance(state, optax.InjectStatefulHyperparamsState):
+            return state._replace(count=count)
+        schedules = {
+            name: s._replace(count=count) if getattr(s, "_fields", ()) == ("count",) else s
+            for name, s in state.hyperparams_states.items()
+        }
+        return state._replace(count=count, hyperparams_states=schedules)
+
+    for kind in _SCHEDULED:  # one by one: injected hyperparameters hold the others
+        opt_state = replace_states(kind, opt_state, at_step)
+    return opt_state

@@ -8,10 +8,12 @@ for :math:`i = 0 \dots 6`, :math:`j = 0 \dots 2^i - 1`, their negatives, and 0. 
 Dettmers et al. 2022 with each entry at the end of its cell instead of the middle: the scale itself is an
 entry on both sides, and a code is a concave, piecewise linear function of the value: no table is looked up.
 
-The second moment is kept as its root r on a logarithmic map,
-:math:`r = r_{max} 2^{-20 (255 - c) / 254}` for codes :math:`c = 1 \dots 255`. There is no entry 0 (code 0 is
-for blocks of zeros), because a second moment that is rounded to 0 under a first moment that is not makes a
-step without bound. Values under :math:`10^{-6} r_{max}` become that: their steps are too short, not too long.
+The second moment is kept as its root r on a logarithmic map: with n = 255 - c for codes
+:math:`c = 1 \dots 255`, :math:`r = r_{max} 2^{-d}`, where d grows by 3/128 a code up to n = 148 and by 5/32 a
+code beyond, to 20 octaves. Most values of a block lie in the upper part, where the roundings' noise, which
+goes with the root of the distance between entries, is thus smaller. There is no entry 0 (code 0 is for blocks
+of zeros), because a second moment that is rounded to 0 under a first moment that is not makes a step without
+bound. Values under :math:`10^{-6} r_{max}` become that: their steps are too short, not too long.
 """
 
 from __future__ import annotations
@@ -32,8 +34,11 @@ from adaptive_optax.moments.storage import Role, Storage, zeros
 
 FORMAT = 1  # of the two maps above, so that a saved state says how it is to be read
 _SHORTEST_AXIS = 64
-_OCTAVES = 40.0  # of v: 20 of its root
-_STEP = _OCTAVES / 254
+# The second moment's map, in octaves of v, two of which are one of its root: an upper and a lower part.
+# Sums of few powers of two, so that products with codes are exact.
+_UPPER_CODES = 148
+_UPPER, _LOWER = 3 / 64, 5 / 16
+_OFFSET = _UPPER_CODES * (_LOWER - _UPPER)
 
 
 class Int8Moment(NamedTuple):
@@ -237,15 +242,18 @@ def _encode_signed(x: Any, largest: Any, scale: Any, uniform: jax.Array) -> tupl
 
 
 def _root_entry(code: jax.Array) -> jax.Array:
-    """The square of the map's entry for a code in 1 .. 255."""
-    return jnp.exp2((code - 255) * _STEP)
+    """The square of the map's entry for a code in 1 .. 255: the depth is the larger of two lines."""
+    n = 255 - code
+    return jnp.exp2(-jnp.maximum(n * _UPPER, n * _LOWER - _OFFSET))
 
 
 def _encode_root(x: Any, largest: Any, scale: Any, uniform: jax.Array) -> tuple[jax.Array, jax.Array]:
     ratio = x / jnp.where(scale > 0, scale, 1)
-    below = jnp.clip(jnp.floor(255 + jnp.log2(ratio) / _STEP), 1, 255)
+    depth = -jnp.log2(ratio)
+    below = jnp.clip(jnp.floor(255 - jnp.minimum(depth / _UPPER, (depth + _OFFSET) / _LOWER)), 1, 255)
     entry = _root_entry(below)
-    above = uniform * (entry * (2.0**_STEP - 1)) < ratio - entry
+    gap = jnp.where(below >= 255 - _UPPER_CODES, 2.0**_UPPER - 1, 2.0**_LOWER - 1)
+    above = uniform * (entry * gap) < ratio - entry
     code = jnp.where(scale > 0, jnp.minimum(jnp.where(above, below + 1, below), 255), 0)
     return code.astype(jnp.uint8), jnp.sqrt(largest)
 

@@ -163,9 +163,10 @@ def scale_by_adam(
     granularity = as_granularity(granularity)
     if mu_dtype is not None and mu_storage != "float32":
         raise ValueError(f"Give mu_dtype or mu_storage, not both, got {mu_dtype!r} and {mu_storage!r}.")
-    if mu_dtype is not None:
-        mu_storage = as_nearest("mu_dtype", mu_dtype)
-    mu_storage = as_storage("mu_storage", mu_storage, b1=b1)
+    if mu_dtype is None:
+        mu_storage = as_storage("mu_storage", mu_storage, b1=b1)
+    else:
+        mu_storage = as_storage("mu_dtype", as_nearest("mu_dtype", mu_dtype), b1=b1)
     nu_storage = as_storage("nu_storage", nu_storage, b2=b2)
     known_b1, known_b2 = concrete(b1), concrete(b2)
     if known_b1 is not None and known_b2 is not None and 0 < known_b1 and known_b1**2 >= known_b2:

@@ -1,0 +1,175 @@
+"""What training loses to low-precision state and low-precision parameters, on the two built-in tasks.
+
+Every arm is Adam with a one-cycle rate, at one peak, on the same seeds: the same initial parameters and
+batches. The metric is the final loss on training data. The tasks are as wide as `Int8` needs (64), and it
+compresses every matrix that wide, embeddings included. Low-precision parameters are bfloat16; the model
+computes in float32, so that only what is kept differs.
+
+    python -m benchmarks.low_precision [--tasks localization text] [--seeds 12] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pandas as pd
+import rich
+import rich.table
+import scipy.stats
+
+import adaptive_optax as ao
+from adaptive_optax import study
+from adaptive_optax.study import tasks
+from benchmarks.setting import publish
+
+INT8 = ao.Int8(min_size=1)
+BASELINE = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """A task at the size and the rate at which it is trained."""
+
+    task: Callable[[], study.Task]
+    peak: float
+    steps: int
+
+
+SETTINGS = {
+    "localization": Setting(lambda: tasks.localization(width=64), 0.01, 2560),
+    "text": Setting(lambda: tasks.text(width=64), 0.01, 1000),
+}
+
+
+def adam(wrap: Callable[[Any], Any] = lambda tx: tx, **keywords: Any) -> Any:
+    """Makes an arm: Adam with a one-cycle rate, in a wrapper."""
+
+    def arm(peak, steps):
+        cycle = ao.one_cycle(peak, steps)
+        return wrap(ao.adam(cycle.learning_rate, b1=cycle.momentum, **keywords))
+
+    return arm
+
+
+STATE_ARMS = {
+    BASELINE: adam(),
+    "state bfloat16": adam(mu_storage="bfloat16", nu_storage="bfloat16"),
+    "state int8": adam(mu_storage=INT8, nu_storage=INT8),
+}
+PARAMETER_ARMS = {
+    "parameters bfloat16, to nearest": adam(),
+    "parameters bfloat16, stochastic_rounding": adam(lambda tx: optax.chain(tx, ao.stochastic_rounding())),
+    "parameters bfloat16, kahan_summation": adam(ao.kahan_summation),
+    "parameters bfloat16, master_weights": adam(ao.master_weights),
+    "parameters bfloat16, stochastic_rounding, state int8": adam(
+        lambda tx: optax.chain(tx, ao.stochastic_rounding()), mu_storage=INT8, nu_storage=INT8
+    ),
+}
+
+
+def on_training_data(task: study.Task, count: int = 1024) -> study.Task:
+    """The task judged by its loss on (evenly spaced) training samples."""
+
+    def some(x):
+        return x[np.linspace(0, len(x) - 1, min(count, len(x))).astype(int)]
+
+    return dataclasses.replace(task, validation=jax.tree.map(some, task.train))
+
+
+def with_bfloat16_parameters(task: study.Task) -> study.Task:
+    """The task with parameters kept in bfloat16 and widened in the loss."""
+
+    def init(key):
+        params, model_state = task.start(key)
+        return jax.tree.map(lambda x: x.astype(jnp.bfloat16), params), model_state
+
+    def widened(params):
+        return jax.tree.map(lambda x: x.astype(jnp.float32), params)
+
+    def loss(params, model_state, batch, key):
+        return task.training_loss(widened(params), model_state, batch, key)
+
+    def metric(params, model_state, batch):
+        return task.validation_metric(widened(params), model_state, batch)
+
+    return dataclasses.replace(task, init=init, loss=loss, metric=metric, has_model_state=True)
+
+
+def bytes_a_parameter(task: study.Task, arm: Any) -> float:
+    """Bytes of moments, copies and compensations for each parameter."""
+    params, _ = jax.eval_shape(task.start, jax.random.key(0))
+    state = jax.eval_shape(arm(1e-3, 10).init, params)
+    return ao.state_bytes(state) / sum(x.size for x in jax.tree.leaves(params))
+
+
+def measure(name: str, seeds: int) -> list[dict[str, Any]]:
+    """Trains every arm on one task; gives a row an arm."""
+    setting = SETTINGS[name]
+    task = on_training_data(setting.task())
+    tables, sizes = [], {}
+    for arms, version in ((STATE_ARMS, task), (PARAMETER_ARMS, with_bfloat16_parameters(task))):
+        comparison = study.compare(
+            version, arms, learning_rates=[setting.peak], steps=setting.steps, seeds=seeds,
+            tuning_seeds=1, growth=0, validation_points=2,
+        )  # fmt: skip
+        tables.append(comparison.table)
+        sizes |= {arm: bytes_a_parameter(version, make) for arm, make in arms.items()}
+    table = pd.concat([t[t["phase"] == "verdict"] for t in tables])
+    losses = table.pivot(index="seed", columns="arm", values="final_metric")
+    rows = []
+    for arm, size in sizes.items():
+        difference = losses[arm] - losses[BASELINE]
+        row = {
+            "task": name,
+            "arm": arm,
+            "bytes_a_parameter": size,
+            "final_loss": losses[arm].mean(),
+            "final_loss_error": losses[arm].sem(),
+            "difference": difference.mean(),
+            "difference_error": difference.sem(),
+        }
+        if arm != BASELINE:
+            row["p_value"] = float(scipy.stats.ttest_rel(losses[arm], losses[BASELINE]).pvalue)
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    """Prints the table and, if asked, writes it as JSON."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--tasks", nargs="+", choices=SETTINGS, default=list(SETTINGS))
+    parser.add_argument("--seeds", type=int, default=12, help="paired seeds, at least 5")
+    parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    args = parser.parse_args()
+    if args.seeds < 5:
+        parser.error(f"--seeds must be at least 5, got {args.seeds}.")
+    jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+
+    table = rich.table.Table("task", "arm", "bytes a parameter", "training loss", "minus float32", "p")
+    rows = [row for name in args.tasks for row in measure(name, args.seeds)]
+    for row in rows:
+        table.add_row(
+            row["task"],
+            row["arm"],
+            f"{row['bytes_a_parameter']:.2f}",
+            f"{row['final_loss']:.4f} ± {row['final_loss_error']:.4f}",
+            f"{row['difference']:+.4f} ± {row['difference_error']:.4f}",
+            f"{row['p_value']:.2g}" if "p_value" in row else "",
+        )
+    rich.print(table)
+    publish("low_precision", rows, args.json, settings={n: (s.peak, s.steps) for n, s in SETTINGS.items()})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,633 @@
+"""Adam's state from and to optax and PyTorch: a run that changes libraries ends where one that stays does."""
+
+import functools
+import importlib.util
+import json
+import sys
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tolerances import OPTAX
+
+import adaptive_optax as ao
+
+RTOL = OPTAX["float32"]
+STEPS, SWITCH = 20, 10
+
+
+def rate(count):
+    return 0.05 / (1.0 + 0.1 * count)
+
+
+def kernels(params):
+    """The mask of what decays."""
+    return jax.tree.map(lambda x: x.ndim > 1, params)
+
+
+def label(params):
+    return {key: "wide" if key == "kernel" else "rest" for key in params}
+
+
+PARAMS = {
+    "bias": jnp.linspace(-1.0, 1.0, 3),
+    "kernel": jnp.linspace(-2.0, 2.0, 192).reshape(3, 64),
+    "scale": jnp.asarray(0.5),
+}
+GRADIENTS = [
+    jax.tree.map(lambda p, t=t: jnp.cos(3 * p + 0.7 * t) * (1 + t % 4) + 0.2, PARAMS) for t in range(STEPS)
+]
+
+
+@functools.cache
+def jitted_step(tx):
+    def step(params, state, g):
+        updates, state = tx.update(g, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return jax.jit(step)
+
+
+def run(tx, params, state, gradients):
+    """The parameters and the state after some steps."""
+    for g in gradients:
+        params, state = jitted_step(tx)(params, state, g)
+    return params, state
+
+
+@functools.cache
+def train(tx, steps=STEPS):
+    return run(tx, PARAMS, tx.init(PARAMS), GRADIENTS[:steps])
+
+
+def assert_close(actual, expected, rtol, atol=0.0):
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    for (path, x), y in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
+        assert x.dtype == y.dtype and x.shape == y.shape, jax.tree_util.keystr(path)
+        np.testing.assert_allclose(x, y, rtol=rtol, atol=atol, err_msg=jax.tree_util.keystr(path))
+
+
+def spec(tree):
+    return jax.tree.structure(tree), [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
+
+
+def adam_of(state):
+    """The state of this library's Adam, or optax's, inside another."""
+    kinds = ao.ScaleByAdamState, optax.ScaleByAdamState, optax.ScaleByAmsgradState
+    leaves = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
+    (found,) = (leaf for leaf in leaves if isinstance(leaf, kinds))
+    return found
+
+
+# --- optax, both ways ---------------------------------------------------------------------------------------
+
+# name: (optax's, the same of this library)
+PAIRS = {
+    "adam": (optax.adam(0.05), ao.adam(0.05)),
+    "other decays": (optax.adam(0.05, b1=0.8, b2=0.95), ao.adam(0.05, b1=0.8, b2=0.95)),
+    "nesterov": (optax.nadam(0.05), ao.adam(0.05, nesterov=True)),
+    "adamw": (optax.adamw(0.05, weight_decay=0.1), ao.adamw(0.05, weight_decay=0.1)),
+    "adamw, schedule": (optax.adamw(rate, weight_decay=0.1), ao.adamw(rate, weight_decay=0.1)),
+    "adamw, mask": (
+        optax.adamw(rate, weight_decay=0.1, mask=kernels),
+        ao.adamw(rate, weight_decay=0.1, mask=kernels),
+    ),
+    "amsgrad": (optax.amsgrad(0.05), ao.adam(0.05, amsgrad=True)),
+    "amsgrad, schedule": (optax.amsgrad(rate), ao.adam(rate, amsgrad=True)),
+    "chain": (
+        optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate)),
+        optax.chain(ao.clip_by_global_norm(1.0), ao.adam(rate)),
+    ),
+    "a schedule of optax": (
+        optax.adam(rate),
+        optax.chain(ao.scale_by_adam(), optax.scale_by_learning_rate(rate)),
+    ),
+    "inject_hyperparams": (
+        optax.inject_hyperparams(optax.adam)(0.05),
+        ao.inject_hyperparams(ao.adam)(0.05),
+    ),
+    "inject_hyperparams, schedule": (
+        optax.inject_hyperparams(optax.adam)(rate),
+        ao.inject_hyperparams(ao.adam)(rate),
+    ),
+    "optax's inject_hyperparams": (
+        optax.inject_hyperparams(optax.adam)(rate),
+        optax.inject_hyperparams(ao.adam, static_args=("mu_storage", "nu_storage", "granularity"))(rate),
+    ),
+    "partition": (
+        optax.partition({"wide": optax.adamw(rate), "rest": optax.adam(0.01, b1=0.5)}, label),
+        optax.partition({"wide": ao.adamw(rate), "rest": ao.adam(0.01, b1=0.5)}, label),
+    ),
+}
+each_pair = pytest.mark.parametrize("name", PAIRS)
+
+
+@each_pair
+def test_from_optax_the_run_goes_on(name):
+    theirs, ours = PAIRS[name]
+    expected, _ = train(theirs)
+    params, state = train(theirs, SWITCH)
+    converted = ao.from_optax(state, ours, params)
+    assert spec(converted) == spec(ours.init(params))
+    params, _ = run(ours, params, converted, GRADIENTS[SWITCH:])
+    assert_close(params, expected, RTOL, atol=1e-6)  # some pass through 0; a step is 0.05
+
+
+@each_pair
+def test_to_optax_the_run_goes_on(name):
+    theirs, ours = PAIRS[name]
+    expected, _ = train(ours)
+    params, state = train(ours, SWITCH)
+    converted = ao.to_optax(state, theirs, params)
+    assert spec(converted) == spec(theirs.init(params))
+    params, _ = run(theirs, params, converted, GRADIENTS[SWITCH:])
+    assert_close(params, expected, RTOL, atol=1e-6)  # some pass through 0; a step is 0.05
+
+
+WITHOUT_TX = {"adam", "other decays", "nesterov", "adamw", "amsgrad"}
+
+
+@pytest.mark.parametrize("name", sorted(WITHOUT_TX))
+def test_to_optax_makes_the_same_chain_without_tx(name):
+    theirs, ours = PAIRS[name]
+    expected, _ = train(ours)
+    params, state = train(ours, SWITCH)
+    converted = ao.to_optax(state)
+    assert spec(converted) == spec(theirs.init(params))
+    params, _ = run(theirs, params, converted, GRADIENTS[SWITCH:])
+    assert_close(params, expected, RTOL, atol=1e-6)  # some pass through 0; a step is 0.05
+
+
+@each_pair
+def test_there_and_back_is_the_identity(name):
+    theirs, ours = PAIRS[name]
+    params, state = train(theirs, SWITCH)
+    back = ao.to_optax(ao.from_optax(state, ours, params), theirs, params)
+    if "inject" in name:  # the values of the last step, which are computed anew in the next one
+        state, back = state.inner_state, back.inner_state
+    assert_close(back, state, 0)
+
+
+@each_pair
+def test_back_and_there_keeps_the_moments(name):
+    theirs, ours = PAIRS[name]
+    params, state = train(ours, SWITCH)
+    back = ao.from_optax(ao.to_optax(state, theirs, params), ours, params)
+    moments = [
+        [(s.count, s.mu, s.nu, s.nu_max) for s in jax.tree.leaves(tree, is_leaf=is_adam) if is_adam(s)]
+        for tree in (back, state)
+    ]
+    assert_close(*moments, 0)
+
+
+def is_adam(node):
+    return isinstance(node, ao.ScaleByAdamState)
+
+
+@pytest.mark.parametrize("name", ["adam", "other decays", "amsgrad"])
+@pytest.mark.parametrize("steps", [0, 1, 10])
+def test_the_sums_of_weights_and_the_bound_are_those_of_a_run_that_was_always_here(name, steps):
+    theirs, ours = PAIRS[name]
+    _, state = train(theirs, steps)
+    converted = adam_of(ao.from_optax(state, ours, PARAMS))
+    _, here = train(ours, steps)
+    for field in ("count", "mu_weight", "nu_weight", "bound_sq"):
+        actual, expected = getattr(converted, field), getattr(adam_of(here), field)
+        assert actual.dtype == expected.dtype and (expected > 0) == (steps > 0)
+        np.testing.assert_allclose(actual, expected, rtol=2e-6, err_msg=field)
+
+
+def test_decays_without_a_bound_convert():
+    with pytest.warns(UserWarning, match="has no bound"):
+        ours = ao.adam(0.05, b1=0.9, b2=0.5)
+    state = optax.adam(0.05, b1=0.9, b2=0.5).init(PARAMS)
+    converted = ao.from_optax((state[0]._replace(count=jnp.asarray(5000)), state[1]), ours, PARAMS)
+    assert converted[0].bound_sq == jnp.finfo(jnp.float32).max
+
+
+INT8 = ao.Int8(block_size=64, min_size=1)
+# (mu_storage, nu_storage, largest error relative to the value and to the largest in its block)
+STORAGES = {
+    "float32": ("float32", "float32", 0, 0),
+    "bfloat16": ("bfloat16", "bfloat16", 2**-7, 0),
+    # The signed map's entries are at most 0.9/64 of the largest apart; the root's octaves are 254/40 levels.
+    "int8": (INT8, INT8, 2 ** (40 / 254) - 1, 0.9 / 64),
+    "both": (INT8, "bfloat16", 2 ** (40 / 254) - 1, 0.9 / 64),
+}
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("mu_dtype", [None, jnp.bfloat16])
+def test_into_every_storage_within_a_level(storage, mu_dtype):
+    mu_storage, nu_storage, rtol, of_largest = STORAGES[storage]
+    theirs = optax.amsgrad(rate, mu_dtype=mu_dtype)
+    params, state = train(theirs, SWITCH)
+    tx = ao.adam(rate, amsgrad=True, mu_storage=mu_storage, nu_storage=nu_storage)
+    converted = ao.from_optax(state, tx, params)
+    assert spec(converted) == spec(tx.init(params))  # int8 scales stay float32 from bfloat16 moments
+    for field in ("mu", "nu", "nu_max"):
+        kept, given = ao.dense(getattr(converted[0], field)), getattr(state[0], field)
+        for x, y in zip(jax.tree.leaves(kept), jax.tree.leaves(given), strict=True):
+            y = y.astype(jnp.float32)
+            np.testing.assert_allclose(x, y, rtol=rtol, atol=of_largest * float(jnp.abs(y).max()))
+    _, after = jax.eval_shape(tx.update, GRADIENTS[0], converted, params)
+    assert spec(after) == spec(converted)
+
+
+LOW = {
+    "bfloat16": ao.adam(rate, mu_storage="bfloat16", nu_storage="bfloat16"),
+    "int8": ao.adam(rate, mu_storage=INT8, nu_storage=INT8),
+}
+
+
+@pytest.mark.parametrize("storage", LOW)
+def test_out_of_every_storage_exactly(storage):
+    params, state = train(LOW[storage], SWITCH)
+    for theirs in (ao.to_optax(state), ao.to_optax(state, optax.adam(0.05), params)):
+        assert spec(theirs) == spec(optax.adam(0.05).init(params))
+        for field in ("mu", "nu"):
+            assert_close(getattr(theirs[0], field), ao.dense(getattr(state[0], field)), 0)
+    low = ao.to_optax(state, optax.adam(0.05, mu_dtype=jnp.bfloat16), params)
+    assert {x.dtype for x in jax.tree.leaves(low[0].mu)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_a_count_is_that_of_the_schedules_too():
+    params, state = train(ao.adamw(rate), SWITCH)
+    theirs = optax.adamw(rate, mask=kernels)
+    assert [int(x) for x in counts(ao.to_optax(state, theirs, params))] == [SWITCH] * 2
+    tx = ao.inject_hyperparams(ao.adamw)(rate)
+    converted = ao.from_optax(ao.to_optax(state), tx, params)
+    assert [int(x) for x in counts(converted)] == [SWITCH] * 4  # of the wrapper and its three links
+
+
+def counts(state):
+    found = jax.tree.leaves_with_path(state)
+    return [x for path, x in found if jax.tree_util.keystr(path).endswith(".count")]
+
+
+# --- PyTorch ------------------------------------------------------------------------------------------------
+
+TORCH = json.loads((Path(__file__).parent / "reference" / "adamw_torch.json").read_text())
+KINDS = {"adamw": ao.adamw, "adam": ao.adam}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def float32(values):
+    return np.asarray(values, np.float32)
+
+
+def torch_state(kind):
+    """The recorded state after ten steps, as `optimizer.state_dict()` has it, with NumPy arrays."""
+    recorded = TORCH[kind]["state_10"]
+    return {"state": {int(n): {k: float32(x) for k, x in entry.items()} for n, entry in recorded.items()}}
+
+
+def optimizer_like(kind):
+    settings = dict(TORCH[kind]["settings"])
+    b1, b2 = settings.pop("betas", (0.9, 0.999))
+    return KINDS[kind](settings.pop("lr"), b1=b1, b2=b2, **settings)
+
+
+def swap(path, x):
+    """Turns a Linear weight, (out, in), into a Dense kernel, and back."""
+    return x.T if x.ndim == 2 else x
+
+
+def layer(values, transposed):
+    """The recorded weight and bias, in PyTorch's order: in a tuple, since a dict's leaves are sorted."""
+    pair = float32(values["weight"]), float32(values["bias"])
+    return tuple(jnp.asarray(swap("", x) if transposed else x) for x in pair)
+
+
+def recorded_gradients(transposed):
+    for t in range(STEPS):
+        yield layer({key: x[t] for key, x in TORCH["gradients"].items()}, transposed)
+
+
+def test_the_record_says_how_it_was_made():
+    assert TORCH["torch"].startswith("2.13.0")
+    assert "torch.optim.AdamW" in TORCH["made_with"] and "optimizer.step()" in TORCH["made_with"]
+
+
+@each_kind
+@pytest.mark.parametrize("transposed", [False, True])
+def test_from_torch_the_run_goes_on(kind, transposed):
+    tx, params = optimizer_like(kind), layer(TORCH[kind]["params_10"], transposed)
+    state = ao.from_torch(torch_state(kind), tx, params, layout=swap if transposed else None)
+    assert spec(state) == spec(tx.init(params))
+    assert [int(x) for x in counts(state)] == [SWITCH] * len(state)
+    params, _ = run(tx, params, state, list(recorded_gradients(transposed))[SWITCH:])
+    # Measured 5e-7; PyTorch computes its bias corrections in float64.
+    assert_close(params, layer(TORCH[kind]["params_20"], transposed), 2e-6)
+
+
+@each_kind
+def test_this_library_takes_pytorchs_twenty_steps(kind):
+    tx, params = optimizer_like(kind), layer(TORCH["start"], False)
+    gradients = list(recorded_gradients(False))
+    params, state = run(tx, params, tx.init(params), gradients[:SWITCH])
+    converted = ao.from_torch(torch_state(kind), tx, params)
+    # Sums that cancel: relative to the leaf's largest.
+    assert_close(converted[0], state[0], 2e-6, atol=1e-7)
+    params, _ = run(tx, params, state, gradients[SWITCH:])
+    assert_close(params, layer(TORCH[kind]["params_20"], False), 2e-6)
+
+
+def test_states_keyed_by_name_are_found_by_path():
+    numbered = torch_state("adamw")["state"]
+    state_dict = {"state": {"dense.weight": numbered[0], "dense.bias": numbered[1]}}
+    weight, bias = layer(TORCH["adamw"]["params_10"], True)
+    params, tx = {"dense": {"bias": bias, "weight": weight}}, optimizer_like("adamw")
+    seen = []
+
+    def layout(path, x):
+        seen.append(path)
+        return swap(path, x)
+
+    state = ao.from_torch(state_dict, tx, params, layout=layout)
+    assert set(seen) == {"dense/weight", "dense/bias"}
+    for field, theirs in (("mu", "exp_avg"), ("nu", "exp_avg_sq")):
+        kept = getattr(state[0], field)["dense"]
+        np.testing.assert_array_equal(kept["weight"], numbered[0][theirs].T)
+        np.testing.assert_array_equal(kept["bias"], numbered[1][theirs])
+
+
+def test_from_torch_into_int8():
+    tx = ao.adam(0.05, nu_storage=ao.Int8(block_size=64, min_size=1))
+    params = (jnp.ones((2, 64)),)
+    rng = np.random.default_rng(0)
+    entry = {"exp_avg": rng.normal(size=(2, 64)), "exp_avg_sq": rng.uniform(0.5, 1, (2, 64)), "step": 3}
+    state = ao.from_torch({"state": {0: entry}}, tx, params)
+    assert spec(state) == spec(tx.init(params))
+    np.testing.assert_allclose(ao.dense(state[0].nu)[0], entry["exp_avg_sq"], rtol=2 ** (40 / 254) - 1)
+
+
+# --- To PyTorch ---------------------------------------------------------------------------------------------
+
+
+class Tensor(np.ndarray):
+    """Stands for a torch.Tensor."""
+
+
+def trained_here():
+    """AdamW's state and parameters after ten steps, in PyTorch's order and this library's layout."""
+    tx, params = optimizer_like("adamw"), layer(TORCH["start"], True)
+    params, state = run(tx, params, tx.init(params), list(recorded_gradients(True))[:SWITCH])
+    return tx, params, state
+
+
+def test_to_torch_has_pytorchs_structure_and_values(monkeypatch):
+    stand_in = types.ModuleType("torch")
+    vars(stand_in).update(
+        from_numpy=lambda x: x.view(Tensor), tensor=lambda x: np.asarray(x, np.float32).view(Tensor)
+    )
+    monkeypatch.setitem(sys.modules, "torch", stand_in)
+    tx, params, state = trained_here()
+    state_dict = ao.to_torch(state, layout=swap)
+    (group,) = state_dict["param_groups"]
+    np.testing.assert_allclose(group.pop("lr"), 0.05, rtol=1e-7)
+    np.testing.assert_allclose(group.pop("eps"), 1e-6, rtol=1e-7)
+    assert group == {"params": [0, 1], "betas": (0.875, 0.96875), "weight_decay": 0.125, "amsgrad": False}
+    for number, entry in state_dict["state"].items():
+        recorded = TORCH["adamw"]["state_10"][str(number)]
+        assert entry.keys() == recorded.keys()
+        for key, tensor in entry.items():
+            assert type(tensor) is Tensor and tensor.dtype == np.float32
+            assert tensor.base.flags.writeable and tensor.shape == np.shape(recorded[key])
+            np.testing.assert_allclose(tensor, recorded[key], rtol=2e-6, atol=1e-7)
+    back = ao.from_torch(state_dict, tx, params, layout=swap)
+    # The sums of the weights are computed from the count, not step by step.
+    assert_close(back[0], state[0], 1e-6)
+    for field in ("mu", "nu"):
+        assert_close(getattr(back[0], field), getattr(state[0], field), 0)
+
+
+def test_to_torch_of_a_scheduled_8_bit_run_has_the_rate_of_the_last_step(monkeypatch):
+    stand_in = types.ModuleType("torch")
+    vars(stand_in).update(from_numpy=np.asarray, tensor=np.asarray)
+    monkeypatch.setitem(sys.modules, "torch", stand_in)
+    _, state = train(LOW["int8"], SWITCH)
+    state_dict = ao.to_torch(state)
+    (group,) = state_dict["param_groups"]
+    np.testing.assert_allclose(group["lr"], rate(SWITCH - 1), rtol=1e-6)
+    assert group["weight_decay"] == 0 and group["params"] == [0, 1, 2]
+    for field, theirs in (("mu", "exp_avg"), ("nu", "exp_avg_sq")):
+        kept = jax.tree.leaves(ao.dense(getattr(state[0], field)))
+        for number, x in enumerate(kept):
+            np.testing.assert_array_equal(state_dict["state"][number][theirs], x)
+
+
+def test_to_torch_without_pytorch_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(ImportError, match="torch"):
+        ao.to_torch(ao.adam(0.1).init(PARAMS))
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None, reason="PyTorch is not a requirement of the tests"
+)
+def test_pytorch_goes_on_from_to_torch():
+    import torch
+
+    _, params, state = trained_here()
+    tensors = [torch.tensor(np.array(swap("", np.asarray(p)))).requires_grad_() for p in params]
+    optimizer = torch.optim.AdamW(tensors, lr=1.0)  # the settings come with the state
+    optimizer.load_state_dict(ao.to_torch(state, layout=swap))
+    for gradients in list(recorded_gradients(False))[SWITCH:]:
+        for p, g in zip(tensors, gradients, strict=True):
+            p.grad = torch.tensor(np.array(g))
+        optimizer.step()
+    for p, expected in zip(tensors, layer(TORCH["adamw"]["params_20"], False), strict=True):
+        np.testing.assert_allclose(p.detach().numpy(), expected, rtol=2e-6)
+    # Tensors as PyTorch hands them out are read too.
+    tx = optimizer_like("adamw")
+    back = ao.from_torch(optimizer.state_dict(), tx, params, layout=swap)
+    assert int(back[0].count) == STEPS
+    np.testing.assert_array_equal(back[0].mu[1], optimizer.state[tensors[1]]["exp_avg"].numpy())
+
+
+# --- Refusals -----------------------------------------------------------------------------------------------
+
+HERE = ao.adam(0.1).init(PARAMS)
+THERE = optax.adam(0.1).init(PARAMS)
+TWO = optax.partition({"wide": optax.adam(0.1), "rest": optax.adam(0.1)}, label)
+TWO_HERE = optax.partition({"wide": ao.adam(0.1), "rest": ao.adam(0.1)}, label)
+FEWER = {"bias": PARAMS["bias"]}
+RESHAPED = PARAMS | {"bias": jnp.ones(4)}
+
+
+def uneven():
+    """Two of optax's Adam states, one a step ahead."""
+    inner = dict(TWO.init(PARAMS).inner_states)
+    masked = inner["wide"]
+    adam, *others = masked.inner_state
+    inner["wide"] = masked._replace(inner_state=(adam._replace(count=adam.count + 1), *others))
+    return TWO.init(PARAMS)._replace(inner_states=inner)
+
+
+REFUSALS = {
+    "from no Adam of optax's": (
+        lambda: ao.from_optax(optax.sgd(0.1).init(PARAMS), ao.adam(0.1), PARAMS),
+        "from_optax: opt_state must hold a state of optax's Adam, got a tuple.",
+    ),
+    "from this library's": (
+        lambda: ao.from_optax(HERE, ao.adam(0.1), PARAMS),
+        "from_optax: opt_state must hold a state of optax's Adam, got a tuple.",
+    ),
+    "into no Adam": (
+        lambda: ao.from_optax(THERE, ao.sgd(0.1), PARAMS),
+        "from_optax: there are 1 Adam states to put into 0 of tx.",
+    ),
+    "two into one": (
+        lambda: ao.from_optax(TWO.init(PARAMS), ao.adam(0.1), PARAMS),
+        "from_optax: there are 2 Adam states to put into 1 of tx.",
+    ),
+    "different counts": (
+        lambda: ao.from_optax(uneven(), TWO_HERE, PARAMS),
+        "from_optax: the counts of the Adam states must be alike, got [0, 1].",
+    ),
+    "into a moment a tensor": (
+        lambda: ao.from_optax(THERE, ao.adam(0.1, granularity="tensor"), PARAMS),
+        "from_optax needs second moments per coordinate: granularity='coordinate'.",
+    ),
+    "into one moment": (
+        lambda: ao.from_optax(THERE, ao.adam(0.1, granularity="global"), PARAMS),
+        "from_optax needs second moments per coordinate: granularity='coordinate'.",
+    ),
+    "amsgrad into none": (
+        lambda: ao.from_optax(optax.amsgrad(0.1).init(PARAMS), ao.adam(0.1), PARAMS),
+        "from_optax: amsgrad must be the same in the state and in tx.",
+    ),
+    "into amsgrad": (
+        lambda: ao.from_optax(THERE, ao.adam(0.1, amsgrad=True), PARAMS),
+        "from_optax: amsgrad must be the same in the state and in tx.",
+    ),
+    "other parameters": (
+        lambda: ao.from_optax(THERE, ao.adam(0.1), FEWER),
+        "from_optax: the moment has a leaf 'kernel', params has not.",
+    ),
+    "other shapes": (
+        lambda: ao.from_optax(THERE, ao.adam(0.1), RESHAPED),
+        "from_optax: 'bias' has shape (3,) in the moment and (4,) in params.",
+    ),
+    "to optax from optax's": (
+        lambda: ao.to_optax(THERE),
+        "to_optax: opt_state must hold a state of scale_by_adam, got a tuple.",
+    ),
+    "to optax from a moment a tensor": (
+        lambda: ao.to_optax(ao.adam(0.1, granularity="tensor").init(PARAMS)),
+        "to_optax needs second moments per coordinate: granularity='coordinate'.",
+    ),
+    "to optax without parameters": (
+        lambda: ao.to_optax(HERE, optax.adam(0.1)),
+        "to_optax needs params= with tx=, to make the state of tx.",
+    ),
+    "to optax, two": (
+        lambda: ao.to_optax(HERE, TWO, PARAMS),
+        "to_optax: opt_state has 1 Adam states, that of tx 2.",
+    ),
+    "to optax's amsgrad": (
+        lambda: ao.to_optax(HERE, optax.amsgrad(0.1), PARAMS),
+        "to_optax: amsgrad must be the same in opt_state and tx.",
+    ),
+    "to optax, other parameters": (
+        lambda: ao.to_optax(HERE, optax.adam(0.1), FEWER),
+        "to_optax: opt_state has a leaf 'kernel', the state of tx has not.",
+    ),
+    "to optax, other shapes": (
+        lambda: ao.to_optax(HERE, optax.adam(0.1), RESHAPED),
+        "to_optax: 'bias' has shape (3,) in opt_state and (4,) in the state of tx.",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSALS)
+def test_what_does_not_fit_is_refused(kind):
+    build, sentence = REFUSALS[kind]
+    with pytest.raises(ValueError) as raised:
+        build()
+    assert str(raised.value) == sentence
+
+
+def without(key):
+    def change(state_dict):
+        del state_dict["state"][1][key]
+
+    return change
+
+
+def replaced(number, **entries):
+    return lambda state_dict: state_dict["state"][number].update(entries)
+
+
+# name: (a change of the recorded state, the sentence)
+TORCH_REFUSALS = {
+    "no exp_avg": (without("exp_avg"), "state_dict has no exp_avg for '1' (key 1)."),
+    "no exp_avg_sq": (without("exp_avg_sq"), "state_dict has no exp_avg_sq for '1' (key 1)."),
+    "no step": (without("step"), "state_dict has no step for '1' (key 1)."),
+    "no parameter": (lambda s: s["state"].pop(1), "state_dict has no exp_avg for '1' (key 1)."),
+    "nothing": (lambda s: s["state"].clear(), "state_dict has no exp_avg for '0' (key 0)."),
+    "names for numbers": (
+        lambda s: s["state"].update({"weight": s["state"].pop(0)}),
+        "state_dict has no exp_avg for '0' (key '0').",
+    ),
+    "another shape": (
+        replaced(1, exp_avg=np.zeros(4, np.float32)),
+        "exp_avg of '1' has shape (4,) and the parameter (3,); layout= turns one into the other.",
+    ),
+    "another shape of the second moment": (
+        replaced(0, exp_avg_sq=np.zeros((2, 3), np.float32)),
+        "exp_avg_sq of '0' has shape (2, 3) and the parameter (3, 2); layout= turns one into the other.",
+    ),
+    "other steps": (
+        replaced(1, step=11.0),
+        "state_dict must have one step for all parameters, got [10, 11].",
+    ),
+    "amsgrad": (
+        replaced(0, max_exp_avg_sq=np.zeros((3, 2), np.float32)),
+        "state_dict is AMSGrad's: its maximum is of another quantity than here.",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", TORCH_REFUSALS)
+def test_states_of_pytorch_that_do_not_fit_are_refused(kind):
+    change, sentence = TORCH_REFUSALS[kind]
+    state_dict = torch_state("adamw")
+    change(state_dict)
+    with pytest.raises(ValueError) as raised:
+        ao.from_torch(state_dict, optimizer_like("adamw"), layer(TORCH["start"], False))
+    assert str(raised.value) == sentence
+
+
+@pytest.mark.parametrize("wrong", [None, 3, [], {}, {"param_groups": []}, THERE], ids=repr)
+def test_what_is_no_state_dict_is_refused(wrong):
+    with pytest.raises(ValueError, match="state_dict must be what optimizer.state_dict.. returns, got a "):
+        ao.from_torch(wrong, ao.adam(0.1), PARAMS)
+
+
+def test_from_torch_into_what_does_not_fit_is_refused():
+    params = layer(TORCH["start"], False)
+    for tx, match in (
+        (ao.sgd(0.1), "from_torch: there are 1 Adam states to put into 0 of tx"),
+        (ao.adam(0.1, granularity="tensor"), "from_torch needs second moments per coordinate"),
+        (ao.adam(0.1, amsgrad=True), "from_torch: amsgrad must be the same in the state and in tx"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            ao.from_torch(torch_state("adamw"), tx, params)
+
+
+def test_to_torch_of_what_it_has_not_is_refused(monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch", types.ModuleType("torch"))
+    for tx, match in (
+        (ao.sgd(0.1), "to_torch: opt_state must hold one state of scale_by_adam, got 0"),
+        (TWO_HERE, "to_torch: opt_state must hold one state of scale_by_adam, got 2"),
+        (ao.adam(0.1, amsgrad=True), "to_torch: AMSGrad's maximum is of another quantity in PyTorch"),
+        (ao.adam(0.1, granularity="tensor"), "to_torch needs second moments per coordinate"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            ao.to_torch(tx.init(PARAMS))

@@ -1,0 +1,895 @@
+"""Hyperparameters in the state: which are, what a value that is set does and for how long, what it costs."""
+
+import copy
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+from flax import nnx, serialization
+from flax.training.train_state import TrainState
+from tolerances import OPTAX, REFERENCE
+
+import adaptive_optax as ao
+
+PARAMS = {"a": np.linspace(-1, 1, 6, dtype=np.float32).reshape(2, 3), "b": np.ones(3, np.float32)}
+ONES = {"a": np.ones((2, 3), np.float32), "b": np.ones(3, np.float32)}
+GRADIENTS = [
+    jax.tree.map(lambda x, rng=rng: rng.standard_normal(x.shape).astype(np.float32), PARAMS)
+    for rng in map(np.random.default_rng, range(3))
+]
+
+
+def halving(count):
+    """1/2, 1/4, 1/8: exact in float32, and a step too many would show."""
+    return 0.5 / 2.0**count
+
+
+def same(left, right):
+    """Asserts equal structures, dtypes and bits."""
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    for (path, x), y in zip(jax.tree.leaves_with_path(left), jax.tree.leaves(right), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        assert x.dtype == y.dtype and x.tobytes() == y.tobytes(), jax.tree_util.keystr(path)
+
+
+def spec(tree):
+    return jax.tree.structure(tree), [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(tree)]
+
+
+def value(opt_state, name="learning_rate"):
+    return float(ao.get_hyperparams(opt_state)[name])
+
+
+# --- In place of the factory itself -------------------------------------------------------------------------
+
+ADAM = "learning_rate b1 b2 eps eps_root"
+RMSPROP = "learning_rate decay eps initial_scale"
+
+# name: (factory, arguments, the hyperparameters that are in the state)
+FACTORIES = {
+    "adam": (ao.adam, {"learning_rate": 0.1}, ADAM),
+    "adam, variants": (
+        ao.adam,
+        {"learning_rate": 0.1, "nesterov": True, "amsgrad": True, "granularity": "tensor"},
+        ADAM,
+    ),
+    "adamw": (ao.adamw, {"learning_rate": 0.1, "mask": {"a": True, "b": False}}, ADAM + " weight_decay"),
+    "adamw, schedule": (
+        ao.adamw,
+        {"learning_rate": 0.1, "decay_coupling": "schedule", "decay_schedule": 0.5},
+        ADAM + " weight_decay decay_schedule",
+    ),
+    "rmsprop": (ao.rmsprop, {"learning_rate": 0.1, "centered": True, "momentum": 0.9}, RMSPROP + " momentum"),
+    "global_rmsprop": (ao.global_rmsprop, {"learning_rate": 0.1, "eps_in_sqrt": False}, RMSPROP),
+    "sgd": (ao.sgd, {"learning_rate": 0.1, "momentum": 0.9, "nesterov": True}, "learning_rate momentum"),
+    "sgd, none": (ao.sgd, {"learning_rate": 0.1}, "learning_rate"),
+    "scale_by_adam": (ao.scale_by_adam, {"eps_root": 1e-3}, "b1 b2 eps eps_root"),
+    "scale_by_rms": (ao.scale_by_rms, {"bias_correction": True}, "decay eps initial_scale"),
+    "scale_by_global_rms": (ao.scale_by_global_rms, {"decay": 0.5}, "decay eps initial_scale"),
+    "trace": (ao.trace, {"decay": 0.9}, "decay"),
+    "clip_by_global_norm": (ao.clip_by_global_norm, {"max_norm": 1}, "max_norm"),
+    "add_decoupled_weight_decay": (ao.add_decoupled_weight_decay, {"weight_decay": 0.1}, "weight_decay"),
+    "average_parameters": (ao.average_parameters, {}, "power"),
+    "scale_by_learning_rate": (ao.scale_by_learning_rate, {"learning_rate": 0.1}, "learning_rate"),
+    "stochastic_rounding": (ao.stochastic_rounding, {"seed": 3}, ""),
+    "optax.adam": (optax.adam, {"learning_rate": 0.1}, ADAM),
+    "optax.adamw": (optax.adamw, {"learning_rate": 0.1}, ADAM + " weight_decay"),
+    "optax.sgd": (optax.sgd, {"learning_rate": 0.1, "momentum": 0.9}, "learning_rate momentum"),
+    "optax.lion": (optax.lion, {"learning_rate": 0.1}, "learning_rate b1 b2 weight_decay"),
+    "optax.adafactor": (
+        optax.adafactor,
+        {"learning_rate": 0.1},
+        "learning_rate decay_rate decay_offset clipping_threshold eps",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_it_gives_what_the_factory_gives_with_float32_scalars(name):
+    factory, arguments, names = FACTORIES[name]
+    bound = inspect.signature(factory).bind(**arguments)
+    bound.apply_defaults()
+    numbers = {key: jnp.float32(bound.arguments[key]) for key in names.split()}
+    injected, plain = (
+        ao.inject_hyperparams(factory)(**arguments),
+        optax.with_extra_args_support(factory(**(arguments | numbers))),
+    )
+    state, expected_state = injected.init(PARAMS), plain.init(PARAMS)
+    assert isinstance(state, ao.InjectHyperparamsState)
+    for g in GRADIENTS:
+        same(state.hyperparams, numbers)
+        same(state.inner_state, expected_state)
+        updates, state = injected.update(g, state, PARAMS)
+        expected, expected_state = plain.update(g, expected_state, PARAMS)
+        same(updates, expected)
+    assert state.count == 3 and not any(state.overridden.values())
+
+
+def test_the_signatures_are_those_that_were():
+    ours, theirs = (inspect.signature(f.inject_hyperparams).parameters.values() for f in (ao, optax))
+    assert [(p.kind, p.default) for p in ours][:2] == [(p.kind, p.default) for p in theirs][:2]
+    assert [p.name for p in ours][1:] == [p.name for p in theirs][1:]
+    for factory in (ao.adamw, optax.adam):
+        wrapped = ao.inject_hyperparams(factory)
+        assert inspect.signature(wrapped) == inspect.signature(factory)
+        assert wrapped.__name__ == factory.__name__
+        positional, named = wrapped(0.1, 0.8), wrapped(b1=0.8, learning_rate=0.1)
+        same(positional.init(PARAMS), named.init(PARAMS))
+
+
+def test_extra_arguments_pass_through():
+    def factory(learning_rate: float):
+        def update(updates, state, params=None, *, value, **extra_args):
+            return jax.tree.map(lambda u: learning_rate * value * u, updates), state
+
+        return optax.GradientTransformationExtraArgs(lambda params: (), update)
+
+    tx = ao.inject_hyperparams(factory)(0.5)
+    for dtype in (jnp.float32, jnp.bfloat16):  # of which the latter is tried at init, without the argument
+        params = jnp.ones(2, dtype)
+        updates, _ = tx.update(params, tx.init(params), value=jnp.float32(3.0), another=object())
+        assert updates.tolist() == [1.5, 1.5]
+    plain = ao.inject_hyperparams(optax.sgd)(0.5)
+    same(plain.update(ONES, plain.init(ONES), value=1)[0], jax.tree.map(lambda x: jnp.asarray(-x / 2), ONES))
+
+
+# --- float32 whatever the parameters are --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("adam", [ao.adam, optax.adam], ids=["ao", "optax"])
+def test_values_are_float32_scalars(adam, dtype, request):
+    if dtype == "float64":
+        request.getfixturevalue("x64")
+    params = jnp.ones(3, dtype)
+    tx = ao.inject_hyperparams(adam)(np.float64(0.1), b1=halving, b2=jnp.float32(0.999), eps=1)
+    state = tx.init(params)
+    for _ in range(2):
+        assert all(
+            x.dtype == jnp.float32 and x.shape == () and not x.weak_type
+            for values in (state.hyperparams, state.given)
+            for x in values.values()
+        )
+        _, state = tx.update(params, state, params)
+    assert value(state, "b2") == np.float32(0.999)
+
+
+def test_hyperparam_dtype(x64):
+    tx = ao.inject_hyperparams(ao.sgd, hyperparam_dtype=jnp.float64)(0.1, momentum=halving)
+    updates, state = tx.update(ONES, tx.init(ONES))
+    assert {x.dtype for x in state.hyperparams.values()} == {jnp.dtype("float64")}
+    assert state.hyperparams["learning_rate"] == 0.1 and updates["b"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("optimizer", [optax.adam, optax.adamw, optax.amsgrad, optax.rmsprop, optax.lion])
+def test_optax_on_low_precision_parameters(optimizer, dtype):
+    # With b2 = 1, which 0.999 is in bfloat16, Adam divides 0 by 0; with eps = 0, which 1e-8 is in float16, a
+    # zero gradient does. And a state made in the parameters' dtype is no carry.
+    tx, params = ao.inject_hyperparams(optimizer)(1e-3), jnp.ones(3, dtype)
+    state = tx.init(params)
+
+    @jax.jit
+    def trained(state, gradients):
+        return jax.lax.scan(lambda state, g: tx.update(g, state, params)[::-1], state, gradients)
+
+    gradients = jnp.zeros((60, 3), dtype).at[20:40].set(0.5)
+    end, updates = trained(state, gradients)
+    assert spec(end) == spec(state)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((end, updates)))
+    assert np.all(updates[20:40] < 0)
+    if optimizer is optax.adam:
+        # With b2 = 1 it would be 0. optax keeps nu in the parameters' dtype: hence the tolerance.
+        expected = 0.25 * (1 - 0.999**20) * 0.999**20
+        nu = end.inner_state[0].nu.astype(np.float32)
+        np.testing.assert_allclose(nu, np.full(3, expected), rtol=REFERENCE["bfloat16"])
+
+
+# --- Which callables are schedules --------------------------------------------------------------------------
+
+RATE = {"learning_rate": 0.1}
+SCHEDULES = {
+    "learning_rate": (ao.adam, {}, "learning_rate"),
+    "b1": (ao.adam, RATE, "b1"),
+    "b2": (ao.adam, RATE | {"b1": 0.0}, "b2"),
+    "eps": (ao.adam, RATE, "eps"),
+    "weight_decay": (ao.adamw, RATE, "weight_decay"),
+    "decay_schedule": (ao.adamw, RATE | {"decay_coupling": "schedule"}, "decay_schedule"),
+    "momentum, whose default is None": (ao.sgd, RATE, "momentum"),
+    "decay": (ao.rmsprop, RATE, "decay"),
+    # A number alone to the factory: the injection makes a schedule of it.
+    "eps_root": (ao.adam, RATE, "eps_root"),
+    "max_norm": (ao.clip_by_global_norm, {}, "max_norm"),
+    "power": (ao.average_parameters, {}, "power"),
+    "optax.sgd": (optax.sgd, {}, "learning_rate"),
+    "optax.sgd, momentum": (optax.sgd, RATE, "momentum"),
+    # The annotation of their masks can be resolved by type checkers only.
+    "optax.adamw": (optax.adamw, {}, "learning_rate"),
+    "optax.adamw, weight_decay": (optax.adamw, RATE, "weight_decay"),
+    "optax.lion": (optax.lion, {}, "learning_rate"),
+    "optax.adafactor": (optax.adafactor, {}, "learning_rate"),
+    "partial": (functools.partial(ao.sgd, momentum=0.9), {}, "learning_rate"),
+    "partial, momentum": (functools.partial(ao.sgd, 0.1), {}, "momentum"),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_schedules(name):
+    factory, arguments, key = SCHEDULES[name]
+    tx = ao.inject_hyperparams(factory)(**arguments, **{key: halving})
+    state = tx.init(PARAMS)
+    assert state.hyperparams[key] == halving(0)  # before the first step those of the first step
+    plain = optax.with_extra_args_support(factory(**arguments, **{key: jnp.float32(halving(0))}))
+    updates, state = tx.update(ONES, state, PARAMS)
+    expected, _ = plain.update(ONES, plain.init(PARAMS), PARAMS)
+    # The other numbers are float32 scalars in the one and Python's in the other.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=OPTAX["float32"]), updates, expected)
+    for t in range(3):
+        assert state.hyperparams[key] == state.given[key] == halving(t)
+        _, state = tx.update(ONES, state, PARAMS)
+
+
+SEEN = {}
+
+
+def unannotated(rate, scale=1.0, power=2, flag=True, label="x", function=None):
+    SEEN.update(locals())
+    return optax.identity()
+
+
+def annotated(
+    rate: optax.ScalarOrSchedule,
+    steps: int,
+    either: float | int = 1,
+    whole: int | None = None,
+    function: Callable | None = None,
+    eps: float | None = None,
+    flag: bool = False,
+):
+    SEEN.update(locals())
+    return optax.identity()
+
+
+def quoted(
+    rate: "optax.ScalarOrSchedule",
+    unknown: "NoSuchName | None" = None,  # noqa: F821
+    eps: "float | None" = None,
+    steps: "int" = 3,
+    broken: "1 +" = None,  # noqa: F722
+    attribute: "optax.no_such_name" = None,
+):
+    SEEN.update(locals())
+    return optax.identity()
+
+
+def anything(rate: float, **others: Any):
+    SEEN.update(locals())
+    return optax.identity()
+
+
+class Callables:
+    def __call__(self, rate: float | Callable, function=None):
+        SEEN.update(rate=rate, function=function)
+        return optax.identity()
+
+
+# name: (factory, static_args, arguments, what is in the state)
+RULE = {
+    "no default": (unannotated, (), {"rate": halving}, "scale power"),
+    "a default": (unannotated, (), {"rate": 0.1, "scale": halving, "power": halving}, "rate scale power"),
+    "numbers": (
+        unannotated,
+        (),
+        {"rate": 1, "scale": np.float64(2.0), "power": np.int32(3)},
+        "rate scale power",
+    ),
+    "no numbers": (
+        unannotated,
+        (),
+        {"rate": True, "scale": "1.0", "power": None, "flag": np.bool_(True), "function": halving},
+        "",
+    ),
+    "arrays": (
+        unannotated,
+        (),
+        {"rate": np.float32(0.5), "scale": np.ones(1), "power": np.ones((2, 3))},
+        "rate",
+    ),
+    "annotated": (
+        annotated,
+        (),
+        {"rate": halving, "steps": 3, "either": 2, "whole": 5, "function": halving, "eps": 1e-8},
+        "rate either eps",
+    ),
+    "annotated, others": (annotated, (), {"rate": 1, "steps": halving, "either": halving}, "rate either"),
+    "strings": (
+        quoted,
+        (),
+        {"rate": halving, "unknown": halving, "eps": halving, "broken": halving, "attribute": halving},
+        "rate eps",
+    ),
+    "static_args": (unannotated, ("scale", "rate"), {"rate": 0.5, "scale": halving, "power": 2}, "power"),
+    "one static_arg": (annotated, "rate", {"rate": halving, "steps": 1}, "either"),
+    "keywords": (anything, (), {"rate": halving, "b1": 0.5, "flag": True, "name": "x"}, "rate b1"),
+    "static keywords": (anything, ["b1"], {"rate": halving, "b1": 0.5, "b2": 0.5}, "rate b2"),
+    "partial": (
+        functools.partial(unannotated, function=halving),
+        (),
+        {"rate": 0.5, "scale": halving},
+        "rate scale power",
+    ),
+    "a callable object": (Callables(), (), {"rate": halving, "function": halving}, "rate"),
+}
+
+
+@pytest.mark.parametrize("name", RULE)
+def test_the_rule(name):
+    factory, static_args, arguments, names = RULE[name]
+    SEEN.clear()
+    state = ao.inject_hyperparams(factory, static_args)(**arguments).init(PARAMS)
+    assert set(state.hyperparams) == set(names.split())
+    for key, given in arguments.items():
+        seen = SEEN[key] if key in SEEN else SEEN["others"][key]
+        if key in state.hyperparams:
+            number = given(0) if callable(given) else given
+            assert isinstance(seen, jax.Array) and seen == np.float32(number) == state.hyperparams[key]
+        else:
+            assert seen is given
+
+
+def test_masks_labels_and_dtypes_are_no_schedules():
+    def matrices(tree):
+        return jax.tree.map(lambda x: x.ndim > 1, tree)
+
+    for factory, arguments in (
+        (ao.adamw, {"weight_decay": 0.5, "mask": matrices}),
+        (optax.adamw, {"weight_decay": 0.5, "mask": matrices}),
+        (ao.adam, {"granularity": ao.Labels(lambda path, leaf: path), "mu_dtype": jnp.bfloat16}),
+        (optax.adam, {"mu_dtype": jnp.bfloat16}),
+        (optax.sgd, {"momentum": 0.5, "accumulator_dtype": jnp.bfloat16}),
+        (ao.sgd, {"momentum": 0.5, "accumulator_dtype": jnp.bfloat16}),
+    ):
+        tx, plain = ao.inject_hyperparams(factory)(0.5, **arguments), factory(0.5, **arguments)
+        state = tx.init(PARAMS)
+        assert not {"mask", "granularity", "mu_dtype", "accumulator_dtype"} & state.hyperparams.keys()
+        assert spec(state.inner_state)[0] == spec(plain.init(PARAMS))[0]
+        low = {x.dtype for x in jax.tree.leaves(state)} & {jnp.dtype("bfloat16")}
+        assert bool(low) == any("dtype" in name for name in arguments)
+        if "mask" in arguments:
+            updates, _ = tx.update(jax.tree.map(np.zeros_like, ONES), state, ONES)
+            assert np.all(updates["a"] == -0.25) and not np.any(updates["b"])
+
+
+# --- Setting ------------------------------------------------------------------------------------------------
+
+SGD = {
+    "injected": lambda rate: ao.inject_hyperparams(ao.sgd)(rate),
+    "optax, injected": lambda rate: ao.inject_hyperparams(optax.sgd)(rate),
+    "not injected": lambda rate: ao.sgd(rate),
+}
+each_sgd = pytest.mark.parametrize("build", SGD.values(), ids=SGD)
+
+
+def rates(tx, state, steps):
+    """The learning rates of the next steps, from the updates themselves."""
+    used = []
+    for _ in range(steps):
+        updates, state = tx.update(ONES, state)
+        used.append(-float(updates["b"][0]))
+        assert value(state) == used[-1]
+    return used, state
+
+
+@each_sgd
+def test_a_value_that_is_set_stays_until_it_is_released(build):
+    tx = build(halving)
+    used, state = rates(tx, tx.init(ONES), 2)
+    assert used == [halving(0), halving(1)]
+    state = ao.set_hyperparams(state, learning_rate=3)
+    assert value(state) == 3
+    used, state = rates(tx, state, 3)
+    assert used == [3, 3, 3]
+    used, state = rates(tx, ao.set_hyperparams(state, learning_rate=0), 1)
+    assert used == [0]
+    used, state = rates(tx, ao.set_hyperparams(state, learning_rate=None), 2)
+    assert used == [halving(6), halving(7)]  # the schedule has gone on
+    constant = build(0.25)
+    used, state = rates(constant, ao.set_hyperparams(constant.init(ONES), learning_rate=0.5), 2)
+    assert used == [0.5, 0.5]
+    assert rates(constant, ao.set_hyperparams(state, learning_rate=None), 1)[0] == [0.25]
+
+
+@each_sgd
+def test_the_value_of_this_moment_can_be_held(build):
+    tx = build(halving)
+    _, state = rates(tx, tx.init(ONES), 3)
+    held = ao.set_hyperparams(state, learning_rate=ao.get_hyperparams(state)["learning_rate"])
+    assert rates(tx, held, 2)[0] == [halving(2)] * 2
+    first = ao.set_hyperparams(tx.init(ONES), learning_rate=halving(0))
+    assert rates(tx, first, 2)[0] == [halving(0)] * 2
+
+
+@each_sgd
+def test_releasing_what_was_not_set_changes_nothing(build):
+    tx = build(halving)
+    _, state = rates(tx, tx.init(ONES), 1)
+    same(ao.set_hyperparams(state, learning_rate=None), state)
+
+
+@pytest.mark.parametrize("new", [0.25, 2, np.float64(0.25), jnp.float32(0.25)], ids=repr)
+@pytest.mark.parametrize("rate", [halving, 1.0], ids=["schedule", "constant"])
+def test_assignment_sets_too(rate, new):
+    tx = ao.inject_hyperparams(ao.sgd)(rate, momentum=0.0)
+    _, state = rates(tx, tx.init(ONES), 1)
+    state.hyperparams["learning_rate"] = new
+    assert ao.get_hyperparams(state)["learning_rate"] == new
+    assert rates(tx, ao.set_hyperparams(state, learning_rate=0.125), 1)[0] == [0.125]
+    assert rates(tx, ao.set_hyperparams(state, learning_rate=None), 1)[0] == [
+        rate(1) if callable(rate) else rate
+    ]
+    used, state = rates(tx, state, 2)
+    assert used == [new, new]
+    assert {name: bool(x) for name, x in state.overridden.items()} == {
+        "learning_rate": True,
+        "momentum": False,
+    }
+    used, _ = rates(tx, ao.set_hyperparams(state, learning_rate=None), 1)
+    assert used == [rate(3) if callable(rate) else rate]
+
+
+def test_a_nan_of_a_schedule_passes():
+    # 0 / 0 at the start; it is not taken for a value that was assigned.
+    tx = ao.inject_hyperparams(optax.sgd)(lambda count: jnp.sin(0.0 * count) / count)
+    _, state = tx.update(ONES, tx.init(ONES))
+    assert np.isnan(ao.get_hyperparams(state)["learning_rate"]) and not state.overridden["learning_rate"]
+    assert rates(tx, state, 1)[0] == [0.0]
+
+
+def test_several_at_once_and_what_was_given_stays():
+    tx = ao.inject_hyperparams(ao.adamw)(halving)
+    state = tx.init(ONES)
+    before = copy.deepcopy(state)
+    new = ao.set_hyperparams(state, learning_rate=0.125, b1=0.5, weight_decay=0.25)
+    same(state, before)
+    expected = ao.get_hyperparams(state) | {"learning_rate": 0.125, "b1": 0.5, "weight_decay": 0.25}
+    assert ao.get_hyperparams(new) == expected
+    with pytest.raises(ValueError):
+        ao.set_hyperparams(state, learning_rate=0.125, nothing=1.0)
+    same(state, before)
+
+
+LABELS = {"a": "head", "b": "body"}
+# name: (the transformation, the key)
+DEPTHS = {
+    "chain": (lambda: optax.chain(ao.clip_by_global_norm(1.0), ao.adam(halving)), "learning_rate"),
+    "chain of two": (lambda: optax.chain(ao.adam(halving), ao.sgd(halving)), "1/learning_rate"),
+    "partition": (
+        lambda: optax.partition({"head": ao.adam(halving), "body": ao.sgd(halving)}, LABELS),
+        "head/learning_rate",
+    ),
+    "partition, injected": (
+        lambda: optax.partition(
+            {"head": ao.adam(0.1), "body": ao.inject_hyperparams(ao.sgd)(halving, momentum=0.5)}, LABELS
+        ),
+        "body/learning_rate",
+    ),
+    "masked": (
+        lambda: optax.masked(ao.inject_hyperparams(optax.adam)(halving), {"a": True, "b": False}),
+        "learning_rate",
+    ),
+    "reject_nonfinite": (
+        lambda: ao.reject_nonfinite(optax.chain(ao.trace(0.5), ao.inject_hyperparams(ao.adam)(halving))),
+        "learning_rate",
+    ),
+    "verified": (lambda: ao.verified(ao.inject_hyperparams(ao.adamw)(halving)), "weight_decay"),
+    "accumulated": (lambda: optax.MultiSteps(ao.inject_hyperparams(ao.sgd)(halving, 0.5), 1), "momentum"),
+    "master weights": (lambda: ao.master_weights(ao.rmsprop(halving, momentum=0.5)), "learning_rate"),
+    "inside what is injected": (
+        lambda: ao.inject_hyperparams(lambda scale=1.0: optax.chain(ao.adam(halving), optax.scale(scale)))(),
+        "learning_rate",
+    ),
+    "around what is not": (
+        lambda: ao.inject_hyperparams(lambda scale=1.0: optax.chain(ao.adam(halving), optax.scale(scale)))(),
+        "scale",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_at_any_depth(name):
+    build, key = DEPTHS[name]
+    tx = build()
+    state = tx.init(PARAMS)
+    before = copy.deepcopy(state)
+    new = ao.set_hyperparams(state, **{key: 0.0625})
+    same(state, before)
+    assert spec(new) == spec(state)
+    others = {name: x for name, x in ao.get_hyperparams(state).items() if name != key}
+    assert ao.get_hyperparams(new) == others | {key: 0.0625}
+    for step in range(2):
+        _, new = tx.update(ONES, new, PARAMS)
+        _, state = tx.update(ONES, state, PARAMS)
+        assert ao.get_hyperparams(new) == ao.get_hyperparams(state) | {key: 0.0625}, step
+    _, state = tx.update(ONES, state, PARAMS)
+    _, new = tx.update(ONES, ao.set_hyperparams(new, **{key: None}), PARAMS)
+    assert ao.get_hyperparams(new) == ao.get_hyperparams(state)
+
+
+INPUTS = np.random.default_rng(1).standard_normal((8, 4)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    "tx", [ao.inject_hyperparams(ao.adamw)(halving), ao.adamw(halving)], ids=["injected", "plain"]
+)
+def test_with_nnx(tx):
+    model = nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, ao.reject_nonfinite(tx), wrt=nnx.Param)
+    traces = []
+
+    @nnx.jit
+    def step(model, optimizer):
+        traces.append(1)
+        optimizer.update(model, nnx.grad(lambda model: jnp.mean(model(INPUTS) ** 2))(model))
+
+    def moved(rate):
+        before = jnp.copy(model.kernel[...])
+        step(model, optimizer)
+        assert value(optimizer.opt_state) == rate
+        return float(jnp.abs(model.kernel[...] - before).max())
+
+    moved(halving(0))
+    given = optimizer.opt_state
+    optimizer.opt_state = ao.set_hyperparams(given, learning_rate=0.0)
+    assert value(given) == halving(0) and value(optimizer.opt_state) == 0.0
+    assert moved(0.0) == 0.0
+    optimizer.opt_state = ao.set_hyperparams(optimizer.opt_state, learning_rate=0.25)
+    assert 0.05 < moved(0.25) < 0.5
+    optimizer.opt_state = ao.set_hyperparams(optimizer.opt_state, learning_rate=None)
+    assert moved(halving(3)) > 0
+    assert len(traces) == 1
+
+
+def test_with_a_train_state():
+    state = TrainState.create(
+        apply_fn=None, params=ONES, tx=optax.chain(ao.clip_by_global_norm(1.0), ao.sgd(halving))
+    )
+    state = state.replace(opt_state=ao.set_hyperparams(state.opt_state, learning_rate=0.0))
+    later = jax.jit(lambda state: state.apply_gradients(grads=ONES))(state)
+    same(later.params, jax.tree.map(jnp.asarray, ONES))
+    assert value(later.opt_state) == 0.0
+
+
+@each_sgd
+def test_a_vmapped_state_takes_one_value_or_one_a_member(build):
+    tx = build(halving)
+    state = jax.vmap(lambda _: tx.init(ONES))(jnp.arange(3))
+    many = jax.tree.map(lambda x: np.stack([x] * 3), ONES)
+    for given, expected in (
+        (0.5, [0.5, 0.5, 0.5]),
+        ([0.5, 0.25, 2.0], [0.5, 0.25, 2.0]),
+        (np.array([0.5, 0.0, 2.0]), [0.5, 0.0, 2.0]),
+        (jnp.array([1, 2, 3]), [1, 2, 3]),
+    ):
+        new = ao.set_hyperparams(state, learning_rate=given)
+        assert spec(new) == spec(state)
+        assert ao.get_hyperparams(new)["learning_rate"].tolist() == expected
+        updates, new = jax.vmap(tx.update)(many, new)
+        assert (-updates["b"][:, 0]).tolist() == expected
+    for wrong in (np.ones((3, 1)), np.ones(2), [0.5, -0.25, 2.0], [0.5, 1.0, np.nan], [True] * 3, "abc"):
+        with pytest.raises(ValueError, match="learning_rate must be a number in"):
+            ao.set_hyperparams(state, learning_rate=wrong)
+
+    @jax.jit
+    def swept(rates):
+        def one(rate):
+            state = ao.set_hyperparams(tx.init(ONES), learning_rate=rate)
+            return tx.update(ONES, state)[0]["b"][0]
+
+        return jax.vmap(one)(rates), ao.set_hyperparams(state, learning_rate=rates)
+
+    updates, new = swept(jnp.array([0.5, 0.25, 2.0]))
+    assert (-updates).tolist() == ao.get_hyperparams(new)["learning_rate"].tolist() == [0.5, 0.25, 2.0]
+
+
+# --- What is refused ----------------------------------------------------------------------------------------
+
+PARTITION = optax.partition({"head": ao.adam(0.1), "body": ao.sgd(0.1)}, LABELS)
+REFUSED = {
+    "unknown": (
+        ao.inject_hyperparams(ao.sgd)(0.1, momentum=0.9),
+        {"lr": 0.1},
+        "set_hyperparams: 'lr' is unknown; the keys are learning_rate, momentum.",
+    ),
+    "unknown, released": (ao.sgd(0.1), {"lr": None}, "'lr' is unknown; the keys are learning_rate."),
+    "ambiguous": (
+        PARTITION,
+        {"learning_rate": 0.1},
+        "'learning_rate' stands for ['head/learning_rate', 'body/learning_rate']; the keys are ",
+    ),
+    "a path too many": (ao.sgd(0.1), {"0/learning_rate": 0.1}, "'0/learning_rate' is unknown; the keys are"),
+    "read only": (
+        ao.adam(0.1),
+        {"b1": 0.5},
+        "set_hyperparams: 'b1' of ScaleByAdamState can only be read; wrap the factory in inject_hyperparams "
+        "to set it. The keys are b1, b2, eps, learning_rate.",
+    ),
+    "read only, released": (ao.adamw(0.1), {"weight_decay": None}, "can only be read"),
+    "no hyperparameters": (optax.sgd(0.1), {"learning_rate": 0.1}, "holds no hyperparameters"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_names_that_are_refused(name):
+    tx, values, sentence = REFUSED[name]
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        ao.set_hyperparams(tx.init(PARAMS), **values)
+
+
+@each_sgd
+def test_values_that_are_refused(build):
+    state = build(0.5).init(PARAMS)
+    wrong = ["0.1", True, 1j, [0.1], np.ones(1), jnp.ones(()) > 0, halving, -0.1, np.float32(-1.0)]
+    for one in (*wrong, np.nan, np.inf, jnp.float32(-0.1), 10**400):
+        sentence = f"learning_rate must be a number in [0, inf), got {one!r}."
+        with pytest.raises(ValueError, match=re.escape(sentence)):
+            ao.set_hyperparams(state, learning_rate=one)
+
+
+def test_other_values_may_be_negative_but_are_numbers():
+    state = ao.inject_hyperparams(unannotated)(1.0).init(PARAMS)
+    assert value(ao.set_hyperparams(state, scale=-2.0), "scale") == -2.0
+    with pytest.raises(ValueError, match=re.escape("scale must be a number in (-inf, inf), got 'high'.")):
+        ao.set_hyperparams(state, scale="high")
+
+
+CONSTRUCTION = {
+    "b1": (lambda: ao.inject_hyperparams(ao.adam)(0.1, b1=1.5), ValueError, "b1 must be a number in [0, 1)"),
+    "learning_rate": (
+        lambda: ao.inject_hyperparams(ao.sgd)(-0.1),
+        ValueError,
+        "learning_rate must be a number in [0, inf)",
+    ),
+    "a schedule's first value": (
+        lambda: ao.inject_hyperparams(ao.sgd)(lambda count: count - 1.0),
+        ValueError,
+        "learning_rate must be a number in [0, inf)",
+    ),
+    "no scalar from a schedule": (
+        lambda: ao.inject_hyperparams(ao.sgd)(lambda count: jnp.ones(2)),
+        ValueError,
+        "A schedule must return a scalar",
+    ),
+    "granularity": (
+        lambda: ao.inject_hyperparams(ao.adam)(0.1, granularity="row"),
+        ValueError,
+        "granularity must be",
+    ),
+    "array": (
+        lambda: ao.inject_hyperparams(ao.sgd)(np.ones(2)),
+        ValueError,
+        "learning_rate must be a number in [0, inf)",
+    ),
+    "missing": (lambda: ao.inject_hyperparams(ao.adam)(), TypeError, "missing a required argument"),
+    "unexpected": (lambda: ao.inject_hyperparams(ao.adam)(0.1, beta=0.5), TypeError, "beta"),
+    "static_args": (
+        lambda: ao.inject_hyperparams(ao.sgd, "lr"),
+        ValueError,
+        "static_args must be names of ['learning_rate', 'momentum', 'nesterov', 'accumulator_dtype'], "
+        "got ['lr'].",
+    ),
+    "factory": (
+        lambda: ao.inject_hyperparams(0.1),
+        ValueError,
+        "factory must be a function that returns a transformation, got 0.1.",
+    ),
+    **{
+        f"hyperparam_dtype={wrong!r}": (
+            functools.partial(ao.inject_hyperparams, ao.sgd, hyperparam_dtype=wrong),
+            ValueError,
+            f"hyperparam_dtype must be a floating dtype, got {wrong!r}.",
+        )
+        for wrong in (jnp.int32, "int8", bool, jnp.complex64, "half precision", None)
+    },
+}
+
+
+@pytest.mark.parametrize("name", CONSTRUCTION)
+def test_what_is_refused_at_construction(name):
+    build, error, sentence = CONSTRUCTION[name]
+    with pytest.raises(error, match=re.escape(sentence)):
+        build()
+
+
+def test_an_optimizer_is_no_factory():
+    with pytest.raises(ValueError, match="factory must be a function that returns a transformation"):
+        ao.inject_hyperparams(ao.sgd(0.1))
+
+
+# --- What it costs ------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_costs_one_compilation():
+    tx, traces = ao.inject_hyperparams(ao.adamw)(halving), []
+
+    @jax.jit
+    def step(state, gradients):
+        traces.append(1)
+        return tx.update(gradients, state, PARAMS)
+
+    start = tx.init(PARAMS)
+    _, once = step(start, GRADIENTS[0])
+    for name, values in {
+        "learning_rate": np.geomspace(1e-4, 1.0, 100),
+        "b1": np.linspace(0.0, 0.99, 100),
+        "b2": np.linspace(0.99, 0.9999, 100),
+        "eps": np.geomspace(1e-8, 1.0, 100),
+        "weight_decay": np.linspace(0.0, 1.0, 100),
+    }.items():
+        results = []
+        for x in values:
+            updates, state = step(ao.set_hyperparams(once, **{name: x}), GRADIENTS[1])
+            assert state.hyperparams[name] == np.float32(x)
+            results.append(updates["a"][0, 0].item())
+        assert len(set(results)) > 80  # each has its own effect
+        assigned = once._replace(hyperparams=once.hyperparams | {name: jnp.float32(values[-1])})
+        same(step(assigned, GRADIENTS[1])[0], updates)
+    step(ao.set_hyperparams(state, learning_rate=None, weight_decay=None), GRADIENTS[2])
+    assert len(traces) == 1
+
+
+def test_a_vmap_over_values_equals_separate_runs():
+    values = {"learning_rate": [0.1, 0.01, 0.5], "b1": [0.9, 0.5, 0.0], "weight_decay": [0.0, 0.1, 0.5]}
+    tx = ao.inject_hyperparams(ao.adamw)(1.0)
+    state = jax.vmap(lambda _: tx.init(PARAMS))(jnp.arange(3))
+    state = ao.set_hyperparams(state, **values)
+    step = jax.jit(jax.vmap(lambda g, state: tx.update(g, state, PARAMS), in_axes=(None, 0)))
+    singles = [
+        ao.adamw(**{name: jnp.float32(x[member]) for name, x in values.items()}) for member in range(3)
+    ]
+    states = [single.init(PARAMS) for single in singles]
+    for g in GRADIENTS:
+        updates, state = step(g, state)
+        for member, single in enumerate(singles):
+            expected, states[member] = single.update(g, states[member], PARAMS)
+            for path in PARAMS:
+                # The fusions of a compiled step round otherwise than single operations.
+                np.testing.assert_allclose(updates[path][member], expected[path], rtol=1e-5, atol=1e-7)
+
+
+# --- Reading ------------------------------------------------------------------------------------------------
+
+
+def user_adam(learning_rate: optax.ScalarOrSchedule):
+    return optax.chain(ao.scale_by_adam(0.5, 0.75, 0.25), ao.scale_by_learning_rate(learning_rate))
+
+
+READING = {
+    "injected values hide inner ones": (
+        lambda: ao.inject_hyperparams(ao.adam)(halving),
+        "learning_rate b1 b2 eps eps_root",
+    ),
+    "a schedule is one learning rate": (lambda: ao.inject_hyperparams(optax.sgd)(halving), "learning_rate"),
+    "inner ones that are not injected": (
+        lambda: ao.inject_hyperparams(user_adam)(halving),
+        "learning_rate b1 b2 eps",
+    ),
+    "static ones stay inner ones": (
+        lambda: ao.inject_hyperparams(ao.adam, ("b1", "learning_rate"))(halving),
+        "learning_rate b1 b2 eps eps_root",
+    ),
+    "beside others": (
+        lambda: optax.chain(ao.inject_hyperparams(optax.scale_by_adam)(), ao.sgd(0.1, momentum=0.9)),
+        "b1 b2 eps eps_root momentum learning_rate",
+    ),
+    "several": (
+        lambda: optax.chain(ao.inject_hyperparams(ao.trace)(0.5), ao.inject_hyperparams(ao.scale_by_rms)()),
+        "0/decay momentum 1/decay eps initial_scale",
+    ),
+    "in a partition": (
+        lambda: optax.partition(
+            {"head": ao.inject_hyperparams(optax.lion)(0.1), "body": ao.adam(0.1)}, LABELS
+        ),
+        "head/learning_rate body/learning_rate head/b1 body/b1 head/b2 body/b2 weight_decay eps",
+    ),
+    "injected twice": (
+        lambda: ao.inject_hyperparams(lambda b1=0.5: ao.inject_hyperparams(ao.adam)(0.1, b1))(),
+        "b1 learning_rate b2 eps eps_root",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", READING)
+def test_what_is_read(name):
+    build, keys = READING[name]
+    state = build().init(PARAMS)
+    assert sorted(ao.get_hyperparams(state)) == sorted(keys.split())
+    _, state = build().update(ONES, state, PARAMS)
+    assert sorted(ao.get_hyperparams(state)) == sorted(keys.split())
+
+
+# --- Carried, donated and restored --------------------------------------------------------------------------
+
+
+def test_a_scan_carries_it_and_what_was_set():
+    tx = ao.inject_hyperparams(ao.adamw)(halving, b1=halving)
+    state = ao.set_hyperparams(tx.init(PARAMS), b1=0.75)
+    assert spec(state) == spec(tx.init(PARAMS))
+
+    @jax.jit
+    def trained(state):
+        def body(state, _):
+            _, state = tx.update(ONES, state, PARAMS)
+            return state, ao.get_hyperparams(state)
+
+        return jax.lax.scan(body, state, length=4)
+
+    end, used = trained(state)
+    assert spec(end) == spec(state)
+    assert used["learning_rate"].tolist() == [halving(t) for t in range(4)]
+    assert used["b1"].tolist() == [0.75] * 4
+
+
+@pytest.mark.parametrize("build", [*SGD.values()], ids=SGD)
+def test_the_state_can_be_donated_and_takes_nobodys_array_along(build):
+    rate, new = jnp.float32(0.5), jnp.float32(0.25)
+    params = jax.tree.map(jnp.array, ONES)
+    tx = build(rate)
+    step = jax.jit(lambda g, state: tx.update(g, state)[1], donate_argnums=1)
+    for state in (tx.init(params), ao.set_hyperparams(tx.init(params), learning_rate=new)):
+        for _ in range(2):
+            given = jax.tree.leaves(state)
+            state = step(params, state)
+            assert given[0].is_deleted()  # what a step does not read, XLA leaves
+        state = ao.set_hyperparams(state, learning_rate=None)
+        state = step(params, state)
+        assert value(state) == 0.5
+    assert (rate, new) == (0.5, 0.25) and not any(x.is_deleted() for x in jax.tree.leaves(params))
+
+
+def through_bytes(half, template, tmp_path):
+    return serialization.from_bytes(template, serialization.to_bytes(half))
+
+
+def through_orbax(half, template, tmp_path):
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(tmp_path / "run", half)
+        checkpointer.wait_until_finished()
+        return checkpointer.restore(tmp_path / "run", template)
+
+
+@pytest.mark.parametrize("through", [through_bytes, through_orbax], ids=["flax", "orbax"])
+def test_a_restored_run_goes_on_bit_for_bit(through, tmp_path):
+    tx = optax.chain(ao.inject_hyperparams(ao.adam)(halving, b2=0.99), ao.sgd(halving))
+    step = jax.jit(lambda g, state: tx.update(g, state, PARAMS)[1])
+
+    def run(state):
+        states = []
+        for g in GRADIENTS:
+            state = step(g, state)
+            states.append(state)
+        return states
+
+    fresh = tx.init(PARAMS)
+    half = ao.set_hyperparams(
+        run(fresh)[-1], **{"0/learning_rate": 0.25, "1/learning_rate": 0.5, "b1": 0.5, "eps": 0.1}
+    )
+    half = ao.set_hyperparams(step(ONES, half), eps=None)
+    half[0].hyperparams["b2"] = jnp.float32(0.75)  # assigned, and no step since
+    restored = through(half, jax.tree.map(jnp.zeros_like, fresh), tmp_path)
+    same(restored, half)
+    same(run(restored), run(half))
+    end = run(restored)[-1]
+    assert [name for name, x in sorted(end[0].overridden.items()) if x] == ["b1", "b2", "learning_rate"]
+    expected = {"0/learning_rate": 0.25, "1/learning_rate": 0.5, "b1": 0.5, "b2": 0.75, "eps": 1e-8}
+    assert {name: value(end, name) for name in expected} == pytest.approx(expected)
+    # The flags can be released from where they are.
+    released = step(ONES, ao.set_hyperparams(restored, **dict.fromkeys(("0/learning_rate", "b1"))))
+    assert value(released, "0/learning_rate") == halving(4) and value(released, "b1") == np.float32(0.9)

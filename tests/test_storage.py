@@ -1,0 +1,676 @@
+"""The formats of moments: what rounding does to a value, to an average, to Adam's bound, and to a state."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+from reference.quantisation import (
+    bfloat16_neighbours,
+    block_largest,
+    int8_neighbours,
+    predicted_variance,
+    root_entries,
+    signed_entries,
+)
+
+import adaptive_optax as ao
+from adaptive_optax.moments import int8
+from adaptive_optax.transforms.direction import bound_of
+
+NEAREST = ao.BFloat16("nearest")
+SMALL_INT8 = ao.Int8(block_size=64, min_size=1)
+
+# Statistics are compared with their predictions at this many standard errors: a false alarm of 6e-7 each,
+# were the seeds not fixed. (The bits' own tests are in test_random_bits.py.)
+SIGMAS = 5.0
+
+each_role = pytest.mark.parametrize("role", ["mu", "nu"])
+
+
+# --- bfloat16, a value at a time (test_rounding.py tests the rounding itself) -------------------------------
+
+
+@each_role
+def test_what_bfloat16_holds_stays(role):
+    patterns = np.arange(2**16, dtype=np.uint32) << 16
+    x = patterns.view(np.float32)  # both infinities and NaNs among them
+    # Of its subnormals, which are float32's, XLA makes zeros on a CPU.
+    x = x[~(np.abs(x) < np.finfo(np.float32).tiny) | (patterns & 0x7FFFFFFF == 0)]
+    x = x[~(x < 0)] if role == "nu" else x
+    for storage in (ao.BFloat16(), NEAREST):
+        for count in range(1, 4):
+            moment = storage.encode(storage.init(x, role), jnp.asarray(x), count=jnp.int32(count), role=role)
+            np.testing.assert_array_equal(storage.decode(moment), x)
+
+
+def test_finite_moments_stay_finite_in_bfloat16():
+    largest = np.finfo(np.float32).max  # above bfloat16's by nearly a unit of its last place
+    x = jnp.full(1000, largest).at[::2].multiply(-1)
+    for count in range(1, 4):
+        moment = ao.BFloat16().encode(x.astype(jnp.bfloat16), x, count=jnp.int32(count), role="mu")
+        np.testing.assert_array_equal(jnp.abs(moment), jnp.finfo(jnp.bfloat16).max)
+
+
+def test_bfloat16_moments_are_rounded_to_a_neighbour_each():
+    x = np.float32(np.random.default_rng(1).normal(size=(32, 128)) * 10.0 ** np.arange(-14, 18)[:, None])
+    for storage, role, slack in ((ao.BFloat16(), "nu", 1), (ao.BFloat16(), "mu", 1), (NEAREST, "mu", 0.5)):
+        values = x**2 if role == "nu" else x
+        moment = storage.encode(
+            storage.init(values, role), jnp.asarray(values), count=jnp.int32(3), role=role
+        )
+        assert moment.dtype == jnp.bfloat16
+        decoded, around = np.asarray(storage.decode(moment), np.float64), bfloat16_neighbours(values)
+        assert ((decoded == around.below) | (decoded == around.above)).all()
+        assert (np.abs(decoded - values) <= slack * around.gap()).all()
+        assert (np.abs(decoded - values) <= storage.relative_error * np.abs(values)).all()
+
+
+def test_complex_leaves_stay_as_they_are():
+    x = jnp.asarray([1.0 + 1e-6j, -3.3 + 0.1j], jnp.complex64)
+    for storage in (ao.BFloat16(), NEAREST, ao.Int8(min_size=1)):
+        moment = storage.encode(storage.init(x, "mu"), x, count=jnp.int32(1), role="mu")
+        np.testing.assert_array_equal(storage.decode(moment), x)
+
+
+# --- Decays at which a moment stands still ------------------------------------------------------------------
+
+STANDS_STILL = {
+    "adam's nu": (ao.scale_by_adam, "b2", {"nu_storage": NEAREST}),
+    "adam's mu": (functools.partial(ao.scale_by_adam, b2=0.9999), "b1", {"mu_storage": NEAREST}),
+    "mu_dtype": (functools.partial(ao.scale_by_adam, b2=0.9999), "b1", {"mu_dtype": jnp.bfloat16}),
+    "rms": (ao.scale_by_rms, "decay", {"storage": NEAREST}),
+    "rmsprop": (functools.partial(ao.rmsprop, 0.1), "decay", {"storage": NEAREST}),
+    "adamw": (functools.partial(ao.adamw, 0.1), "b2", {"nu_storage": NEAREST}),
+    "trace": (ao.trace, "decay", {"accumulator_dtype": jnp.bfloat16}),
+}
+
+
+@pytest.mark.parametrize("name", STANDS_STILL)
+def test_a_decay_at_which_nearest_rounding_stands_still_is_refused(name):
+    factory, decay, storage = STANDS_STILL[name]
+    argument = next(iter(storage))
+    for value in (0.999, np.float32(0.999), jnp.float32(0.999), 0.9961):
+        reason = "rounds back to that value, so the moment never decays"
+        with pytest.raises(
+            ValueError, match=f"{decay} must be at most 0.99609375.*{argument}=.*{reason}"
+        ) as e:
+            factory(**{decay: value}, **storage)
+        assert f"got {value!r}" in str(e.value)
+    for value in (0.99609375, 0.996, 0.9, lambda count: 0.999):  # a schedule's values are not known
+        factory(**{decay: value}, **storage)
+    jax.jit(lambda value: factory(**{decay: value}, **storage).init(jnp.ones(2)))(0.999)  # nor is a tracer's
+
+
+def test_momentum_kept_to_nearest_is_refused_near_one():
+    with pytest.raises(
+        ValueError, match="^momentum must be at most 0.99609375 with accumulator_dtype=.*got 0.999"
+    ):
+        ao.sgd(0.1, momentum=0.999, accumulator_dtype=jnp.bfloat16)
+    ao.sgd(0.1, momentum=0.996, accumulator_dtype=jnp.bfloat16)
+
+
+def test_the_largest_decay_is_where_values_begin_to_move():
+    # All significands of bfloat16; the exponent does not matter.
+    values = jnp.asarray(1 + np.arange(128) / 128, jnp.bfloat16)
+
+    def moves(decay):
+        kept = NEAREST.encode(values, decay * NEAREST.decode(values), count=jnp.int32(1), role="nu")
+        return np.asarray(kept != values)
+
+    assert moves(NEAREST.largest_decay).all() and moves(0.99).all()
+    assert not moves(0.999).any() and not moves(0.9981).any()
+
+
+@pytest.mark.parametrize("rounding", ["up", "", None, "NEAREST"])
+def test_an_unknown_rounding_is_refused(rounding):
+    with pytest.raises(ValueError, match=f"rounding must be .*, got {rounding!r}"):
+        ao.BFloat16(rounding)
+
+
+# --- The maps of 8 bits -------------------------------------------------------------------------------------
+
+
+def moment_of(codes, scale, block_size=256):
+    return ao.Int8Moment(codes, scale, jnp.int32(int8.FORMAT), jnp.int32(block_size))
+
+
+@pytest.mark.parametrize("scale", [1.0, 3e-12, 7e18])
+def test_the_maps_are_the_reference_s(scale):
+    signed = moment_of(jnp.arange(-127, 128, dtype=jnp.int8), jnp.full(1, scale))
+    entries = signed_entries()
+    # In float32 an entry is rounded as the largest of its decade is, which is up to ten times it.
+    np.testing.assert_allclose(
+        ao.dense(signed), scale * np.concatenate([-entries[:0:-1], entries]), rtol=1e-6
+    )
+    root = moment_of(jnp.arange(0, 256, dtype=jnp.uint8), jnp.full(1, scale))
+    # An exponent near -40 is rounded by 2e-6.
+    np.testing.assert_allclose(ao.dense(root)[1:], scale**2 * root_entries(), rtol=3e-6)
+    assert len(set(np.asarray(ao.dense(root)))) == 256
+
+
+def test_the_maps_are_the_reference_s_to_float64(x64):
+    signed = moment_of(jnp.arange(0, 128, dtype=jnp.int8), jnp.ones(1))
+    np.testing.assert_allclose(ao.dense(signed), signed_entries(), rtol=1e-13)
+    root = moment_of(jnp.arange(1, 256, dtype=jnp.uint8), jnp.ones(1))
+    np.testing.assert_allclose(ao.dense(root), root_entries(), rtol=1e-13)
+
+
+def wide_values(role, shape, seed=0, decades=5.5):
+    """Values over that many decades, a zero and a largest one in each block of any size."""
+    rng = np.random.default_rng(seed)
+    x = rng.choice([-1, 1], shape) * 10 ** rng.uniform(-decades, 0, shape)
+    x[..., 3::7] *= 1e-30 if role == "mu" else 1
+    return np.float32(x if role == "mu" else x**2)
+
+
+def encoded(storage, values, role, count=1):
+    values = jnp.asarray(values)
+    return storage.encode(storage.init(values, role), values, count=jnp.asarray(count, jnp.int32), role=role)
+
+
+@each_role
+def test_the_codes_of_decoded_codes_are_the_codes(role):
+    # A decoded value is its entry up to 1e-7, which moves it by up to a 16-bit cell between two codes: one in
+    # 2^16 random numbers can take it to the neighbour there, and it is not biased by that.
+    x, storage = wide_values(role, (64, 1024)), ao.Int8()
+
+    @jax.jit
+    def differing(count):
+        first = encoded(storage, x, role, count)
+        again = storage.encode(first, storage.decode(first), count=count + 1000, role=role)
+        same_scale = jnp.all(first.scale == again.scale)
+        return jnp.sum(first.codes != again.codes), same_scale
+
+    counts, same_scale = zip(*map(differing, np.arange(1, 65)), strict=True)
+    assert all(same_scale)
+    assert np.sum(counts) <= 1e-6 * 64 * x.size
+
+
+# Multiples of the block, a rest, a last axis below a block, three axes, a single row.
+BLOCKS = [
+    ((8, 512), 256),
+    ((3, 600), 256),
+    ((5, 100), 256),
+    ((2, 3, 130), 64),
+    ((70,), 16),
+    ((4, 64), 2**31 - 1),
+]
+
+
+@each_role
+@pytest.mark.parametrize(("shape", "size"), BLOCKS)
+def test_a_value_becomes_a_neighbour_on_the_map_of_its_block(role, shape, size):
+    width = min(size, shape[-1])
+    x = wide_values(role, shape) * np.float32(10 ** np.random.default_rng(1).uniform(-8, 8, (*shape[:-1], 1)))
+    storage = ao.Int8(block_size=size, min_size=1)
+    moment = jax.jit(lambda x: encoded(storage, x, role))(x)
+    blocks = -(-shape[-1] // size)
+    assert moment.scale.shape == (*shape[:-1], blocks) and moment.codes.shape == shape
+    largest = block_largest(x, width)
+    scale = moment.scale if role == "mu" else moment.scale**2
+    np.testing.assert_allclose(scale, largest[..., ::width], rtol=3e-7)
+    decoded, around = np.asarray(storage.decode(moment), np.float64), int8_neighbours(x, role, width)
+    nearer = np.minimum(np.abs(decoded - around.below), np.abs(decoded - around.above))
+    slack = 2e-6 * np.abs(x) + 1e-12 * largest
+    assert (nearer <= slack).all()
+    assert (np.abs(decoded - x) <= around.gap() + slack).all()
+    np.testing.assert_array_equal(ao.dense(moment), decoded)
+    if role == "nu":
+        assert (decoded > 0).all()
+
+
+@each_role
+def test_the_mean_over_all_random_bits_is_the_value_in_8_bits(role, monkeypatch):
+    # As for 16 bits, every draw once: the count stands in for the bits.
+    monkeypatch.setattr(
+        int8, "random_bits", lambda shape, count, *_: jnp.full(shape, count.astype(jnp.uint32))
+    )
+    x, storage = wide_values(role, (2, 128)), ao.Int8(block_size=128, min_size=1)
+
+    @jax.jit
+    def total():
+        def step(total, count):
+            return total + (storage.decode(encoded(storage, x, role, count)) - x), None
+
+        # In parts, whose float32 sums are exact enough.
+        def part(total, counts):
+            return total, jax.lax.scan(step, jnp.zeros(x.shape), counts)[0]
+
+        return jax.lax.scan(part, 0, jnp.arange(2**16).reshape(256, 256))[1]
+
+    error = np.asarray(total(), np.float64).sum(0) / 2**16
+    # Two cells of 2^-16 of a gap, and float32's rounding of x itself.
+    gap = int8_neighbours(x, role, 128).gap()
+    assert (np.abs(error) <= 2 * gap * 2.0**-16 + 1e-6 * np.abs(x)).all()
+
+
+@each_role
+def test_the_mean_over_steps_is_the_value(role):
+    x, storage, steps = wide_values(role, (4, 512)), ao.Int8(min_size=1), 2000
+    around = int8_neighbours(x, role, 256)
+
+    @jax.jit
+    def mean_error():
+        def step(total, count):
+            return total + (storage.decode(encoded(storage, x, role, count)) - x), None
+
+        return jax.lax.scan(step, jnp.zeros(x.shape), jnp.arange(1, steps + 1))[0] / steps
+
+    error = np.asarray(mean_error(), np.float64)
+    deviation = np.sqrt(np.maximum(around.variance(np.float64(x)), 0) / steps)
+    # A jump with probability p < 1/steps is seen or not, so a gap over the steps is allowed beside.
+    allowed = (SIGMAS + 1) * deviation + 10 * around.gap() / steps + 1e-6 * np.abs(x)
+    assert (np.abs(error) <= allowed).all()
+    gap = around.gap()[around.gap() > 0]  # 0 at the largest of a block
+    error, deviation = error[around.gap() > 0] / gap, deviation[around.gap() > 0] / gap
+    z = np.sum(error) / np.sqrt(np.sum(deviation**2))
+    assert abs(z) < SIGMAS
+
+
+def test_small_second_moments_are_held_at_a_millionth_of_the_largest_root():
+    smallest = 4.0 * root_entries()[0]
+    assert 0.9e-6 < np.sqrt(root_entries()[0]) < 1e-6
+    x = np.full((1, 64), 1e-30, np.float32)
+    x[0, :3] = 4.0, 0.0, smallest
+    decoded = np.asarray(ao.dense(encoded(SMALL_INT8, x, "nu")))
+    assert decoded[0, 0] == 4.0
+    np.testing.assert_allclose(decoded[0, 1:], smallest, rtol=3e-6)
+
+
+@each_role
+@pytest.mark.parametrize("value", [0.0, 1e-39])  # one below the smallest normal number cannot be divided by
+def test_a_block_of_zeros_is_zeros(role, value):
+    x = np.ones((2, 128), np.float32)
+    x[0, :64] = value
+    decoded = np.asarray(ao.dense(encoded(SMALL_INT8, x, role)))
+    assert (decoded[0, :64] == 0).all()
+    np.testing.assert_array_equal(np.delete(decoded.ravel(), np.arange(64)), 1.0)
+    np.testing.assert_array_equal(ao.dense(SMALL_INT8.init(x, role)), np.zeros_like(x))
+
+
+@each_role
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_block_with_a_nan_or_inf_is_not_finite(role, bad):
+    x = wide_values(role, (2, 128))
+    x[0, 5] = bad
+    moment = encoded(SMALL_INT8, x, role)
+    for decoded in (SMALL_INT8.decode(moment), SMALL_INT8.decode(moment, lower=lambda: jnp.ones(x.shape))):
+        assert not np.isfinite(decoded[0, :64]).any()
+        assert np.isfinite(decoded[0, 64:]).all() and np.isfinite(decoded[1]).all()
+
+
+@each_role
+def test_float64_moments_have_float64_scales(role, x64):
+    x = np.float64(wide_values(role, (4, 512))) * 1e-200 ** (1 if role == "mu" else 0.5)
+    moment = encoded(ao.Int8(min_size=1), x, role)
+    assert moment.scale.dtype == jnp.float64 and moment.codes.dtype.itemsize == 1
+    decoded = np.asarray(ao.dense(moment))
+    assert decoded.dtype == np.float64
+    around = int8_neighbours(x, role, 256)
+    nearer = np.minimum(np.abs(decoded - around.below), np.abs(decoded - around.above))
+    assert (nearer <= 1e-9 * np.abs(x) + 1e-200 * 1e-12).all()
+
+
+MIXED = {
+    "complex": jnp.ones((64, 64), jnp.complex64),
+    "long": jnp.ones(4096),
+    "narrow": jnp.ones((4096, 63)),
+    "scalar": jnp.ones(()),
+    "short": jnp.ones(4095),
+    "square": jnp.ones((64, 64), jnp.bfloat16),
+}
+
+
+def test_leaves_that_are_not_compressed_stay_float32_and_say_so():
+    moments = {role: ao.Int8().init(MIXED, role) for role in ("mu", "nu")}
+    for role, moment in moments.items():
+        code = jnp.int8 if role == "mu" else jnp.uint8
+        cplx = jnp.complex64 if role == "mu" else jnp.float32
+        expected = {name: jnp.dtype(jnp.float32) for name in MIXED}
+        expected |= {"long": jnp.dtype(code), "square": jnp.dtype(code), "complex": jnp.dtype(cplx)}
+        if role == "nu":  # of a complex leaf it is real, and compressed
+            expected["complex"] = jnp.dtype(code)
+        assert {name: x.dtype for name, x in moment.codes.items()} == expected
+        kept = [f"'{n}' {x.dtype}{list(x.shape)}" for n, x in moment.codes.items() if x.dtype.itemsize > 1]
+        compressed = len(MIXED) - len(kept)
+        assert repr(moment) == (
+            f"Int8Moment({4096 * compressed:,} values of {compressed} leaves as {jnp.dtype(code)}; "
+            f"not compressed: {', '.join(kept)})"
+        )
+        as_is = sum(x.nbytes for x in moment.codes.values() if x.dtype.itemsize > 1)
+        # A code a value, a scale a block, a scalar scale for each of the others, the format and the size.
+        rows = {"complex": 64, "long": 16, "square": 64}
+        blocks = sum(rows[n] for n, x in moment.codes.items() if x.dtype.itemsize == 1)
+        assert ao.state_bytes(moment) == as_is + 4096 * compressed + 4 * (blocks + len(kept) + 2)
+    assert "no leaf compressed" in repr(ao.Int8().init(jnp.ones(3), "nu"))
+    # They are kept bit for bit, beside leaves that are not.
+    values = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)) / 3, MIXED)
+    back = ao.dense(encoded_tree(ao.Int8(), values, "mu"))
+    for name in ("complex", "narrow", "scalar", "short"):
+        np.testing.assert_array_equal(back[name], values[name])
+
+
+def encoded_tree(storage, values, role):
+    return storage.encode(storage.init(values, role), values, count=jnp.int32(1), role=role)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"block_size": 15}, r"block_size must be an integer in \[16, 2147483647\], got 15"),
+        ({"block_size": 256.0}, "block_size must be an integer"),
+        ({"min_size": 0}, r"min_size must be an integer in \[1, inf\), got 0"),
+    ],
+)
+def test_bad_sizes_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        ao.Int8(**arguments)
+
+
+# --- Averages follow the float32 moment ---------------------------------------------------------------------
+
+DECAY = 0.999
+in_blocks = functools.partial(int8_neighbours, role="nu", block_size=256)
+FOLLOWING = {"bfloat16": (ao.BFloat16(), bfloat16_neighbours), "int8": (ao.Int8(min_size=1), in_blocks)}
+each_following = pytest.mark.parametrize("name", FOLLOWING)
+
+
+def averaged(storage, start, phases):
+    """Second moments of `scale_by_adam` at every step, v_0 included, for squares in phases."""
+    decay = DECAY if storage != NEAREST else lambda count: DECAY  # a schedule's values are not refused
+    tx = ao.scale_by_adam(b1=0.0, b2=decay, nu_storage=storage)
+    state = tx.init(jnp.zeros_like(start))
+    state = state._replace(nu=storage.encode(state.nu, start, count=state.count, role="nu"))
+
+    def step(g, state, _):
+        state = tx.update(g, state)[1]
+        return state, ao.dense(state.nu)
+
+    @jax.jit
+    def run(state):
+        records = [ao.dense(state.nu)[None]]
+        for squares, steps in phases:
+            g = jnp.broadcast_to(jnp.sqrt(squares), start.shape)
+            state, nu = jax.lax.scan(functools.partial(step, g), state, length=steps)
+            records.append(nu)
+        return jnp.concatenate(records)
+
+    return np.asarray(run(state))
+
+
+def exact_average(start, phases):
+    """v_n = q + b^n (v_0 - q), phase after phase, in float64."""
+    records = [np.float64(start)[None]]
+    for squares, steps in phases:
+        powers = DECAY ** np.arange(1.0, steps + 1).reshape(-1, *[1] * np.ndim(start))
+        records.append(squares + powers * (records[-1][-1] - squares))
+    return np.concatenate(records)
+
+
+def assert_follows(values, exact, squares, neighbours, times):
+    """Compares mean and spread of the relative errors, over all coordinates, with equation (2)."""
+    for t in times:
+        error = values[t] / exact[t] - 1
+        variance = predicted_variance(values[: t + 1], squares[:t], DECAY, neighbours) / exact[t] ** 2
+        deviation = np.sqrt(variance.mean() / error.size)
+        assert abs(error.mean()) < SIGMAS * deviation + 1e-4, (t, error.mean(), deviation)  # 1e-4: float32's
+        spread = SIGMAS * np.std(error**2) / np.sqrt(error.size)
+        assert abs(np.mean(error**2) - variance.mean()) < spread + 0.1 * variance.mean(), t
+
+
+@each_following
+def test_a_second_moment_follows_float32_up_and_down(name):
+    # Squares of 1, then of 1e-4, times a pattern over four decades, so that blocks are not of one value.
+    storage, neighbours = FOLLOWING[name]
+    pattern = np.float32(10 ** np.random.default_rng(0).uniform(-4, 0, (2, 512)))
+    phases = [(pattern, 5000), (1e-4 * pattern, 5000)]
+    values = averaged(storage, jnp.zeros(pattern.shape), phases)
+    exact = exact_average(np.zeros(pattern.shape), phases)
+    squares = np.concatenate([np.broadcast_to(q, (steps, *q.shape)) for q, steps in phases])
+    assert_follows(values, exact, squares, neighbours, (5000, 10_000))
+
+
+@each_following
+def test_a_step_far_below_half_a_gap_is_not_swamped(name):
+    # g^2 = 16 v under a scale that another coordinate holds: a step takes at most 1.5 % of v, half a gap of
+    # the 8-bit map is 12 % there at first. The exact v reaches 16 - 15 * 0.999^5000 = 15.9.
+    storage, neighbours = FOLLOWING[name]
+    start, squares = np.ones((4, 256), np.float32), np.full((4, 256), 16, np.float32)
+    start[:, 0] = squares[:, 0] = 1000
+    values = averaged(storage, jnp.asarray(start), [(squares, 5000)])[..., 1:]
+    exact = exact_average(start, [(squares, 5000)])
+    assert exact[-1, 0, 1] == pytest.approx(15.9, abs=0.01)
+    full = np.concatenate([exact[..., :1], values], axis=-1)  # the largest is held exactly
+    deviation = np.sqrt(
+        predicted_variance(full, np.tile(squares, (5000, 1, 1)), DECAY, neighbours)[:, 1:].mean()
+    )
+    assert abs(values[-1].mean() - exact[-1, 0, 1]) < SIGMAS * deviation / np.sqrt(values[-1].size) + 1e-3
+    # "Within a few percent", and no tolerance that hides anything.
+    assert SIGMAS * deviation / np.sqrt(values[-1].size) < 0.05 * 15.9
+
+
+def test_to_the_nearest_code_it_would_be_swamped(monkeypatch):
+    monkeypatch.setattr(int8, "as_uniform", lambda bits: jnp.full(bits.shape, 0.5))
+    start, squares = np.ones((1, 256), np.float32), np.full((1, 256), 16, np.float32)
+    start[:, 0] = squares[:, 0] = 1000
+    values = averaged(ao.Int8(min_size=1), jnp.asarray(start), [(squares, 500)])
+    np.testing.assert_allclose(values[-1, 0, 1:], values[0, 0, 1:], rtol=1e-4)
+
+
+def test_4000_steps_of_1_and_4000_of_a_hundredth():
+    # The exact moment ends at 0.0180. Nearest rounding does not let go: optax's bfloat16 moment, b2 being 1
+    # there, stays where it is; to nearest from a float32 step, 0.001 (1 - v) is less than half a unit from
+    # v = 1/4 on.
+    phases = [(1.0, 4000), (1e-4, 4000)]
+    start = np.zeros((4, 256), np.float32)
+    exact = exact_average(start, phases)[-1, 0, 0]
+    assert exact == pytest.approx(0.0180, abs=1e-4)
+    ends = {
+        storage: averaged(storage, jnp.asarray(start), phases)
+        for storage in (ao.Float32(), NEAREST, ao.BFloat16(), ao.Int8(min_size=1))
+    }
+    np.testing.assert_allclose(ends[ao.Float32()][-1], exact, rtol=2e-5)
+    assert (ends[NEAREST][4000:] == 0.25).all()
+    # Equal values are each the largest of their block, whose root is kept in float32.
+    np.testing.assert_allclose(ends[ao.Int8(min_size=1)][-1], exact, rtol=1e-3)
+    values = ends[ao.BFloat16()]
+    squares = np.repeat([1.0, 1e-4], 4000).reshape(-1, 1, 1)
+    deviation = np.sqrt(predicted_variance(values, squares, DECAY, bfloat16_neighbours).mean() / start.size)
+    assert abs(values[-1].mean() - exact) < SIGMAS * deviation + 1e-4 * exact
+    assert deviation < 0.01 * exact
+
+
+@pytest.mark.parametrize(("decay", "documented"), [(0.999, 0.04), (0.9, 0.0054)])
+def test_the_noise_of_bfloat16_is_as_documented(decay, documented):
+    # With u / x for the unit in the last place over the value, from 2^-8 to 2^-7, a rounding that falls
+    # anywhere between two neighbours has the variance u^2 / 6. Over values log-uniform in an octave
+    # E[(u / x)^2] = 2^-14 * 3 / (8 ln 2), and the average sums it to 2^-16 / (4 ln 2 (1 - b^2)): 5.2 % at
+    # 0.999 and 0.54 % at 0.9. At 0.999 steps are short, roundings fall near a neighbour, and it is less.
+    general = 2**-8 / np.sqrt(4 * np.log(2) * (1 - decay**2))
+    assert general == pytest.approx({0.999: 0.052, 0.9: 0.0054}[decay], rel=0.02)
+    shape, (one, two) = (round(5 / (1 - decay)), 32, 64), jax.random.split(jax.random.key(0))
+    if decay == 0.999:
+        g = jax.random.normal(one, shape)
+    else:  # near their mean, so that the moment itself does not fall fast after a peak
+        g = 2 ** (jax.random.uniform(two, shape[1:]) / 2) * jnp.sqrt(1 + 0.5 * jax.random.uniform(one, shape))
+    moments = []
+    for storage in ("float32", "bfloat16"):
+        tx = ao.scale_by_adam(b1=0.0, b2=decay, nu_storage=storage)
+        state = jax.lax.scan(lambda s, g: (tx.update(g, s)[1], None), tx.init(g[0]), g)[0]  # noqa: B023
+        moments.append(ao.dense(state.nu))
+    relative = np.asarray(moments[1] / moments[0] - 1)
+    assert relative.std() == pytest.approx(documented, rel=0.15)
+    assert abs(relative.mean()) < SIGMAS * relative.std() / np.sqrt(relative.size)
+
+
+# --- Adam's bound -------------------------------------------------------------------------------------------
+
+
+def adversarial():
+    """Gradients, by name, of four rows of 128 coordinates in blocks of 64."""
+    rng = np.random.default_rng(0)
+    growth = (0.999 / 0.9) ** np.arange(150)  # attains the bound
+    scales = 10 ** rng.uniform(-6, 0, (4, 128))
+    spike = np.zeros((120, 4, 128))
+    spike[:20] = 1e-4 * rng.normal(size=(20, 4, 128))
+    spike[20, :, 7] = 1.0
+    stopping = growth[:, None, None] * scales
+    stopping[rng.integers(60, 150)] = 0
+    ends = rng.integers(40, 150, (4, 128))
+    stopping = np.where(np.arange(150)[:, None, None] < ends, stopping, 0)
+    return {"spike": spike, "growth": growth[:, None, None] * scales, "stopping": stopping}
+
+
+BOUND_STORAGES = {
+    "both": {"mu_storage": SMALL_INT8, "nu_storage": SMALL_INT8},
+    "mu": {"mu_storage": SMALL_INT8},
+    "nu": {"nu_storage": SMALL_INT8},
+    "mu, bfloat16 nu": {"mu_storage": SMALL_INT8, "nu_storage": "bfloat16"},
+    "bfloat16": {"mu_storage": "bfloat16", "nu_storage": "bfloat16"},
+}
+
+
+def excess(storages):
+    """The largest |u| over the bound, for each sequence, and whether it is the closed form's."""
+    tx = ao.scale_by_adam(eps=0.0, **storages)
+
+    def step(state, g):
+        u, state = tx.update(g, state)
+        return state, jnp.max(jnp.abs(u)) / bound_of(tx).max_ratio(state)
+
+    @jax.jit
+    def run(g):
+        state, ratios = jax.lax.scan(step, tx.init(g[0]), g)
+        return jnp.max(ratios), bound_of(tx).max_ratio(state)
+
+    result = {name: run(jnp.asarray(g, jnp.float32)) for name, g in adversarial().items()}
+    return {name: float(r) for name, (r, _) in result.items()}, [float(b) for _, b in result.values()]
+
+
+@pytest.mark.parametrize("name", BOUND_STORAGES)
+def test_adams_bound_holds_whatever_is_rounded(name):
+    ratios, bounds = excess(BOUND_STORAGES[name])
+    assert max(ratios.values()) <= 1 + 2e-5
+    assert max(ratios.values()) > 0.9  # they are adversarial
+    closed = [ao.adam_bound(0.9, 0.999, len(g)) for g in adversarial().values()]
+    if name == "bfloat16":  # no floor is needed: the bound allows for a unit in the last place
+        assert (np.array(bounds) < 1.06 * np.array(closed)).all()
+    else:
+        np.testing.assert_allclose(bounds, closed, rtol=1.3e-4)  # 1.2e-4 is for the weights' rounding
+
+
+@pytest.mark.parametrize("name", ["both", "mu", "nu"])
+def test_adams_bound_would_not_hold_without_the_floor(name, monkeypatch):
+    decode = ao.Int8.decode
+    monkeypatch.setattr(ao.Int8, "decode", lambda self, moment, *, lower=None: decode(self, moment))
+    monkeypatch.setattr(ao.Int8, "relative_error", 0.0)  # `scale_by_adam` sees no need for one either
+    ratios, _ = excess(BOUND_STORAGES[name])
+    assert max(ratios.values()) > 1.02, ratios
+
+
+# --- Shardings ----------------------------------------------------------------------------------------------
+
+COLLECTIVE = re.compile(r"\b(all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter)\b")
+BLOCK = 64
+
+
+def trained(shape, mesh_shape, spec, steps=3):
+    """The HLO of a step of Adam in 8 bits, what a few steps lead to, and the sharding."""
+    devices = np.array(jax.devices()[: mesh_shape[0] * mesh_shape[1]]).reshape(mesh_shape)
+    sharding = NamedSharding(jax.sharding.Mesh(devices, ("x", "y")), spec)
+    storage = ao.Int8(BLOCK, min_size=1)
+    tx = ao.scale_by_adam(mu_storage=storage, nu_storage=storage)
+    gradients = np.float32(np.random.default_rng(0).normal(size=(steps, *shape)))
+    # The moments are sharded as the parameters are from which they are made.
+    state = tx.init(jax.device_put(jnp.zeros(shape), sharding))
+    step = jax.jit(tx.update)
+    text = step.lower(jax.device_put(gradients[0], sharding), state).compile().as_text()
+    for g in gradients:
+        u, state = step(jax.device_put(g, sharding), state)
+    return text, (u, state), sharding
+
+
+SHARDED = {
+    "last axis": ((4, 24 * BLOCK), (8, 1), PartitionSpec(None, "x")),
+    "first axis": ((16, 3 * BLOCK + 16), (8, 1), PartitionSpec("x")),
+    "both": ((4, 8 * BLOCK), (2, 4), PartitionSpec("x", "y")),
+    "leading axes": ((4, 8, 2 * BLOCK), (2, 4), PartitionSpec("x", "y")),
+}
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_a_moment_that_is_sharded_in_whole_blocks_needs_no_communication(name):
+    shape, mesh_shape, spec = SHARDED[name]
+    text, (u, state), sharding = trained(shape, mesh_shape, spec)
+    assert COLLECTIVE.findall(text) == []
+    for moment in (state.mu, state.nu):
+        assert moment.codes.sharding.is_equivalent_to(sharding, len(shape))
+        assert moment.scale.sharding.is_equivalent_to(sharding, len(shape))
+    _, (alone_u, alone), _ = trained(shape, (1, 1), PartitionSpec())
+    np.testing.assert_allclose(u, alone_u, rtol=1e-6)
+    for ours, theirs in ((state.mu, alone.mu), (state.nu, alone.nu)):
+        np.testing.assert_array_equal(ours.codes, theirs.codes)
+        np.testing.assert_allclose(ours.scale, theirs.scale, rtol=1e-6)
+
+
+def test_a_last_axis_that_is_cut_inside_blocks_communicates():
+    # What the search above would find.
+    text, _, _ = trained((4, 4 * BLOCK), (8, 1), PartitionSpec(None, "x"))
+    assert COLLECTIVE.findall(text)
+
+
+# --- Any granularity with any storage -----------------------------------------------------------------------
+
+WIDE = {"a": jnp.zeros((3, 80)), "b": jnp.zeros(70)}
+EVERY_GRANULARITY = {
+    "coordinate": ao.Coordinate(),
+    "first axis": ao.Axis(0),
+    "last axis": ao.Axis(-1),
+    "tensor": ao.Tensor(),
+    "labels": ao.Labels(lambda path, leaf: path),
+    "global": ao.Global("sum"),
+}
+# name: (storage, the relative standard deviation of a rounding at most)
+EVERY_STORAGE = {
+    "float32": (ao.Float32(), 0.0),
+    "bfloat16": (ao.BFloat16(), 2.0**-8),
+    "int8": (SMALL_INT8, (2 ** (5 / 16) - 1) / 2),
+}
+B2, COUNT = 0.99, 50
+
+
+@functools.cache
+def nu_after_steps(granularity, storage):
+    granularity, storage = EVERY_GRANULARITY[granularity], EVERY_STORAGE[storage][0]
+    tx = ao.scale_by_adam(b2=B2, granularity=granularity, mu_storage=storage, nu_storage=storage)
+    keys = jax.random.split(jax.random.key(0))
+    grads = {
+        path: jax.random.normal(key, (COUNT, *leaf.shape)) * 10.0 ** -jnp.arange(leaf.shape[-1]).clip(0, 4)
+        for (path, leaf), key in zip(WIDE.items(), keys, strict=True)
+    }
+
+    @jax.jit
+    def run(grads):
+        # The scan itself refuses a state that changes its structure, shapes or dtypes.
+        return jax.lax.scan(lambda state, g: tx.update(g, state)[::-1], tx.init(WIDE), grads)
+
+    state, updates = run(grads)
+    assert all(np.isfinite(u).all() for u in jax.tree.leaves(updates))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), tx.init(WIDE)
+    )
+    return np.concatenate([np.ravel(v) for v in jax.tree.leaves(ao.dense(state.nu))])
+
+
+@pytest.mark.parametrize("storage", EVERY_STORAGE)
+@pytest.mark.parametrize("granularity", EVERY_GRANULARITY)
+def test_any_granularity_in_any_storage_follows_float32(granularity, storage):
+    # A rounding's standard deviation is at most half a gap, of which the average remembers b2^j after j
+    # steps: sqrt(sum b2^2j) of it in all. Over that, 50 roundings of float32.
+    error = nu_after_steps(granularity, storage) / nu_after_steps(granularity, "float32") - 1
+    deviation = EVERY_STORAGE[storage][1] / np.sqrt((1 - B2**2) * error.size)
+    assert abs(error.mean()) <= SIGMAS * deviation + COUNT * 2.0**-24
