@@ -13,6 +13,7 @@ import pytest
 from cases import CASES, Case, mixed_params, random_gradients
 from jax.sharding import NamedSharding, PartitionSpec
 from lossy import Lossy
+from saving import spec
 
 import adaptive_optax as ao
 from adaptive_optax.transforms.direction import bound_of
@@ -52,12 +53,6 @@ def assert_close(actual, expected, case: Case):
         axis=0,
     )
     assert differing <= (max(2, 0.01 * size) if case.rounding else 0)
-
-
-def spec(tree):
-    """Shape, dtype and weak type of every leaf, with the structure."""
-    leaves, treedef = jax.tree.flatten(tree)
-    return treedef, [(x.shape, x.dtype, x.weak_type) for x in leaves]
 
 
 def run(tx, params, gradients, state=None):

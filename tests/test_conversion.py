@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
-from flax import nnx, serialization
+from flax import nnx
+from saving import through_bytes, through_orbax
 
 import adaptive_optax as ao
 
@@ -294,24 +294,13 @@ LOW = {
 }
 
 
-def through_flax(state, template, tmp_path):
-    return serialization.from_bytes(template, serialization.to_bytes(state))
-
-
-def through_orbax(state, template, tmp_path):
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "state", state)
-        checkpointer.wait_until_finished()
-        return checkpointer.restore(tmp_path / "state", template)
-
-
 def through_pickle(state, template, tmp_path):
     arrays = pickle.loads(pickle.dumps(jax.tree.map(np.asarray, state)))
     return jax.tree.map(jnp.asarray, arrays)
 
 
 @pytest.mark.parametrize("name", LOW)
-@pytest.mark.parametrize("through", [through_flax, through_orbax, through_pickle])
+@pytest.mark.parametrize("through", [through_bytes, through_orbax, through_pickle])
 def test_a_restored_run_goes_on_bit_for_bit(through, name, tmp_path):
     tx = LOW[name]
     half, _ = trained(tx)

@@ -6,10 +6,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from flax import nnx, serialization
+from flax import nnx
 from flax.training.train_state import TrainState
+from saving import same, through_bytes, through_orbax
 
 import adaptive_optax as ao
 
@@ -117,14 +117,6 @@ def linen_training(build):
     return state, step, traces
 
 
-def same(left, right):
-    """Asserts equal structures, dtypes and bits."""
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    for (path, x), y in zip(jax.tree.leaves_with_path(left), jax.tree.leaves(right), strict=True):
-        x, y = np.asarray(x), np.asarray(y)
-        assert x.dtype == y.dtype and x.tobytes() == y.tobytes(), jax.tree_util.keystr(path)
-
-
 @each_optimizer
 def test_nnx_and_linen_train_alike(name):
     SEEN.clear()
@@ -203,17 +195,6 @@ def saved_training(name):
 
     half = run(state, 5)
     return state, half, run(half, 5), run
-
-
-def through_bytes(half, template, tmp_path):
-    return serialization.from_bytes(template, serialization.to_bytes(half))
-
-
-def through_orbax(half, template, tmp_path):
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "run", half)
-        checkpointer.wait_until_finished()
-        return checkpointer.restore(tmp_path / "run", template)
 
 
 @each_saved

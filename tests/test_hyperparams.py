@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import pytest
-from flax import nnx, serialization
+from flax import nnx
 from flax.training.train_state import TrainState
+from saving import same, spec, through_bytes, through_orbax
 from tolerances import OPTAX, REFERENCE
 
 import adaptive_optax as ao
@@ -30,18 +30,6 @@ GRADIENTS = [
 def halving(count):
     """1/2, 1/4, 1/8: exact in float32, and a step too many would show."""
     return 0.5 / 2.0**count
-
-
-def same(left, right):
-    """Asserts equal structures, dtypes and bits."""
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    for (path, x), y in zip(jax.tree.leaves_with_path(left), jax.tree.leaves(right), strict=True):
-        x, y = np.asarray(x), np.asarray(y)
-        assert x.dtype == y.dtype and x.tobytes() == y.tobytes(), jax.tree_util.keystr(path)
-
-
-def spec(tree):
-    return jax.tree.structure(tree), [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(tree)]
 
 
 def value(opt_state, name="learning_rate"):
@@ -852,17 +840,6 @@ def test_the_state_can_be_donated_and_takes_nobodys_array_along(build):
         state = step(params, state)
         assert value(state) == 0.5
     assert (rate, new) == (0.5, 0.25) and not any(x.is_deleted() for x in jax.tree.leaves(params))
-
-
-def through_bytes(half, template, tmp_path):
-    return serialization.from_bytes(template, serialization.to_bytes(half))
-
-
-def through_orbax(half, template, tmp_path):
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "run", half)
-        checkpointer.wait_until_finished()
-        return checkpointer.restore(tmp_path / "run", template)
 
 
 @pytest.mark.parametrize("through", [through_bytes, through_orbax], ids=["flax", "orbax"])

@@ -12,6 +12,7 @@ import pytest
 from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import NamedSharding, PartitionSpec
+from saving import same, spec
 
 import adaptive_optax as ao
 
@@ -28,18 +29,6 @@ def rate(count):
 
 def rising(count):
     return 0.9 - 0.4 / (1.0 + count)
-
-
-def same(left, right):
-    """Asserts equal structures, dtypes and bits."""
-    assert jax.tree.structure(left) == jax.tree.structure(right)
-    for (path, x), y in zip(jax.tree.leaves_with_path(left), jax.tree.leaves(right), strict=True):
-        x, y = np.asarray(x), np.asarray(y)
-        assert x.dtype == y.dtype and x.tobytes() == y.tobytes(), jax.tree_util.keystr(path)
-
-
-def spec(tree):
-    return jax.tree.structure(tree), [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(tree)]
 
 
 def random(like, steps, seed=0):

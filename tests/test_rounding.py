@@ -16,7 +16,8 @@ from flax.training.train_state import TrainState
 from hypothesis import given
 from jax.sharding import NamedSharding, PartitionSpec
 from reference.rounding import DTYPES, kahan_step, nearest, neighbours, unit
-from test_flax import INPUTS, TARGETS, LinenModel, NnxModel, same, through_bytes, through_orbax
+from saving import same, through_bytes, through_orbax
+from test_flax import INPUTS, TARGETS, LinenModel, NnxModel
 
 import adaptive_optax as ao
 from adaptive_optax._rounding import random_bits, round_stochastically, round_to_nearest
