@@ -5,13 +5,16 @@ batches. The metric is the final loss on training data. The tasks are as wide as
 compresses every matrix that wide, embeddings included. Low-precision parameters are bfloat16; the model
 computes in float32, so that only what is kept differs.
 
-    python -m benchmarks.low_precision [--tasks localization text] [--seeds 12] [--json FILE]
+    python -m benchmarks.low_precision [--tasks localization text] [--seeds 12] [--json FILE] [--picture FILE]
+
+With `--rows FILE` nothing is trained: the table and the picture are made of that JSON file.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +28,7 @@ import pandas as pd
 import rich
 import rich.table
 import scipy.stats
+from matplotlib.figure import Figure
 
 import adaptive_optax as ao
 from adaptive_optax import study
@@ -139,8 +143,30 @@ def measure(name: str, seeds: int) -> list[dict[str, Any]]:
         }
         if arm != BASELINE:
             row["p_value"] = float(scipy.stats.ttest_rel(losses[arm], losses[BASELINE]).pvalue)
+            row["t_95"] = float(scipy.stats.t.ppf(0.975, seeds - 1))
         rows.append(row)
     return rows
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Draws the differences from float32 with 95 % intervals, a panel a task."""
+    names = list(dict.fromkeys(row["task"] for row in rows))
+    figure = Figure(figsize=(7.0, 1.0 + 1.9 * len(names)), layout="constrained")
+    for axes, name in zip(np.ravel(figure.subplots(len(names), 1)), names, strict=True):
+        shown = [row for row in rows if row["task"] == name and row["arm"] != BASELINE][::-1]
+        base = next(row["final_loss"] for row in rows if row["task"] == name and row["arm"] == BASELINE)
+        percent = [100 * row["difference"] / base for row in shown]
+        half = [100 * row["difference_error"] * row["t_95"] / base for row in shown]
+        places = range(len(shown))
+        axes.axvline(0, color="0.6", linewidth=1)
+        axes.errorbar(percent, places, xerr=half, fmt="o", color="tab:blue", capsize=3)
+        axes.set_yticks(
+            places, [row["arm"].replace("parameters bfloat16, ", "") for row in shown], fontsize=8
+        )
+        axes.set_title(f"{name}: training loss minus float32's, %", fontsize=9, loc="left")
+        axes.tick_params(axis="x", labelsize=8)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=160)
 
 
 def main() -> None:
@@ -151,13 +177,18 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--seeds", type=int, default=12, help="paired seeds, at least 5")
     parser.add_argument("--json", type=Path, help="also write the rows to this file")
+    parser.add_argument("--picture", type=Path, help="also draw the differences into this file")
+    parser.add_argument("--rows", type=Path, help="show the rows of this JSON file, train nothing")
     args = parser.parse_args()
     if args.seeds < 5:
         parser.error(f"--seeds must be at least 5, got {args.seeds}.")
     jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
 
     table = rich.table.Table("task", "arm", "bytes a parameter", "training loss", "minus float32", "p")
-    rows = [row for name in args.tasks for row in measure(name, args.seeds)]
+    if args.rows is None:
+        rows = [row for name in args.tasks for row in measure(name, args.seeds)]
+    else:
+        rows = json.loads(args.rows.read_text())["rows"]
     for row in rows:
         table.add_row(
             row["task"],
@@ -168,7 +199,12 @@ def main() -> None:
             f"{row['p_value']:.2g}" if "p_value" in row else "",
         )
     rich.print(table)
-    publish("low_precision", rows, args.json, settings={n: (s.peak, s.steps) for n, s in SETTINGS.items()})
+    if args.picture is not None:
+        draw(rows, args.picture)
+    if args.rows is None:
+        publish(
+            "low_precision", rows, args.json, settings={n: (s.peak, s.steps) for n, s in SETTINGS.items()}
+        )
 
 
 if __name__ == "__main__":
