@@ -160,9 +160,8 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
         places = range(len(shown))
         axes.axvline(0, color="0.6", linewidth=1)
         axes.errorbar(percent, places, xerr=half, fmt="o", color="tab:blue", capsize=3)
-        axes.set_yticks(
-            places, [row["arm"].replace("parameters bfloat16, ", "") for row in shown], fontsize=8
-        )
+        labels = [row["arm"].replace("parameters bfloat16,", "parameters:") for row in shown]
+        axes.set_yticks(places, labels, fontsize=8)
         axes.set_title(f"{name}: training loss minus float32's, %", fontsize=9, loc="left")
         axes.tick_params(axis="x", labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
@@ -202,9 +201,8 @@ def main() -> None:
     if args.picture is not None:
         draw(rows, args.picture)
     if args.rows is None:
-        publish(
-            "low_precision", rows, args.json, settings={n: (s.peak, s.steps) for n, s in SETTINGS.items()}
-        )
+        settings = {name: (setting.peak, setting.steps) for name, setting in SETTINGS.items()}
+        publish("low_precision", rows, args.json, settings=settings)
 
 
 if __name__ == "__main__":
