@@ -94,7 +94,7 @@ def round_stochastically(x: jax.Array, dtype: Any, bits: jax.Array) -> jax.Array
 
     def whole(steps):
         below = jnp.floor(steps)  # not floor(steps + uniform), a sum that rounds up to the next step
-        return below + (as_uniform(bits) < steps - below)
+        return jnp.where(as_uniform(bits) < steps - below, below + 1, below)
 
     rounded = _below_normal(x, limits, whole, rounded)
     largest = float(limits.max)

@@ -240,7 +240,11 @@ CHOICES = [
         for wrong in ("axis", "Global", None, 0, ao.Tensor, {"kernel": "tensor"})
     ),
     *(
-        (factory, {name: wrong}, (f"{name} must be a Storage or one of 'float32'", f", got {wrong!r}."))
+        (
+            factory,
+            {name: wrong},
+            (f"{name} must be Float32(), BFloat16(...), Int8(...) or one of ", f"'int8', got {wrong!r}."),
+        )
         for factory, names in (
             (ao.scale_by_adam, ("mu_storage", "nu_storage")),
             (ao.adamw, ("mu_storage", "nu_storage")),
