@@ -418,9 +418,13 @@ def test_the_copy_is_the_float32_run(name, dtype):
     gradients = jnp.asarray(np.random.default_rng(2).normal(size=(30, 3, 16)), jnp.float32).astype(dtype)
     params, states = scanned(ao.master_weights(INNER[name]), p, gradients)
     expected, inner = scanned(INNER[name], p.astype(jnp.float32), gradients.astype(jnp.float32))
-    same(states.master, expected)
-    same(states.inner_state, inner)
-    np.testing.assert_array_equal(wide(params), nearest(expected, DTYPES[dtype]))
+    # To float32 rounding, not to the bit: they are two programs, which XLA may fuse in different ways.
+    # Moments are signed sums, so their rounding is relative to the gradients, of about 1.
+    np.testing.assert_allclose(states.master, expected, rtol=1e-6, atol=1e-7)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-6, atol=2e-6), states.inner_state, inner
+    )
+    np.testing.assert_array_equal(wide(params), nearest(states.master, DTYPES[dtype]))
     assert params.dtype == DTYPES[dtype] and len(np.unique(expected[:, 0, 0])) == 30
 
 
