@@ -40,7 +40,7 @@ def random_bits(
         shape: The array's shape; the global one where it is sharded.
         count: The number of the step.
         leaf: The array's index in its tree.
-        role: What they are for. The two moments take a half each of one hash, which is computed once.
+        role: What they are for. The two moments take a half each of one and the same hash.
         seed: Tells apart uses that share all of the above.
     """
     count = count.astype(jnp.uint32)

@@ -118,7 +118,7 @@ def inject_hyperparams(
 
         def build(numbers):
             """The inner transformation with numbers for the hyperparameters."""
-            arguments = inspect.BoundArguments(signature, types.MappingProxyType(bound.arguments).copy())
+            arguments = inspect.BoundArguments(signature, dict(bound.arguments))
             for name, value in bound.arguments.items():
                 if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
                     arguments.arguments[name] = value | {key: numbers[key] for key in value if key in numbers}
