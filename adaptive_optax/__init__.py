@@ -1,12 +1,21 @@
 """Adaptive learning rates for JAX, as composable optax transformations."""
 
-# Control: hyperparameters, bad gradients, low precision, states of other formats and libraries
+# Control: what a chain did, how it is steered, low precision, states of other formats and libraries
+from adaptive_optax.control.accumulation import AccumulateGradientsState as AccumulateGradientsState
+from adaptive_optax.control.accumulation import accumulate_gradients as accumulate_gradients
+from adaptive_optax.control.accumulation import noise_scale as noise_scale
 from adaptive_optax.control.conversion import convert_storage as convert_storage
 from adaptive_optax.control.conversion import state_bytes as state_bytes
 from adaptive_optax.control.hyperparams import InjectHyperparamsState as InjectHyperparamsState
 from adaptive_optax.control.hyperparams import get_hyperparams as get_hyperparams
 from adaptive_optax.control.hyperparams import inject_hyperparams as inject_hyperparams
 from adaptive_optax.control.hyperparams import set_hyperparams as set_hyperparams
+from adaptive_optax.control.paths import decay_mask as decay_mask
+from adaptive_optax.control.paths import describe_partition as describe_partition
+from adaptive_optax.control.paths import mask_by_path as mask_by_path
+from adaptive_optax.control.paths import partition_by_path as partition_by_path
+from adaptive_optax.control.plateau import ReduceOnPlateauState as ReduceOnPlateauState
+from adaptive_optax.control.plateau import reduce_on_plateau as reduce_on_plateau
 from adaptive_optax.control.reject_nonfinite import Rejections as Rejections
 from adaptive_optax.control.reject_nonfinite import RejectNonfiniteState as RejectNonfiniteState
 from adaptive_optax.control.reject_nonfinite import get_rejections as get_rejections
@@ -17,6 +26,11 @@ from adaptive_optax.control.rounding import StochasticRoundingState as Stochasti
 from adaptive_optax.control.rounding import kahan_summation as kahan_summation
 from adaptive_optax.control.rounding import master_weights as master_weights
 from adaptive_optax.control.rounding import stochastic_rounding as stochastic_rounding
+from adaptive_optax.control.telemetry import Telemetry as Telemetry
+from adaptive_optax.control.telemetry import TelemetryState as TelemetryState
+from adaptive_optax.control.telemetry import get_telemetry as get_telemetry
+from adaptive_optax.control.telemetry import telemetry as telemetry
+from adaptive_optax.control.telemetry_log import TelemetryLog as TelemetryLog
 from adaptive_optax.integrations.adam_states import from_optax as from_optax
 from adaptive_optax.integrations.adam_states import from_torch as from_torch
 from adaptive_optax.integrations.adam_states import to_optax as to_optax
@@ -24,7 +38,10 @@ from adaptive_optax.integrations.adam_states import to_torch as to_torch
 from adaptive_optax.invariants import verified as verified
 
 # Granularity and storage of a moment
+from adaptive_optax.moments.adam_mini import FLAX_LAYOUT as FLAX_LAYOUT
+from adaptive_optax.moments.adam_mini import AdamMiniBlocks as AdamMiniBlocks
 from adaptive_optax.moments.bfloat16 import BFloat16 as BFloat16
+from adaptive_optax.moments.by_path import ByPath as ByPath
 from adaptive_optax.moments.formats import dense as dense
 from adaptive_optax.moments.granularity import Axis as Axis
 from adaptive_optax.moments.granularity import Coordinate as Coordinate
@@ -39,15 +56,18 @@ from adaptive_optax.moments.storage import Storage as Storage
 
 # Optimizers
 from adaptive_optax.optimizers import adam as adam
+from adaptive_optax.optimizers import adam_mini as adam_mini
 from adaptive_optax.optimizers import adamw as adamw
 from adaptive_optax.optimizers import global_rmsprop as global_rmsprop
 from adaptive_optax.optimizers import rmsprop as rmsprop
 from adaptive_optax.optimizers import sgd as sgd
 
 # Schedules
+from adaptive_optax.schedules import BatchGrowth as BatchGrowth
 from adaptive_optax.schedules import OneCycle as OneCycle
 from adaptive_optax.schedules import cyclical as cyclical
 from adaptive_optax.schedules import exponential_decay as exponential_decay
+from adaptive_optax.schedules import grow_batch as grow_batch
 from adaptive_optax.schedules import inverse_sqrt as inverse_sqrt
 from adaptive_optax.schedules import one_cycle as one_cycle
 from adaptive_optax.schedules import per_epoch as per_epoch

@@ -51,6 +51,12 @@ def scale(x: jax.Array, factor: Any) -> jax.Array:
     return x * (factor if isinstance(factor, float) else factor.astype(x.dtype))
 
 
+def moved(param: jax.Array, update: jax.Array) -> jax.Array:
+    """Returns what `optax.apply_updates` makes of a parameter; strict promotion forbids the bare sum."""
+    wide = np.promote_types(param.dtype, update.dtype)
+    return (param.astype(wide) + update.astype(wide)).astype(param.dtype)
+
+
 def divide(x: jax.Array, divisor: jax.Array) -> jax.Array:
     """Returns x over a real divisor, in the dtype of x."""
     if jnp.iscomplexobj(x):

@@ -80,6 +80,18 @@ COARSE = {
     "global_sum": ao.Global("sum"),
 }
 
+BY_PATH = ao.ByPath({"kernel|wide": ao.Axis(-1), "bias|half": "global"}, default="tensor", strict=False)
+
+
+def _given(tx: Any, **arguments: Any) -> optax.GradientTransformationExtraArgs:
+    """The transformation with extra arguments that it needs, where the contracts give none."""
+
+    def update(updates, state, params=None, **extra_args):
+        return tx.update(updates, state, params, **(arguments | extra_args))
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
 # On leaves as small as these, so that they are compressed.
 INT8 = ao.Int8(block_size=64, min_size=1)
 FORMATS = [
@@ -219,6 +231,49 @@ CASES = [
         lambda: ao.reject_nonfinite(ao.adam(0.1)),
         hides_nan="a step with a NaN is not taken",
     ),
+    *(
+        _case(f"{n}_by_path", f"scale_by_{n}", granularity=BY_PATH, shares=True, scalars_follow=False)
+        for n in ("rms", "adam")
+    ),
+    _case(
+        "adam_int8_by_path",
+        "scale_by_adam",
+        mu_storage=INT8,
+        nu_storage=INT8,
+        granularity=BY_PATH,
+        rounding=1 / 8,
+        shares=True,
+    ),
+    _case(
+        "optimizer_adam_mini",
+        "adam_mini",
+        RATE | {"weight_decay": (0.1, 0.0)},
+        learning_rate=0.1,
+        params_layout={p: role for p, role in ao.FLAX_LAYOUT.items() if role != "query_key"},
+        shares=True,
+        zero_moves=True,
+        scalars_follow=False,
+    ),
+    Case(
+        "partition_by_path",
+        "partition_by_path",
+        lambda: ao.partition_by_path({"kernel|a|steps|^$": ao.adam(0.1), "": ao.sgd(0.1, momentum=0.9)}),
+        scalars_follow=False,
+    ),
+    Case(
+        "telemetry",
+        "telemetry",
+        lambda: ao.telemetry(ao.adam(0.1), every=2),
+    ),
+    Case(
+        "telemetry_per_tensor",
+        "telemetry",
+        lambda: ao.telemetry(ao.adamw(0.1, granularity="tensor"), per="tensor"),
+        zero_moves=True,
+        shares=True,
+        scalars_follow=False,
+    ),
+    Case("reduce_on_plateau", "reduce_on_plateau", lambda: _given(ao.reduce_on_plateau(), value=1.0)),
     Case("injected", "adam", lambda: ao.inject_hyperparams(ao.adam)(0.1), scalars_follow=False),
     Case(
         "verified",

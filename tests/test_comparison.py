@@ -1,6 +1,7 @@
 """The comparison as a whole: oracles with closed forms, pairing, growth of the grid, and what is reported."""
 
 import collections
+import dataclasses
 import math
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from quadratic import best_schedule, constant, decayed, expected_at_constant_rat
 
 import adaptive_optax as ao
 from adaptive_optax import study
+from adaptive_optax.study.trials import TELEMETRY
 from adaptive_optax.study.tuning import Grid
 
 QUICK = {"mode": "scan", "chunk": 1, "progress": False}
@@ -231,13 +233,16 @@ def test_curves_end_where_the_table_does(noisy):
     np.testing.assert_array_equal(noisy.validation_curves[:, 0], noisy.table["initial_metric"])
     np.testing.assert_array_equal(noisy.validation_curves.min(axis=1), noisy.table["best_metric"])
     assert noisy.training_curves.shape == (len(noisy.table), len(noisy.training_steps))
+    assert noisy.telemetry_curves.shape == (len(noisy.table), len(noisy.telemetry_steps), len(TELEMETRY))
 
 
 def test_save_and_load_round_trip_exactly(noisy, tmp_path):
     noisy.save(tmp_path / "comparison.npz")
     loaded = study.load(tmp_path / "comparison.npz")
     pd.testing.assert_frame_equal(loaded.table, noisy.table, check_exact=True)
-    for name in ("training_steps", "training_curves", "validation_steps", "validation_curves"):
+    arrays = [field.name for field in dataclasses.fields(loaded) if field.type == "np.ndarray"]
+    assert len(arrays) == 6
+    for name in arrays:
         ours, theirs = getattr(loaded, name), getattr(noisy, name)
         assert ours.dtype == theirs.dtype
         np.testing.assert_array_equal(ours, theirs)

@@ -6,12 +6,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from cases import CASES
 from flax import nnx
 from flax.training.train_state import TrainState
 from saving import same, through_bytes, through_orbax
 
 import adaptive_optax as ao
+from adaptive_optax.integrations.flax import TrainState as StateWithExtra
 
 INPUTS = np.random.default_rng(11).standard_normal((32, 4)).astype(np.float32)
 TARGETS = np.stack([INPUTS.sum(1), np.abs(INPUTS[:, 0])], axis=1)
@@ -148,6 +151,67 @@ def test_masks_choose_what_decays_in_nnx(name):
             np.testing.assert_allclose(
                 leaf, np.full(leaf.shape, 1 - 0.05 * 0.5 if decays else 1.0), rtol=1e-6
             )
+
+
+# --- Every factory ------------------------------------------------------------------------------------------
+
+EVERY = {case.factory: case for case in reversed(CASES)}  # the first case of each
+
+
+@pytest.mark.parametrize("factory", EVERY)
+def test_two_steps_of_everything_are_alike_in_nnx_and_linen(factory):
+    case = EVERY[factory]
+    if case.not_traceable:
+        jit = nnx_jit = lambda f: f  # it checks values; under jit that takes chex.chexify
+    else:
+        jit, nnx_jit = jax.jit, nnx.jit
+    model = NnxModel(nnx.Rngs(0))
+    optimizer = nnx.Optimizer(model, case.make(), wrt=nnx.Param)
+    state = StateWithExtra.create(apply_fn=LinenModel().apply, params=start(), tx=case.make())
+
+    @nnx_jit
+    def nnx_step(model, optimizer):
+        value, grads = nnx.value_and_grad(lambda model: jnp.mean((model(INPUTS) - TARGETS) ** 2))(model)
+        optimizer.update(model, grads, value=value)
+
+    @jit
+    def linen_step(state):
+        def loss(params):
+            return jnp.mean((state.apply_fn({"params": params}, INPUTS) - TARGETS) ** 2)
+
+        value, grads = jax.value_and_grad(loss)(state.params)
+        return state.apply_gradients(grads=grads, value=value)
+
+    for _ in range(2):
+        nnx_step(model, optimizer)
+        state = linen_step(state)
+    trained = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5), trained, state.params)
+    moved = jax.tree.map(lambda x, y: np.abs(x - y).max() > 1e-6, trained, start())
+    assert all(jax.tree.leaves(moved))
+
+
+def test_trees_from_nnx_state_are_taken_everywhere():
+    params, plain = nnx.state(NnxModel(nnx.Rngs(0)), nnx.Param), start()
+
+    def pure(tree):
+        return nnx.to_pure_dict(tree) if isinstance(tree, nnx.State) else tree
+
+    tx = ao.adamw(1e-3, mask=ao.decay_mask)
+    assert ao.state_bytes(tx.init(params)) == ao.state_bytes(tx.init(plain))
+    np.testing.assert_allclose(ao.global_norm(params), ao.global_norm(plain), rtol=1e-6)
+    for mask in (ao.decay_mask, ao.mask_by_path("^hidden/")):
+        assert jax.tree.leaves(mask(params)) == jax.tree.leaves(mask(plain))
+    groups = ao.partition_by_path({"kernel": ao.adam(1e-3)}, default=ao.sgd(1e-3))
+    assert ao.describe_partition(groups, params) == ao.describe_partition(groups, plain)
+    assert ao.TelemetryLog(params).tensors == ao.TelemetryLog(plain).tensors
+    converted = ao.convert_storage(tx.init(params), nu_storage="bfloat16")
+    assert {x.dtype for x in jax.tree.leaves(converted[0].nu)} == {jnp.dtype("bfloat16")}
+    theirs = optax.adamw(1e-3).init(params)
+    same(pure(ao.from_optax(theirs, tx, params)[0].mu), pure(tx.init(params)[0].mu))
+    averaging = ao.average_parameters()
+    averaged = ao.averaged_parameters(params, averaging.init(params))
+    same(jax.tree.leaves(averaged), jax.tree.leaves(params))
 
 
 # --- What the last step used --------------------------------------------------------------------------------

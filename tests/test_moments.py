@@ -1,10 +1,13 @@
 """Moments: pooling at every granularity, labels, state sizes, and exact averages and their weights."""
 
+import copy
 import functools
+import pickle
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from reference.moments import MovingAverage, Pooling, ema_weights
 from tolerances import REFERENCE
@@ -158,6 +161,129 @@ def test_a_pattern_without_a_leaf_is_an_error_that_names_it():
         with pytest.raises(ValueError, match=r"'encoder/\.\*' matches no leaf.*block/bias, block/kernel"):
             tx.init(NESTED)
     assert ao.scale_by_rms(granularity=ao.Labels.by_path({"head": "h"})).init(NESTED).nu.shape == (2,)
+
+
+# --- Another granularity by path ----------------------------------------------------------------------------
+
+# What each leaf of SHAPES gets: a pattern of its own or one that it shares.
+PARTS = {"body": ao.Axis(0), "^head/(bias|empty)$": ao.Global(), "kernel|bias": ao.Axis(-1, reduce="sum")}
+REFERENCE_PARTS = {
+    "body/attention": Pooling("axis", (0,)),
+    "head/bias": Pooling("global"),
+    "head/empty": Pooling("global"),
+    "head/kernel": Pooling("axis", (-1,), reduce="sum"),
+    "scale": Pooling("tensor"),
+}
+
+
+def test_each_pattern_pools_its_leaves_as_if_they_were_alone():
+    granularity = ao.ByPath(PARTS, default="tensor")
+    values = squares(SHAPES)
+    arrays = jax.tree.map(jnp.asarray, values)
+    pooled = granularity.pool(arrays)
+    shapes = {
+        "body/attention": (1, 3, 2),
+        "head/bias": (),
+        "head/empty": (),
+        "head/kernel": (4, 1),
+        "scale": (),
+    }
+    assert jax.tree.map(jnp.shape, pooled) == shapes
+    assert jax.tree.map(jnp.shape, granularity.template(arrays)) == shapes
+    result = laid_out(granularity, pooled, values)
+    for pooling in REFERENCE_PARTS.values():
+        part = {path: values[path] for path, other in REFERENCE_PARTS.items() if other == pooling}
+        for path, expected in pooling(part).items():
+            np.testing.assert_allclose(result[path], expected, rtol=REFERENCE["float32"], err_msg=path)
+
+
+@pytest.mark.parametrize("name", GRANULARITIES)
+def test_a_granularity_by_a_pattern_of_all_leaves_is_that_granularity(name):
+    granularity, _ = GRANULARITIES[name]
+    values = squares(SHAPES)
+    arrays = jax.tree.map(jnp.asarray, values)
+    expected = laid_out(granularity, granularity.pool(arrays), values)
+    for parts in (ao.ByPath({"": granularity}), ao.ByPath({}, default=granularity)):
+        for outer in (parts, ao.ByPath({}, default=parts)):
+            result = laid_out(outer, outer.pool(arrays), values)
+            jax.tree.map(np.testing.assert_array_equal, result, expected)
+
+
+def test_two_patterns_with_a_global_granularity_are_two_groups():
+    pooled = ao.ByPath({"block": "global", "head": "global"}).pool(NESTED)
+    one, two = (4 * 2 + 2 * 1) / 6, (2 * 3 + 6 * 4) / 8
+    np.testing.assert_allclose(jax.tree.leaves(pooled), [one, one, two, two], rtol=1e-6)
+    pooled = ao.ByPath({"block|head": "global"}).pool(NESTED)
+    np.testing.assert_allclose(jax.tree.leaves(pooled), [40 / 14] * 4, rtol=1e-6)
+
+
+def test_the_first_pattern_gives_the_granularity():
+    kernel_first = ao.ByPath({"kernel": ao.Axis(0), "head": "tensor"}).template(NESTED)
+    head_first = ao.ByPath({"head": "tensor", "kernel": ao.Axis(0)}).template(NESTED)
+    assert kernel_first["head"]["kernel"].shape == (1, 3) and head_first["head"]["kernel"].shape == ()
+    assert kernel_first["head"]["bias"].shape == () and kernel_first["block"]["bias"].shape == (2,)
+    assert kernel_first["block"]["bias"] is NESTED["block"]["bias"]  # whose sharding the state follows
+    shadowed = ao.ByPath({"head": "tensor", "head/kernel": ao.Axis(0)})
+    assert jax.tree.map(jnp.shape, shadowed.template(NESTED)["head"]) == {"bias": (), "kernel": ()}
+
+
+def test_parts_of_a_masked_tree():
+    hidden = NESTED | {"head": {"bias": None, "kernel": optax.MaskedNode()}}
+    labels = ao.Labels.by_path({"bias": 0, "head": 1}, default=2)  # which finds its patterns in hidden leaves
+    pooled = ao.ByPath({"block/bias": labels, "head": "tensor"}).pool(hidden)
+    assert jax.tree.structure(pooled) == jax.tree.structure(hidden)
+    assert pooled["block"]["bias"].shape == () and pooled["block"]["kernel"].shape == (2, 2)
+
+
+def test_the_direction_by_path_keeps_its_bound():
+    tx = ao.verified(ao.scale_by_adam(eps=0.0, granularity=ao.ByPath(PARTS, default="tensor")))
+    grads, params = gradients("float32", steps=8), parameters("float32")
+    state = tx.init(params)
+    for t in range(8):  # verified checks the bound in each group
+        updates, state = tx.update({path: jnp.asarray(g[t]) for path, g in grads.items()}, state)
+    alone = ao.scale_by_adam(eps=0.0, granularity="global")
+    part = {path: grads[path] for path in ("head/bias", "head/empty")}
+    state = alone.init({path: params[path] for path in part})
+    for t in range(8):
+        expected, state = alone.update({path: jnp.asarray(g[t]) for path, g in part.items()}, state)
+    jax.tree.map(np.testing.assert_array_equal, {path: updates[path] for path in part}, expected)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: ao.ByPath("kernel"), r"patterns must be a mapping \{pattern: granularity\}, got 'kernel'"),
+        (lambda: ao.ByPath({"(": "tensor"}), r"patterns must be regular expressions, got '\(': "),
+        (
+            lambda: ao.ByPath({b"a": "tensor"}),
+            "patterns must be regular expressions, got b'a': it is no string",
+        ),
+        (lambda: ao.ByPath({"a": "axis"}), r"The granularity of 'a' must be Coordinate\(\), .* got 'axis'"),
+        (lambda: ao.ByPath({}, default=None), r"default must be Coordinate\(\), .* got None"),
+        (lambda: ao.ByPath({}, strict=1), "strict must be True or False, got 1"),
+        (
+            lambda: ao.ByPath({"head": "tensor", "tail": "tensor"}).template(NESTED),
+            "The pattern 'tail' matches no leaf; the leaves are block/bias, block/kernel, head/bias",
+        ),
+    ],
+)
+def test_what_is_no_granularity_by_path_is_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+def test_patterns_for_many_models_need_not_match():
+    assert ao.ByPath({"tail": "tensor"}, strict=False).template(NESTED) == NESTED
+
+
+def test_a_granularity_by_path_is_static():
+    granularity = ao.ByPath({"a": "tensor", "b": ao.Axis(0)}, default="global")
+    for other in (copy.deepcopy(granularity), pickle.loads(pickle.dumps(granularity))):
+        assert other == granularity and hash(other) == hash(granularity)
+    assert granularity != ao.ByPath({"b": ao.Axis(0), "a": "tensor"}, default="global")  # the order tells
+    assert repr(granularity).startswith("ByPath(items=(('a', Tensor(reduce='mean')), ('b', Axis(")
+    with pytest.raises(AttributeError):
+        granularity.default = ao.Tensor()
 
 
 # --- Granularities against each other -----------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import html.parser
 import io
 import math
@@ -16,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
+from adaptive_optax._drawing import THEMES
 from adaptive_optax.study import Comparison, figures, findings, pictures, report
 
 ARMS = {  # best rate, metric there, curvature in log10 rate, rate beyond which it diverges
@@ -39,7 +41,8 @@ def make(arms=ARMS, *, seeds=8, lost=(), shift=0.0, margin=None, spread=0.008, l
     rng = np.random.default_rng(0)
     baseline = next(iter(arms))
     steps, windows = np.linspace(0, 2560, 17).astype(int), np.linspace(64, 2560, 40).astype(int)
-    rows, training, validation = [], [], []
+    looks_at = np.linspace(1, 2497, 25).astype(int)
+    rows, training, validation, telemetry = [], [], [], []
     grown = {arm: [] for arm in arms} | ({"adam:one_cycle": [0.1]} if "adam:one_cycle" in arms else {})
     grid = {arm: GRID + grown[arm] for arm in arms}
     if "rmsprop" in arms:
@@ -60,6 +63,10 @@ def make(arms=ARMS, *, seeds=8, lost=(), shift=0.0, margin=None, spread=0.008, l
         train = 0.8 * final + (2.2 - 0.8 * final) * decay + rng.normal(0, 0.004, 40)
         if diverged:
             curve[5:], train[12:] = np.nan, np.nan
+        scheduled = rate * np.exp(-2 * looks_at / 2560 * ("one_cycle" in arm))
+        noise = np.random.default_rng(seed).normal(0, 0.1, 25)
+        own = (1 + 3 * looks_at / 2560) * np.exp(noise)  # it rises by itself
+        seen = np.stack([scheduled, 0.4 * scheduled * own, 0.01 * own, np.full(25, np.nan)], axis=1)
         reached = steps[np.argmax(curve <= 0.412)] if not diverged and (curve <= 0.412).any() else np.nan
         rows.append({
             "arm": arm, "phase": phase, "learning_rate": rate, "seed": seed,
@@ -71,6 +78,7 @@ def make(arms=ARMS, *, seeds=8, lost=(), shift=0.0, margin=None, spread=0.008, l
         })  # fmt: skip
         validation.append(curve + shift)
         training.append(train + shift)
+        telemetry.append(seen)
 
     for arm in arms:
         for rate in grid[arm]:
@@ -91,6 +99,8 @@ def make(arms=ARMS, *, seeds=8, lost=(), shift=0.0, margin=None, spread=0.008, l
         training_curves=np.array(training),
         validation_steps=steps,
         validation_curves=np.array(validation),
+        telemetry_steps=looks_at,
+        telemetry_curves=np.array(telemetry),
         info={
             "task": "digits MLP", "baseline": baseline, "arms": list(arms), "steps": 2560, "tuning_seeds": 3,
             "seeds": seeds, "margin": margin, "best_rates": best, "grid": grid, "grown": grown,
@@ -290,10 +300,10 @@ def test_looks_are_listed_with_what_they_cost(tmp_path):
 
 
 def test_every_picture_is_there_in_both_themes(source, page):
-    wrappers = [kind for tag, kind in page.events if tag == "div" and kind in pictures.THEMES]
-    assert wrappers == ["light", "dark"] * 3
-    assert len([tag for tag, _ in page.events if tag == "svg"]) == 6
-    for theme in pictures.THEMES.values():
+    wrappers = [kind for tag, kind in page.events if tag == "div" and kind in THEMES]
+    assert wrappers == ["light", "dark"] * 4
+    assert len([tag for tag, _ in page.events if tag == "svg"]) == 8
+    for theme in THEMES.values():
         assert source.count(f"fill: {theme.ink}") > 10
     hidden = re.search(
         r"\.dark \{ display: none; \}\s*@media \(prefers-color-scheme: dark\) \{[^@]*?\}\s*\}", source
@@ -309,7 +319,7 @@ def test_names_are_escaped(tmp_path):
     assert not {"script", "b", "i", "u"} & {tag for tag, _ in page.events}
     assert list(page.table(0)) == list(arms)
     assert any(text.startswith(HOSTILE) for text in page.texts("h1"))
-    assert page.texts("text").count(formula) == 6  # two legends and a row, in two themes
+    assert page.texts("text").count(formula) == 8  # three legends and a row, in two themes
     names = {formula: ARMS["adam:constant"], "plain": ARMS["rmsprop"]}
     figures.plot(make(names, metric_name=formula)).draw_without_rendering()
 
@@ -350,7 +360,7 @@ def check_everything(comparison, tmp_path):
 
 def test_an_arm_that_always_diverges(tmp_path):
     comparison = make(THREE, lost=["rmsprop"])
-    page, (rates, differences, curves), text = check_everything(comparison, tmp_path)
+    page, (rates, differences, curves, _), text = check_everything(comparison, tmp_path)
     row = page.table(0)["rmsprop"]
     assert (row["diverged"], row["lossmean ± standard error"], row["decision"]) == ("8 of 8", "–", "worse")
     assert "rmsprop: 8 of 8 runs diverged" in " ".join(text.split())
@@ -369,7 +379,7 @@ def test_nothing_but_divergence(tmp_path):
 def test_negative_metrics_with_a_margin(tmp_path):
     comparison = make(THREE, shift=-3.0, margin=0.01)
     page, axes, _ = check_everything(comparison, tmp_path)
-    assert [a.get_yscale() for a in axes] == ["linear"] * 3
+    assert [a.get_yscale() for a in axes] == ["linear"] * 3 + ["log"]
     assert number(page.table(0)["adam:constant"]["lossmean ± standard error"]) < -2
     assert page.table(0)["rmsprop"]["in per cent"] == "–"
     assert zone_of(axes[1]) == pytest.approx((-0.01, 0.01))
@@ -392,10 +402,11 @@ def test_a_comparison_that_was_stopped_early(tmp_path):
     whole = make(TWO)
     rows = np.flatnonzero(whole.table["phase"] == "tuning")[:20]
     info = whole.info | {"best_rates": {}, "on_edge": {}}
-    comparison = Comparison(
-        whole.table.iloc[rows], whole.training_steps, whole.training_curves[rows], whole.validation_steps,
-        whole.validation_curves[rows], info,
-    )  # fmt: skip
+    curves = {
+        f"{name}_curves": getattr(whole, f"{name}_curves")[rows]
+        for name in ("training", "validation", "telemetry")
+    }
+    comparison = dataclasses.replace(whole, table=whole.table.iloc[rows], info=info, **curves)
     page, _, text = check_everything(comparison, tmp_path)
     assert page.table(0)["adam:one_cycle"]["best peak rate"] == "–"
     assert "not judged" in text
@@ -406,10 +417,10 @@ def test_metrics_far_from_one_keep_their_digits(scale, tmp_path):
     comparison = make(TWO)
     columns = ["final_metric", "best_metric", "initial_metric"]
     table = comparison.table.assign(**{name: scale * comparison.table[name] for name in columns})
-    comparison = Comparison(
-        table, comparison.training_steps, scale * comparison.training_curves, comparison.validation_steps,
-        scale * comparison.validation_curves, comparison.info,
-    )  # fmt: skip
+    curves = {
+        f"{name}_curves": scale * getattr(comparison, f"{name}_curves") for name in ("training", "validation")
+    }
+    comparison = dataclasses.replace(comparison, table=table, **curves)
     page, *_ = check_everything(comparison, tmp_path)
     assert number(page.table(0)["adam:one_cycle"]["difference"]) == pytest.approx(
         comparison.verdict().effect, rel=1e-3
@@ -504,7 +515,49 @@ def test_curves_are_means_at_the_best_rates(full, metric_name):
         assert low < curve.get_ydata()[-1] < high < 1
 
 
-@pytest.mark.parametrize("theme", pictures.THEMES)
+def test_effective_rates_are_means_at_the_best_rates(full):
+    axes = drawn(pictures.plot_effective_rates, full)
+    field = 1
+    for arm in ARMS:
+        curve = next(artist for artist in axes.lines if artist.get_label() == arm)
+        table = full.table
+        rows = np.flatnonzero((table["phase"] == "verdict") & (table["arm"] == arm) & ~table["diverged"])
+        expected = full.telemetry_curves[rows, :, field].mean(axis=0)
+        np.testing.assert_allclose(curve.get_ydata(), expected)
+        np.testing.assert_array_equal(curve.get_xdata(), full.telemetry_steps)
+        rate = full.info["best_rates"][arm]
+        assert any(
+            artist.get_linestyle() == ":" and artist.get_ydata()[0] == pytest.approx(rate, rel=1e-2)
+            for artist in axes.lines
+        )
+    # 1 + 3 t from the first to the last quarter: means 1.36 and 3.56 for looks at 0 .. 5 and 19 .. 24 of 25.
+    assert findings.own_change(full, "adam:constant") == pytest.approx(3.46 / 1.3, rel=0.1)
+    assert findings.own_change(full, "adam:one_cycle") == pytest.approx(3.46 / 1.3, rel=0.1)
+
+
+def test_steps_at_which_the_parameters_stand_still_are_left_out():
+    comparison = make(TWO)
+    curves = comparison.telemetry_curves.copy()
+    curves[:, 1::2, 1:3] = 0.0  # as between the emissions of `accumulate_gradients`
+    still = dataclasses.replace(comparison, telemetry_curves=curves)
+    (curve, *_), (whole, *_) = (drawn(pictures.plot_effective_rates, c).lines for c in (still, comparison))
+    np.testing.assert_allclose(curve.get_ydata(), whole.get_ydata()[::2])
+    np.testing.assert_array_equal(curve.get_xdata(), whole.get_xdata()[::2])
+    changes = [findings.own_change(c, "adam:constant") for c in (still, comparison)]
+    assert changes[0] == pytest.approx(changes[1], rel=0.1)
+
+
+def test_an_optimizer_that_tells_no_learning_rate_has_an_effective_one():
+    comparison = make(TWO)
+    curves = comparison.telemetry_curves.copy()
+    curves[..., 0] = np.nan
+    comparison = dataclasses.replace(comparison, telemetry_curves=curves)
+    lines = drawn(pictures.plot_effective_rates, comparison).lines
+    assert np.isfinite(lines[0].get_ydata()).all()
+    assert np.isnan(findings.own_change(comparison, "adam:constant"))
+
+
+@pytest.mark.parametrize("theme", THEMES)
 def test_twelve_arms_are_told_apart(theme):
     comparison = make(TWELVE)
     styles = pictures.arm_styles(comparison, theme)
@@ -512,8 +565,8 @@ def test_twelve_arms_are_told_apart(theme):
     assert len({style["marker"] for style in styles.values()}) == 12
     looks = {(style["color"], style["linestyle"]) for style in styles.values()}
     assert len(looks) == 12
-    assert styles["adam:constant"]["color"] == pictures.THEMES[theme].ink
-    for draw in (pictures.plot_rates, pictures.plot_curves):
+    assert styles["adam:constant"]["color"] == THEMES[theme].ink
+    for draw in (pictures.plot_rates, pictures.plot_curves, pictures.plot_effective_rates):
         lines = {a.get_label(): a for a in drawn(draw, comparison, theme=theme).lines}
         assert {arm: lines[arm].get_marker() for arm in styles} == {
             arm: style["marker"] for arm, style in styles.items()
@@ -552,7 +605,7 @@ def test_a_figure_is_its_callers_and_pyplot_knows_nothing_of_it(tmp_path):
     before = plt.get_fignums()
     comparison = make(THREE)
     figure = comparison.plot()
-    assert isinstance(figure, Figure) and len(figure.axes) == 3
+    assert isinstance(figure, Figure) and len(figure.axes) == 4
     assert [text.get_text() for text in figure.legends[0].get_texts()] == list(THREE)
     figure.savefig(tmp_path / "figure.png")
     comparison.to_html(tmp_path / "report.html")

@@ -146,14 +146,17 @@ def test_two_distributed_processes_give_what_one_gives(undisturbed, tmp_path):
 
 
 def test_pack_and_unpack():
+    def record(*values):
+        return Record(*(np.array(value, np.float32) for value in values))
+
     results = {
-        Key("a", 0.1, 3): Record(np.arange(3, dtype=np.float32), np.array([1.0, np.nan], np.float32)),
-        Key("ä:b", 1e-300, 1000): Record(np.ones(3, np.float32), np.array([np.inf, 2.0], np.float32)),
+        Key("a", 0.1, 3): record([0, 1, 2], [1.0, np.nan], [[np.nan, 1.0]]),
+        Key("ä:b", 1e-300, 1000): record([1, 1, 1], [np.inf, 2.0], [[0.5, 0.25]]),
     }
     found = unpack(pack(results))
     assert found.keys() == results.keys()
-    for key, record in results.items():
-        for ours, theirs in zip(found[key], record, strict=True):
+    for key, expected in results.items():
+        for ours, theirs in zip(found[key], expected, strict=True):
             np.testing.assert_array_equal(ours, theirs)
 
 

@@ -211,7 +211,7 @@ def comparison_of(effects):
     info = {"arms": list(effects), "baseline": next(iter(effects)), "task": "t", "seeds": 10, "looks": [10]}
     info |= {"best_rates": dict.fromkeys(effects, 0.1), "margin": None}
     empty = np.zeros(0)
-    return study.Comparison(pd.DataFrame(rows), empty, empty, empty, empty, info)
+    return study.Comparison(pd.DataFrame(rows), *[empty] * 6, info)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from quadratic import constant, quadratic_task
 import adaptive_optax as ao
 from adaptive_optax import study
 from adaptive_optax.study.arms import OPTIMIZERS, SCHEDULES, check_arm
-from adaptive_optax.study.trials import Layout, Plan, Program, as_trials
+from adaptive_optax.study.trials import TELEMETRY, Layout, Plan, Program, as_trials
 
 X = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
 Y = (X @ np.array([1.0, -2.0, 0.5]) + 0.3).astype(np.float32)
@@ -107,7 +107,7 @@ def test_a_trial_is_the_plain_loop():
     def arm(rate, steps):
         return optax.adam(optax.exponential_decay(rate, steps, 0.1))
 
-    _, metrics = run(task, arm, [0.1, 0.3], [5, 6])
+    _, metrics, _ = run(task, arm, [0.1, 0.3], [5, 6])
     plan = Plan(20, (0,))
     for rate, seed, found in zip([0.1, 0.3], [5, 6], metrics, strict=True):
         start = Program(task, lambda r, n: optax.set_to_zero(), plan, Layout("scan", 1, 1))
@@ -138,7 +138,7 @@ def counting_task():
 @pytest.mark.parametrize("mode", ["scan", "step", "vmap"])
 def test_an_epoch_uses_no_sample_twice(mode):
     # Batches of 3 from 10: three batches an epoch, one sample left out. Points lie in and between epochs.
-    _, metrics = run(
+    _, metrics, _ = run(
         counting_task(), constant, [1.0], [0], steps=7, points=(0, 2, 3, 7), mode=mode, width=1, devices=1
     )
     assert metrics[0].tolist()[:3] == [0.0, 106.0, 109.0]
@@ -164,11 +164,11 @@ def test_the_order_differs_between_epochs_seeds_and_streams():
 
 def test_the_seed_alone_decides_the_start_and_the_key_of_the_loss():
     task = quadratic_task(1.0, 1.0)
-    _, once = run(task, constant, [0.1, 0.1, 0.2], [3, 4, 3])
-    _, other_arm = run(task, lambda r, n: ao.adam(r), [0.1, 0.1, 0.2], [3, 4, 3])
+    _, once, _ = run(task, constant, [0.1, 0.1, 0.2], [3, 4, 3])
+    _, other_arm, _ = run(task, lambda r, n: ao.adam(r), [0.1, 0.1, 0.2], [3, 4, 3])
     assert (once[:, 0] == other_arm[:, 0]).all()
     assert once[0, 0] == once[2, 0] != once[1, 0]
-    _, other_stream = run(task, constant, [0.1, 0.1, 0.2], [3, 4, 3], stream=1)
+    _, other_stream, _ = run(task, constant, [0.1, 0.1, 0.2], [3, 4, 3], stream=1)
     assert (other_stream[:, 0] == once[:, 0]).all() and (other_stream[:, -1] != once[:, -1]).all()
 
 
@@ -191,12 +191,27 @@ def test_every_layout_trains_the_same(mode, width, devices):
 
 def test_training_curves_are_means_over_windows():
     task = make_task(batch_size=64)
-    training, _ = run(
+    training, *_ = run(
         task, lambda r, n: optax.set_to_zero(), [0.1], [0], steps=250, points=(0, 250), width=1, devices=1
     )
     plan = Plan(250, (0, 250))
     assert plan.training_steps[0] == 3 and plan.training_steps[-1] == 250 and training.shape[1] <= 100
     np.testing.assert_allclose(training, training[0, 0], rtol=1e-5)  # the parameters stand still
+
+
+@pytest.mark.parametrize("mode", ["scan", "step", "vmap"])
+def test_the_optimizer_is_looked_at_25_times(mode):
+    def arm(rate, steps):
+        return ao.sgd(ao.exponential_decay(rate, 10, 0.5))
+
+    *_, seen = run(make_task(), arm, [0.1, 0.2], [0, 1], steps=60, points=(0, 60), mode=mode, width=2)
+    looked_at = Plan(60, (0, 60)).telemetry_steps
+    assert looked_at.tolist() == list(range(1, 61, 3)) and seen.shape == (2, 20, len(TELEMETRY))
+    fields = dict(zip(TELEMETRY, np.moveaxis(seen, -1, 0), strict=True))
+    expected = np.outer([0.1, 0.2], 0.5 ** ((looked_at - 1) / 10))
+    np.testing.assert_allclose(fields["learning_rate"], expected, rtol=1e-5)
+    np.testing.assert_allclose(fields["effective_learning_rate"], expected, rtol=1e-5)
+    assert (fields["update_to_weight"] > 0).all() and np.isnan(fields["snr"]).all()
 
 
 def test_model_state_is_carried_and_evaluated():
@@ -213,7 +228,7 @@ def test_model_state_is_carried_and_evaluated():
         metric=lambda w, state, batch: jnp.sum(state["mean"]),
         has_model_state=True,
     )
-    _, metrics = run(task, constant, [0.1], [0], steps=3, points=(0, 1, 3), width=1, devices=1)
+    _, metrics, _ = run(task, constant, [0.1], [0], steps=3, points=(0, 1, 3), width=1, devices=1)
     total = X.mean(axis=0).sum()
     np.testing.assert_allclose(metrics[0], [0.0, total / 2, total * 7 / 8], rtol=1e-5)
 
@@ -236,7 +251,7 @@ def nnx_loss(model, batch):
 @pytest.mark.parametrize("mode", ["scan", "step", "vmap"])
 def test_an_nnx_module_is_a_task_in_one_call(mode):
     task = study.nnx_task(Network, nnx_loss, DATA, DATA, batch_size=16)
-    _, metrics = run(
+    _, metrics, _ = run(
         task,
         study.arm("adam:constant"),
         [0.03] * 4,
@@ -275,7 +290,7 @@ def test_a_linen_module_is_a_task():
         init=lambda key: model.init(key, X[:1])["params"],
         loss=lambda p, b, key: jnp.mean((model.apply({"params": p}, b["x"])[:, 0] - b["y"]) ** 2),
     )
-    _, metrics = run(
+    _, metrics, _ = run(
         task, study.arm("adam:constant"), [0.1], [0], steps=200, points=(0, 200), width=1, devices=1
     )
     assert metrics[0, -1] < 1e-2 * metrics[0, 0]
@@ -294,7 +309,7 @@ def test_an_equinox_model_is_a_task():
         return jnp.mean((jax.vmap(equinox.combine(params, static))(batch["x"]) - batch["y"]) ** 2)
 
     task = make_task(init=filtered, loss=loss)
-    _, metrics = run(
+    _, metrics, _ = run(
         task, study.arm("adam:constant"), [0.03], [0], steps=200, points=(0, 200), width=1, devices=1
     )
     assert metrics[0, -1] < 0.1 * metrics[0, 0]
@@ -313,13 +328,13 @@ def test_complex_and_low_precision_parameters():
         validation=X,
         batch_size=4,
     )
-    _, metrics = run(task, constant, [0.1], [0], steps=100, points=(0, 100), width=1, devices=1)
+    _, metrics, _ = run(task, constant, [0.1], [0], steps=100, points=(0, 100), width=1, devices=1)
     assert metrics[0, -1] < 1e-3 * metrics[0, 0]
 
 
 def test_float64_is_kept(x64):
     task = make_task(init=lambda key: jax.random.normal(key, (3,), jnp.float64))
-    _, metrics = run(task, constant, [0.1], [0], steps=300, points=(0, 300), width=1, devices=1)
+    _, metrics, _ = run(task, constant, [0.1], [0], steps=300, points=(0, 300), width=1, devices=1)
     assert metrics[0, -1] < 0.2
 
 

@@ -21,6 +21,7 @@ from adaptive_optax._checks import check_scalar, check_state
 from adaptive_optax._precision import incremented, value_at
 from adaptive_optax._rounding import is_low_precision
 from adaptive_optax._states import unwrapped
+from adaptive_optax.control.plateau import ReduceOnPlateauState
 from adaptive_optax.transforms.learning_rate import ScaleByLearningRateState
 
 
@@ -232,14 +233,21 @@ def get_hyperparams(opt_state: Any) -> dict[str, jax.Array]:
     return {key: unwrapped(found.value) for key, found in _found(opt_state).items()}
 
 
+def hyperparameters(opt_state: Any) -> dict[str, jax.Array]:
+    """Returns what `get_hyperparams` does, and nothing for a state without hyperparameters."""
+    return get_hyperparams(opt_state) if next(_walk(opt_state, (), frozenset()), None) else {}
+
+
 T = TypeVar("T")
+_SETTABLE = (InjectHyperparamsState, ScaleByLearningRateState, ReduceOnPlateauState)
 
 
 def set_hyperparams(opt_state: T, **values: Any) -> T:
     """Sets hyperparameters, in place of the numbers or schedules that were given, until released with None.
 
-    Settable are those of `inject_hyperparams`, and the learning rate of `scale_by_learning_rate`, which every
-    optimizer of this library ends in.
+    Settable are those of `inject_hyperparams`, the learning rate of `scale_by_learning_rate`, which every
+    optimizer of this library ends in, and the scale of `reduce_on_plateau`, which goes on from there (None
+    puts it to 1).
 
     Args:
         opt_state: The state of any transformation, at any depth.
@@ -269,7 +277,7 @@ def set_hyperparams(opt_state: T, **values: Any) -> T:
             problem = f"stands for {same}" if same else "is unknown"
             raise ValueError(f"set_hyperparams: {key!r} {problem}; the keys are {', '.join(found)}.")
         place = found[key]
-        if not isinstance(place.owner, InjectHyperparamsState | ScaleByLearningRateState):
+        if not isinstance(place.owner, _SETTABLE):
             raise ValueError(
                 f"set_hyperparams: {key!r} of {type(place.owner).__name__} can only be read; wrap the "
                 f"factory in inject_hyperparams to set it. The keys are {', '.join(found)}."
@@ -287,6 +295,10 @@ def _with_value(owner: Any, name: str, value: Any) -> Any:
         return owner._replace(
             learning_rate=_filled(owner.learning_rate, value), override=_filled(owner.override, value)
         )
+    if isinstance(owner, ReduceOnPlateauState):
+        scale = 1.0 if value is None else value
+        _check_value(name, scale, owner.scale)
+        return owner._replace(scale=_filled(owner.scale, scale))
     if value is not None:
         _check_value(name, value, owner.given[name])
     new = unwrapped(owner.given[name]) if value is None else value
@@ -302,7 +314,7 @@ def _check_value(name: str, value: Any, like: Any) -> None:
     if shape and np.shape(value) == shape:
         members = [jnp.ravel(value)[0]] if isinstance(value, Tracer) else np.ravel(value)
     for member in members:
-        check_scalar(name, member, "[0, inf)" if name == "learning_rate" else "(-inf, inf)")
+        check_scalar(name, member, "[0, inf)" if name in ("learning_rate", "scale") else "(-inf, inf)")
 
 
 def _filled(like: Any, value: Any) -> Any:

@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from adaptive_optax._checks import check_same_tree, check_state, check_transformation
 from adaptive_optax._paths import paths_and_leaves
-from adaptive_optax._precision import incremented, widen
+from adaptive_optax._precision import incremented, moved, widen
 from adaptive_optax._states import states_of, unwrapped
 
 
@@ -128,8 +127,7 @@ def reject_nonfinite(
             # A finite step can be more than the parameter's dtype holds.
             moves = zip(paths_and_leaves(params), jax.tree.leaves(new_updates), strict=True)
             for (path, before), u in moves:
-                wide = np.promote_types(before.dtype, u.dtype)  # strict promotion forbids the bare sum
-                after = (before.astype(wide) + u.astype(wide)).astype(before.dtype)
+                after = moved(before, u)
                 places.append(("parameter", path))
                 finite.append(jnp.all(jnp.isfinite(after) | ~jnp.isfinite(before)))
         if not finite:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import abc
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Hashable, Mapping
 from typing import Any, Literal
 
@@ -23,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from adaptive_optax._checks import check_choice, check_integer
-from adaptive_optax._paths import check_patterns, paths_and_leaves
+from adaptive_optax._paths import check_expressions, check_patterns, first_match, paths_and_leaves
 from adaptive_optax._precision import abs_square, real_dtype, scalar_dtype
 
 Reduce = Literal["mean", "sum"]
@@ -118,7 +117,7 @@ class Axis(Granularity):
 
     def template(self, params: Any) -> Any:
         """Returns the parameters themselves where they stay per coordinate, for their sharding."""
-        return jax.tree.map(lambda x, t: x if t.shape == x.shape else t, params, super().template(params))
+        return keeping_own(params, super().template(params))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,13 +206,7 @@ class Labels(Granularity):
         """
         if not isinstance(patterns, Mapping):
             raise ValueError(f"patterns must be a mapping {{pattern: label}}, got {patterns!r}.")
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except (re.error, TypeError) as error:
-                raise ValueError(
-                    f"patterns must be regular expressions, got {pattern!r}: {error}."
-                ) from error
+        check_expressions("patterns", patterns)
         label_fn = _LabelByPath(tuple(patterns.items()), default)
         try:
             hash(label_fn)
@@ -242,7 +235,7 @@ class Labels(Granularity):
 
     def _indices(self, tree: Any) -> list[int]:
         if isinstance(self.label_fn, _LabelByPath):
-            check_patterns([pattern for pattern, _ in self.label_fn.items], tree)
+            check_patterns(dict(self.label_fn.items), tree)
         order: dict[Hashable, int] = {}
         indices = []
         for path, leaf in paths_and_leaves(tree):
@@ -265,7 +258,8 @@ class _LabelByPath:
     default: Hashable
 
     def __call__(self, path: str, leaf: Any) -> Hashable:
-        return next((label for pattern, label in self.items if re.search(pattern, path)), self.default)
+        pattern = first_match(dict(self.items), path)
+        return self.default if pattern is None else dict(self.items)[pattern]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,6 +298,11 @@ class Global(Granularity):
         return jax.tree.map(lambda x: pooled.astype(real_dtype(x)), like)
 
 
+def keeping_own(params: Any, template: Any) -> Any:
+    """Returns a template with a leaf a parameter, in which parameters stand for statistics of their shape."""
+    return jax.tree.map(lambda x, t: x if t.shape == x.shape else t, params, template)
+
+
 def _reduced(total: jax.Array, count: int, reduce: Reduce) -> jax.Array:
     return total / float(max(count, 1)) if reduce == "mean" else total
 
@@ -311,13 +310,13 @@ def _reduced(total: jax.Array, count: int, reduce: Reduce) -> jax.Array:
 _BY_NAME = {"coordinate": Coordinate(), "tensor": Tensor(), "global": Global()}
 
 
-def as_granularity(value: Granularity | str) -> Granularity:
-    """Returns the granularity that an argument `granularity=` means."""
+def as_granularity(value: Granularity | str, name: str = "granularity") -> Granularity:
+    """Returns the granularity that an argument means."""
     if isinstance(value, Granularity):
         return value
     if isinstance(value, str) and value in _BY_NAME:
         return _BY_NAME[value]
     raise ValueError(
-        "granularity must be Coordinate(), Axis(...), Tensor(), Labels(...), Global() or one of "
+        f"{name} must be Coordinate(), Axis(...), Tensor(), Labels(...), Global() or one of "
         f"{', '.join(map(repr, _BY_NAME))}, got {value!r}."
     )

@@ -1,5 +1,7 @@
 """Schedules: functions of the step count, exact past 2**24 steps, with peak values that may be traced."""
 
+from adaptive_optax.schedules.batch_growth import BatchGrowth as BatchGrowth
+from adaptive_optax.schedules.batch_growth import grow_batch as grow_batch
 from adaptive_optax.schedules.cyclical import cyclical as cyclical
 from adaptive_optax.schedules.decay import exponential_decay as exponential_decay
 from adaptive_optax.schedules.decay import inverse_sqrt as inverse_sqrt

@@ -17,19 +17,24 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from adaptive_optax._checks import check_choice
+from adaptive_optax._drawing import THEMES, shortened
 from adaptive_optax.study.pictures import (
-    THEMES,
     arm_styles,
     plot_curves,
     plot_differences,
+    plot_effective_rates,
     plot_rates,
-    shortened,
 )
 
 if TYPE_CHECKING:
     from adaptive_optax.study.result import Comparison
 
-PICTURES = {"rates": plot_rates, "differences": plot_differences, "curves": plot_curves}
+PICTURES = {
+    "rates": plot_rates,
+    "differences": plot_differences,
+    "curves": plot_curves,
+    "effective_rates": plot_effective_rates,
+}
 
 # One picture of the report: 330 units wide, text of 11, so that on a phone of 320 px it is still read.
 _WIDTH = 330 / 72
@@ -43,7 +48,7 @@ _SVG: dict[Any, Any] = {
 
 
 def plot(comparison: Comparison, *, theme: str = "light") -> Figure:
-    """Makes a figure with the three pictures side by side, which belongs to nobody but the caller.
+    """Makes a figure with the four pictures, which belongs to nobody but the caller.
 
     Args:
         comparison: What to draw.
@@ -51,10 +56,15 @@ def plot(comparison: Comparison, *, theme: str = "light") -> Figure:
     """
     check_choice("theme", theme, THEMES)
     rivals = len(comparison.info["arms"]) - 1
-    figure = Figure(figsize=(14.0, max(4.6, 1.4 + 0.52 * rivals)), layout="constrained")
+    figure = Figure(figsize=(11.0, 2 * max(4.6, 1.4 + 0.52 * rivals)), layout="constrained")
     figure.set_facecolor(THEMES[theme].paper)
-    titles = ("Tuning: every arm has its own best rate", "Verdict: paired differences", "At the best rates")
-    for axes, draw, title in zip(figure.subplots(1, 3), PICTURES.values(), titles, strict=True):
+    titles = (
+        "Tuning: every arm has its own best rate",
+        "Verdict: paired differences",
+        "Training at the best rates",
+        "The learning rate in effect",
+    )
+    for axes, draw, title in zip(figure.subplots(2, 2).flat, PICTURES.values(), titles, strict=True):
         draw(comparison, axes, theme=theme)
         heading = f"{title}\n{axes.get_title(loc='left')}"
         style = {"color": THEMES[theme].ink, "fontsize": "medium", "parse_math": False}
@@ -71,7 +81,7 @@ def to_svg(comparison: Comparison, picture: str, *, theme: str = "light", descri
 
     Args:
         comparison: What to draw.
-        picture: "rates", "differences" or "curves".
+        picture: "rates", "differences", "curves" or "effective_rates".
         theme: "light" or "dark".
         description: What a screen reader says.
     """

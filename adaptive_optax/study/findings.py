@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from adaptive_optax._drawing import MINUS, plain
+from adaptive_optax.study.trials import TELEMETRY
+
 if TYPE_CHECKING:
     from adaptive_optax.study.result import Comparison
     from adaptive_optax.study.verdict import Verdict
 
-MINUS = "\N{MINUS SIGN}"
 MISSING = "\N{EN DASH}"
 MARGIN = 0.01  # of the baseline's metric, where the comparison has no absolute one
 
@@ -83,6 +84,54 @@ def paired_differences(comparison: Comparison, arm: str) -> np.ndarray:
     return metrics[arm] - metrics[comparison.info["baseline"]]
 
 
+class EffectiveRates(NamedTuple):
+    """Learning rates of one arm at its best rate, at the steps at which the optimizer was looked at."""
+
+    scheduled: np.ndarray  # NaN where the transformation does not say
+    mean: np.ndarray  # the effective rate, over seeds
+    error: np.ndarray  # its standard error, 0 for a single seed
+
+
+def judged_trials(comparison: Comparison, arm: str) -> np.ndarray:
+    """Gives the rows of an arm's trials on the verdict's seeds that did not diverge."""
+    table = comparison.table
+    rows = (np.asarray(table["phase"], object) == "verdict") & (np.asarray(table["arm"], object) == arm)
+    return np.flatnonzero(rows & ~np.asarray(table["diverged"], bool))
+
+
+def effective_rates(comparison: Comparison, arm: str) -> EffectiveRates | None:
+    """Gives what telemetry saw of an arm's learning rate; None where no trial is left."""
+    rows = judged_trials(comparison, arm)
+    if not len(rows):
+        return None
+    fields = np.moveaxis(np.asarray(comparison.telemetry_curves)[rows], -1, 0)
+    seen = dict(zip(TELEMETRY, fields, strict=True))
+    # Between the emissions of an accumulation the parameters stand still, which is no rate of 0.
+    stand_still = seen["update_to_weight"] == 0
+    effective = np.ma.masked_where(stand_still, seen["effective_learning_rate"])
+    error = effective.std(axis=0, ddof=int(len(rows) > 1)) / np.sqrt(len(rows))
+    mean = effective.mean(axis=0).filled(np.nan)
+    return EffectiveRates(seen["learning_rate"].mean(axis=0), mean, np.ma.filled(error, 0.0))
+
+
+def own_change(comparison: Comparison, arm: str) -> float:
+    """Gives by what factor the effective rate changed beyond the schedule, from first to last quarter.
+
+    NaN where there is no such factor: without a schedule that is known, or where a mean is not positive.
+    """
+    found = effective_rates(comparison, arm)
+    if found is None:
+        return np.nan
+    quarter = max(1, len(found.mean) // 4)
+
+    def ratio(part: slice) -> float:
+        seen = np.isfinite(found.mean[part])
+        scheduled, effective = (x[part][seen].sum() for x in (found.scheduled, found.mean))
+        return effective / scheduled if scheduled > 0 and effective > 0 else np.nan
+
+    return float(ratio(np.s_[-quarter:]) / ratio(np.s_[:quarter]))
+
+
 def diverged_trials(comparison: Comparison, arm: str) -> tuple[int, int]:
     """Gives how many of an arm's trials on the verdict's seeds diverged, and how many there are."""
     diverged = _trials(comparison, "verdict", arm)["diverged"]
@@ -133,11 +182,6 @@ def metric_format(comparison: Comparison) -> Number:
 def written(value: float, pattern: str, unit: str = "") -> str:
     """Formats a number with a true minus sign, NaN as a dash."""
     return MISSING if np.isnan(value) else f"{value:{pattern}}{unit}".replace("-", MINUS)
-
-
-def plain(number: float) -> str:
-    """Writes a number as short as it can be."""
-    return re.sub(r"e(-?)\+?0*", r"e\1", f"{number:.6g}").replace("-", MINUS)
 
 
 def signed(number: Number, value: float) -> str:

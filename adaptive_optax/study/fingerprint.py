@@ -13,7 +13,7 @@ import optax
 from adaptive_optax.study.runner import ArmSpec
 from adaptive_optax.study.store import digest
 from adaptive_optax.study.task import Task
-from adaptive_optax.study.trials import Plan
+from adaptive_optax.study.trials import TELEMETRY, Plan
 
 
 def describe_study(
@@ -44,6 +44,7 @@ def describe_study(
         "learning rates": rates,
         "steps": plan.steps,
         "validation steps": list(plan.validation_steps),
+        "telemetry": list(TELEMETRY),
         "jax": jax.__version__,
         "device": f"{len(jax.local_devices())} x {jax.devices()[0].device_kind}",
         **settings,

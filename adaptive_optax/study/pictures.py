@@ -1,25 +1,38 @@
-"""The pictures of a comparison, each drawn on axes that it is given: rates, paired differences, curves.
+"""The pictures of a comparison, each drawn on axes that it is given: rates, differences, curves, telemetry.
 
-Colours are those of Okabe and Ito (2008), "Color Universal Design"; the baseline has the text's colour,
-and every arm its own marker, so that no arm is told from another by colour only.
+The baseline has the text's colour, and every arm its own marker, so that no arm is told from another by
+colour only.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from adaptive_optax._checks import check_choice
+from adaptive_optax._drawing import (
+    LINES,
+    MARKERS,
+    PALETTE,
+    THEMES,
+    dress,
+    say_nothing,
+    set_range,
+    set_step_axis,
+    set_ticks,
+    shortened,
+    text,
+)
 from adaptive_optax.study.findings import (
     Tuned,
+    effective_rates,
     equivalence_margin,
     final_metrics,
     judge_all,
+    judged_trials,
     paired_differences,
-    plain,
     tuned_rates,
     written,
 )
@@ -31,34 +44,10 @@ if TYPE_CHECKING:
     from adaptive_optax.study.verdict import Verdict
 
 
-class Theme(NamedTuple):
-    """The colours of a picture that are not those of the arms."""
-
-    ink: str
-    muted: str
-    line: str
-    strip: str
-    paper: str
-
-
-THEMES = {
-    "light": Theme("#1c1e22", "#5a606a", "#d5d9df", "#e9ecf0", "#ffffff"),
-    "dark": Theme("#e8eaed", "#a3a9b3", "#3c424b", "#262a31", "#15171a"),
-}
-PALETTE = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-MARKERS = "osD^vP<>p*hd"
-LINES = ("-", "--", "-.")
 _MOST_WINDOWS = 25
 
 
 # ---- Parts of pictures ----
-
-
-def shortened(name: str, length: int) -> str:
-    """Fits a name on one line, leaving out its middle."""
-    name = " ".join(name.split())
-    half = (length - 1) // 2
-    return name if len(name) <= length else f"{name[: length - 1 - half]}…{name[-half:]}"
 
 
 def arm_styles(comparison: Comparison, theme: str) -> dict[str, dict[str, Any]]:
@@ -75,61 +64,13 @@ def arm_styles(comparison: Comparison, theme: str) -> dict[str, dict[str, Any]]:
     return {arm: styles[arm] for arm in arms}
 
 
-def _text(axes: Any, *arguments: Any, **style: Any) -> None:
-    axes.text(*arguments, parse_math=False, **style)  # names may hold dollar signs
-
-
-def _dress(axes: Axes, theme: Theme, title: str, xlabel: str) -> None:
-    """Sets what all pictures share; the y label lies flat above the axes, where it can be read."""
-    axes.set_title(shortened(title, 48), loc="left", color=theme.muted, fontsize="medium", parse_math=False)
-    axes.set_xlabel(xlabel, color=theme.muted, parse_math=False)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(theme.line)
-    axes.tick_params(colors=theme.muted, which="both", color=theme.line)
-    axes.set_facecolor("none")
-    axes.grid(color=theme.line, linewidth=0.5, alpha=0.6)
-    axes.set_axisbelow(True)
-
-
-def _ticks(axis: Any, low: float, high: float, log: bool) -> None:
-    """Puts three to six labelled ticks between low and high."""
-    axis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
-    if not log:
-        axis.set_major_locator(MaxNLocator(5))
-        return
-    axis.set_minor_locator(NullLocator())
-    decades = np.arange(np.floor(np.log10(low)), np.ceil(np.log10(high)) + 1)
-    for subs in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7), (1, 1.2, 1.5, 2, 2.5, 3, 4, 5, 6, 7, 8, 9)):
-        ticks = np.outer(10.0**decades, subs)
-        if np.count_nonzero((low <= ticks) & (ticks <= high)) >= 3:
-            axis.set_major_locator(LogLocator(subs=subs, numticks=7))
-            return
-    axis.set_major_locator(MaxNLocator(4))
-
-
-def _set_range(axes: Axes, low: float, high: float, above: float = 0.0) -> None:
-    """Shows low to high on y, logarithmic where it can be, and leaves free a share `above` of the height."""
-    log = low > 0
-    a, b = (np.log10(low), np.log10(high)) if log else (low, high)
-    top, pad = high, 0.06 * (b - a) or (0.1 if log else 0.1 * abs(a) or 1.0)
-    a, b = a - pad, b + pad
-    free = a + (b - a) / (1 - above)
-    low, high, free = (10**a, 10**b, 10**free) if log else (a, b, free)
-    if log:
-        axes.set_yscale("log")
-    axes.set_ylim(low, free)
-    _ticks(axes.yaxis, low, high, log)
-    if above:
-        axes.set_yticks([tick for tick in axes.get_yticks() if low <= tick <= top])
-
-
 def _draw_band(axes: Axes, x: Any, mean: Any, error: Any, style: dict[str, Any], **more: Any) -> None:
     error = np.nan_to_num(np.asarray(error))  # one seed has no standard error
     axes.fill_between(x, mean - error, mean + error, color=style["color"], alpha=0.15, linewidth=0)
     axes.plot(x, mean, **style, **more)
 
 
-# ---- The three pictures ----
+# ---- The four pictures ----
 
 
 def plot_rates(comparison: Comparison, axes: Axes, *, theme: str = "light") -> None:
@@ -151,7 +92,7 @@ def plot_rates(comparison: Comparison, axes: Axes, *, theme: str = "light") -> N
     height = min(0.055, 0.3 / max(len(crossed), 1))  # of a row of crosses, as a share of the axes
     strip = max(0.09, height * len(crossed) + 0.02) if crossed else 0.0
 
-    _dress(axes, THEMES[theme], f"{info['metric_name']}, tuning seeds", "peak learning rate")
+    dress(axes, THEMES[theme], f"{info['metric_name']}, tuning seeds", "peak learning rate")
     axes.set_xscale("log")
     for i, (arm, found) in enumerate(tuned.items()):
         _draw_band(axes, found.rates, found.mean, found.error, styles[arm], label=arm, markersize=4.5)
@@ -167,12 +108,12 @@ def plot_rates(comparison: Comparison, axes: Axes, *, theme: str = "light") -> N
     rates = np.concatenate([found.rates for found in tuned.values()])
     left, right = (rates.min() / 1.6, rates.max() * 1.6) if len(rates) else (0.1, 1.0)
     axes.set_xlim(left, right)
-    _ticks(axes.xaxis, left, right, True)
+    set_ticks(axes.xaxis, left, right, True)
     _set_readable_range(axes, list(tuned.values()), strip)
     if crossed:
         shade = {"color": THEMES[theme].strip, "linewidth": 0, "zorder": 2.5, "transform": axes.transAxes}
         axes.add_patch(Rectangle((0, 1 - strip), 1, strip + 0.01, clip_on=False, **shade))
-        _text(axes, -0.02, 1 - strip / 2, "diverged", transform=axes.transAxes, va="center", ha="right",
+        text(axes, -0.02, 1 - strip / 2, "diverged", transform=axes.transAxes, va="center", ha="right",
               color=THEMES[theme].muted)  # fmt: skip
     for row, (arm, found) in enumerate(crossed.items()):
         x = found.rates[found.diverged > 0]
@@ -191,7 +132,7 @@ def _set_readable_range(axes: Axes, tuned: list[Tuned], above: float) -> None:
     low = np.min((means - np.nan_to_num(errors))[finite])
     if low <= 0 < np.min(means[finite]):
         low = np.min(means[finite])  # a wide band alone does not take away the logarithm
-    _set_range(axes, low, max(*bests, np.median(means[finite])), above)
+    set_range(axes, low, max(*bests, np.median(means[finite])), above)
 
 
 def plot_differences(comparison: Comparison, axes: Axes, *, theme: str = "light") -> None:
@@ -217,9 +158,9 @@ def plot_differences(comparison: Comparison, axes: Axes, *, theme: str = "light"
 
     gap = "\N{NO-BREAK SPACE}" * 8  # a browser would make one of many spaces
     label = f"← better{gap}worse →\n{shortened(info['metric_name'] + ' minus ' + info['baseline'], 46)}"
-    _dress(axes, colours, "", label)
+    dress(axes, colours, "", label)
     axes.set_xlim(low, high)
-    _ticks(axes.xaxis, low, high, False)
+    set_ticks(axes.xaxis, low, high, False)
     axes.set_ylim(len(rivals) - 0.4, -0.5)
     axes.set_yticks([])
     axes.spines["left"].set_visible(False)
@@ -248,9 +189,9 @@ def plot_differences(comparison: Comparison, axes: Axes, *, theme: str = "light"
                 words += " " + written(100 * verdict.relative_effect, "+.1f", " %")
             _draw_interval(axes, verdict, y, colour, styles[arm]["marker"])
         side = {"transform": axes.get_yaxis_transform(), "va": "bottom"}
-        _text(axes, 0, y - 0.2, shortened(arm, 26), color=colours.ink, **side)
+        text(axes, 0, y - 0.2, shortened(arm, 26), color=colours.ink, **side)
         emphasis = {"color": colours.ink, "weight": "bold"} if firm else {"color": colours.muted}
-        _text(axes, 1, y - 0.2, words, ha="right", **emphasis, **side)
+        text(axes, 1, y - 0.2, words, ha="right", **emphasis, **side)
 
 
 def _common_range(
@@ -295,22 +236,18 @@ def plot_curves(comparison: Comparison, axes: Axes, *, theme: str = "light") -> 
         theme: "light" or "dark".
     """
     check_choice("theme", theme, THEMES)
-    colours, info, table = THEMES[theme], comparison.info, comparison.table
+    colours, info = THEMES[theme], comparison.info
     steps, windows = np.asarray(comparison.validation_steps), np.asarray(comparison.training_steps)
     width = -(-len(windows) // _MOST_WINDOWS)
     windows = windows[width - 1 :: width]
     same = info["metric_name"] == "loss"
-    _dress(axes, colours, f"validation {info['metric_name']}{' (dotted: training)' * same}", "step")
-    axes.set_xlim(steps[0], steps[-1])
-    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    dress(axes, colours, f"validation {info['metric_name']}{' (dotted: training)' * same}", "step")
+    set_step_axis(axes, steps)
     other = axes if same else axes.twinx()
-    judged = table["phase"].to_numpy(object) == "verdict"
-    judged &= ~table["diverged"].to_numpy(bool)
     every = max(len(steps) // 6, 1)  # markers are sparse, and not at the same steps
     seen, fitted = [], []
     for i, (arm, style) in enumerate(arm_styles(comparison, theme).items()):
-        trials = np.flatnonzero(judged & (table["arm"].to_numpy(object) == arm))
+        trials = judged_trials(comparison, arm)
         if not len(trials):
             continue
         curves = np.asarray(comparison.validation_curves)[trials]
@@ -326,17 +263,16 @@ def plot_curves(comparison: Comparison, axes: Axes, *, theme: str = "light") -> 
         seen += [(mean - error)[late], (mean + error)[late]]
         fitted.append(training[windows >= steps[-1] / 2])
     if not seen:
-        for axis in (axes, other):
-            axis.set_yticks([])
-        _text(axes, 0.5, 0.5, "no run to show", transform=axes.transAxes, ha="center", color=colours.muted)
+        other.set_yticks([])
+        say_nothing(axes, colours)
         return
     low, high = np.min(seen), np.max(seen)
     least, most = np.min(fitted), np.max(fitted)
     if same:
-        _set_range(axes, _extended(low, high, least), high)
+        set_range(axes, _extended(low, high, least), high)
         return
-    _set_range(axes, low, high)
-    _set_range(other, least, most)
+    set_range(axes, low, high)
+    set_range(other, least, most)
     other.set_ylabel("training loss (dotted)", rotation=270, va="bottom", color=colours.muted)
     other.spines[:].set_visible(False)
     other.tick_params(colors=colours.muted, which="both", color=colours.line)
@@ -347,3 +283,36 @@ def _extended(low: float, high: float, least: float) -> float:
     if low > 0:
         return min(low, max(least, low / 3))
     return min(low, max(least, 2 * low - high))
+
+
+def plot_effective_rates(comparison: Comparison, axes: Axes, *, theme: str = "light") -> None:
+    """Draws the effective learning rate over the steps, and dotted the rate that the schedule gives.
+
+    The effective rate is that of the gradient step nearest to what the optimizer did. Every arm at its best
+    rate: means over the verdict's seeds with bands of one standard error, without the trials that diverged.
+
+    Args:
+        comparison: What to draw.
+        axes: Where to draw it.
+        theme: "light" or "dark".
+    """
+    check_choice("theme", theme, THEMES)
+    colours = THEMES[theme]
+    dress(axes, colours, "effective learning rate (dotted: as scheduled)", "step")
+    steps = np.asarray(comparison.telemetry_steps)
+    seen = []
+    for i, (arm, style) in enumerate(arm_styles(comparison, theme).items()):
+        found = effective_rates(comparison, arm)
+        if found is None:
+            continue
+        at = np.isfinite(found.mean)
+        marks = {"markevery": (i % 4, 4), "markersize": 4.5, "linewidth": 1.4, "label": arm}
+        _draw_band(axes, steps[at], found.mean[at], found.error[at], style, **marks)
+        axes.plot(steps, found.scheduled, ":", color=style["color"], linewidth=0.9)
+        seen += [found.mean[at & (found.mean > 0)], found.scheduled[:1][found.scheduled[:1] > 0]]
+    values = np.concatenate(seen) if seen else np.zeros(0)
+    if not len(values):
+        say_nothing(axes, colours)
+        return
+    set_step_axis(axes, np.asarray(comparison.training_steps))
+    set_range(axes, values.min(), values.max())

@@ -209,7 +209,7 @@ def lr_range_test(
 
     probed = _probe_task(task)
     arm = _Ramp(optimizer, low) if ramp else _Constant(optimizer)
-    plan = _EveryStep(steps, (0, steps)) if ramp else Plan(steps, (0, steps))
+    plan = (_EveryStep if ramp else Plan)(steps, (0, steps), looks=1)
     rates = np.array([high]) if ramp else np.geomspace(low, high, points)
     numbers = base_seed * seeds + np.arange(seeds)
     name, phase = "optimizer", "ramp" if ramp else "range test"

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from adaptive_optax._drawing import MINUS, THEMES
 from adaptive_optax.study.figures import PICTURES, to_svg
 from adaptive_optax.study.findings import (
-    MINUS,
     MISSING,
     best_rate,
     decision,
@@ -29,9 +29,9 @@ from adaptive_optax.study.findings import (
     judge_all,
     mean_and_error,
     metric_format,
+    own_change,
     signed,
 )
-from adaptive_optax.study.pictures import THEMES
 from adaptive_optax.study.report_tables import looks_table, trial_table, tuning_table, verdict_table
 from adaptive_optax.study.store import write_atomically
 
@@ -189,6 +189,11 @@ def _pictures(comparison: Comparison, judged: bool) -> str:
             f"Validation {metric} over {seeds} fresh seeds, mean with a band of one standard error; dotted: "
             "the training loss. Runs that diverged are left out.",
         ),
+        "effective_rates": (
+            "The learning rate in effect",
+            "That of the gradient step nearest to what the optimizer did, mean over the same runs with a "
+            f"band of one standard error; dotted: the rate as scheduled.{_own_change(comparison)}",
+        ),
     }
     parts = []
     for picture in PICTURES:
@@ -200,6 +205,19 @@ def _pictures(comparison: Comparison, judged: bool) -> str:
         caption = f"<figcaption>{caption}</figcaption>"
         parts.append(f"<figure>\n<h2>{title}</h2>\n{drawn}{caption}\n</figure>\n")
     return "".join(parts)
+
+
+def _own_change(comparison: Comparison) -> str:
+    """Says what the optimizer did to the baseline's rate by itself."""
+    baseline = comparison.info["baseline"]
+    change = own_change(comparison, baseline)
+    if np.isnan(change):
+        return ""
+    verb, times = ("rose", change) if change > 1 else ("fell", 1 / change)
+    return (
+        f" Beyond its schedule, that of {baseline} {verb} by a factor of {times:.2g} from the first to the "
+        "last quarter of the run."
+    )
 
 
 # ---- Words ----

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from adaptive_optax._drawing import plain
 from adaptive_optax.study.findings import (
     MISSING,
     best_rate,
@@ -18,7 +19,6 @@ from adaptive_optax.study.findings import (
     mean_and_error,
     metric_format,
     paired_differences,
-    plain,
     probability,
     signed,
     tuned_rates,

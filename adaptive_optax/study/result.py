@@ -18,7 +18,7 @@ import pandas as pd
 from adaptive_optax._checks import check_choice, check_scalar
 from adaptive_optax.study.runner import ArmSpec
 from adaptive_optax.study.store import Results, write_atomically
-from adaptive_optax.study.trials import Plan
+from adaptive_optax.study.trials import TELEMETRY, Plan
 from adaptive_optax.study.verdict import Verdict, judge, judged_metric
 
 if TYPE_CHECKING:
@@ -40,6 +40,9 @@ class Comparison:
         training_curves: Training losses, one row a trial in the order of `table`.
         validation_steps: The steps after which the metric was taken.
         validation_curves: Metrics, one row a trial.
+        telemetry_steps: The steps at which the optimizer was looked at, counted from 1.
+        telemetry_curves: What `telemetry` saw there: trial by step by field of `trials.TELEMETRY`, NaN where
+            a field is not defined.
         info: Settings, chosen rates, looks, versions, devices.
     """
 
@@ -48,6 +51,8 @@ class Comparison:
     training_curves: np.ndarray
     validation_steps: np.ndarray
     validation_curves: np.ndarray
+    telemetry_steps: np.ndarray
+    telemetry_curves: np.ndarray
     info: dict[str, Any]
 
     @functools.cached_property
@@ -132,7 +137,7 @@ class Comparison:
         columns = {name: self.table[name].to_numpy() for name in self.table.columns}
         strings = {name: column.tolist() for name, column in columns.items() if name in _STRINGS}
         numbers = {name: column for name, column in columns.items() if name not in _STRINGS}
-        header = {"format": 1, "columns": list(columns), "strings": strings, "info": self.info}
+        header = {"format": 2, "columns": list(columns), "strings": strings, "info": self.info}
         file = io.BytesIO()
         np.savez_compressed(
             file,
@@ -144,7 +149,9 @@ class Comparison:
 
 
 _STRINGS = ("arm", "phase", "compilation")
-_ARRAYS = ("training_steps", "training_curves", "validation_steps", "validation_curves")
+_ARRAYS = tuple(
+    f"{what}_{part}" for what in ("training", "validation", "telemetry") for part in ("steps", "curves")
+)
 
 
 def load(path: str | os.PathLike[str]) -> Comparison:
@@ -221,12 +228,16 @@ def collect(
         )
     training = np.array([results[key].training for key in keys]).reshape(len(keys), -1)
     validation = np.array([results[key].validation for key in keys]).reshape(len(keys), -1)
+    shape = len(keys), len(plan.telemetry_steps), len(TELEMETRY)
+    telemetry = np.array([results[key].telemetry for key in keys]).reshape(shape)
     return Comparison(
         pd.DataFrame(rows, columns=list(_COLUMNS)).astype(_COLUMNS),
         plan.training_steps,
         np.where(np.isfinite(training), training, np.nan),
         steps,
         np.where(np.isfinite(validation), validation, np.nan),
+        plan.telemetry_steps,
+        np.where(np.isfinite(telemetry), telemetry, np.nan),
         {},
     )
 

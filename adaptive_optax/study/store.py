@@ -32,10 +32,11 @@ class Key(NamedTuple):
 
 
 class Record(NamedTuple):
-    """What one trial left behind: its training loss by window and its metric at the validation points."""
+    """What one trial left behind, as in `trials.Records`."""
 
     training: np.ndarray
     validation: np.ndarray
+    telemetry: np.ndarray
 
 
 Results = dict[Key, Record]
@@ -44,13 +45,16 @@ Results = dict[Key, Record]
 def pack(results: Results) -> bytes:
     """Serializes results."""
     file = io.BytesIO()
+    arrays: dict[str, Any] = {
+        name: np.array([getattr(record, name) for record in results.values()], np.float32)
+        for name in Record._fields
+    }
     np.savez(
         file,
         arm=np.array([key.arm for key in results], dtype=np.str_),
         rate=np.array([key.rate for key in results], np.float64),
         seed=np.array([key.seed for key in results], np.int64),
-        training=np.array([record.training for record in results.values()], np.float32),
-        validation=np.array([record.validation for record in results.values()], np.float32),
+        **arrays,
     )
     return file.getvalue()
 
@@ -59,7 +63,7 @@ def unpack(data: bytes) -> Results:
     """Reads what `pack` has written."""
     with np.load(io.BytesIO(data), allow_pickle=False) as file:
         keys = zip(file["arm"].tolist(), file["rate"].tolist(), file["seed"].tolist(), strict=True)
-        records = zip(file["training"], file["validation"], strict=True)
+        records = zip(*(file[name] for name in Record._fields), strict=True)
         return {Key(*key): Record(*record) for key, record in zip(keys, records, strict=True)}
 
 

@@ -25,11 +25,13 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from adaptive_optax.control.telemetry import measure, with_nan
 from adaptive_optax.study.task import Task
 
 Arm = Callable[[Any, int], optax.GradientTransformation]
 Evaluate = Callable[[Any, Any], Any]
 TRAINING_POINTS = 100  # windows over which the training loss is averaged
+TELEMETRY = ("learning_rate", "effective_learning_rate", "update_to_weight", "snr")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +41,12 @@ class Plan:
     Attributes:
         steps: Training steps of every trial.
         validation_steps: The steps after which the metric is taken; the first is 0, the last `steps`.
+        looks: How often the optimizer is looked at; more is not drawn, and each look costs.
     """
 
     steps: int
     validation_steps: tuple[int, ...]
+    looks: int = 25
 
     @property
     def window(self) -> int:
@@ -54,6 +58,16 @@ class Plan:
         """The last step of each window."""
         return np.minimum(np.arange(0, self.steps, self.window) + self.window, self.steps)
 
+    @property
+    def telemetry_every(self) -> int:
+        """Every how many steps the optimizer is looked at, from the first on."""
+        return -(-self.steps // self.looks)
+
+    @property
+    def telemetry_steps(self) -> np.ndarray:
+        """The steps that are looked at, counted from 1."""
+        return np.arange(0, self.steps, self.telemetry_every) + 1
+
 
 class Layout(NamedTuple):
     """How trials are laid out: `width` trials a call, over `devices` devices."""
@@ -64,10 +78,17 @@ class Layout(NamedTuple):
 
 
 class Records(NamedTuple):
-    """What trials leave behind: training losses [trial, window] and metrics [trial, validation point]."""
+    """What trials leave behind.
+
+    Attributes:
+        training: Training losses [trial, window].
+        validation: Metrics [trial, validation point].
+        telemetry: The fields of `TELEMETRY` [trial, look, field].
+    """
 
     training: np.ndarray
     validation: np.ndarray
+    telemetry: np.ndarray
 
 
 class Trials(NamedTuple):
@@ -93,6 +114,7 @@ class _Run(NamedTuple):
     model_state: Any
     opt_state: Any
     training: jax.Array  # the mean training loss of each window
+    telemetry: jax.Array  # the fields of `TELEMETRY` at each look
 
 
 class TrialFunctions(NamedTuple):
@@ -110,6 +132,7 @@ def make_trial(task: Task, arm: Arm, plan: Plan, evaluate: Evaluate | None) -> T
     size, per_epoch = task.batch_size, task.steps_per_epoch
     ends = plan.training_steps
     window_sizes = np.diff(ends, prepend=0).astype(np.float32)
+    every = plan.telemetry_every
 
     def keys(trial):
         """The keys of the initial parameters, of the orders and of the loss."""
@@ -121,7 +144,8 @@ def make_trial(task: Task, arm: Arm, plan: Plan, evaluate: Evaluate | None) -> T
     def start(trial):
         params, model_state = task.start(keys(trial)[0])
         opt_state = arm(trial.rate, plan.steps).init(params)
-        return _Run(params, model_state, opt_state, jnp.zeros(len(ends), jnp.float32))
+        seen = jnp.zeros((len(plan.telemetry_steps), len(TELEMETRY)), jnp.float32)
+        return _Run(params, model_state, opt_state, jnp.zeros(len(ends), jnp.float32), seen)
 
     def order(trial, index):
         """The order of the samples in the epoch of step `index`."""
@@ -150,7 +174,15 @@ def make_trial(task: Task, arm: Arm, plan: Plan, evaluate: Evaluate | None) -> T
         params = optax.apply_updates(run.params, updates)
         window = index // plan.window
         share = loss.astype(jnp.float32) / jnp.asarray(window_sizes)[window]
-        return _Run(params, model_state, opt_state, run.training.at[window].add(share))
+        training = run.training.at[window].add(share)
+
+        def look():
+            measured = with_nan(*measure(gradient, updates, params, opt_state))
+            fields = jnp.stack([getattr(measured, name) for name in TELEMETRY])
+            return run.telemetry.at[index // every].set(fields)
+
+        seen = jax.lax.cond(index % every == 0, look, lambda: run.telemetry)
+        return _Run(params, model_state, opt_state, training, seen)
 
     def advance(run, trial, begin, end, train):
         """Steps from `begin` to `end`, an epoch at a time: the order stays out of the inner loop's carry."""
@@ -164,11 +196,11 @@ def make_trial(task: Task, arm: Arm, plan: Plan, evaluate: Evaluate | None) -> T
 
         return jax.lax.while_loop(lambda at: at[0] < end, epoch, (begin, run))[1]
 
-    def measure(run, validation):
+    def metric(run, validation):
         params = run.params if evaluate is None else evaluate(run.params, run.opt_state)
         return task.validation_metric(params, run.model_state, validation).astype(jnp.float32)
 
-    return TrialFunctions(start, order, step, advance, measure)
+    return TrialFunctions(start, order, step, advance, metric)
 
 
 # ---- Many trials ----
@@ -282,9 +314,10 @@ class Program:
                 on_point(begin)
             metrics.append(metric)
             begin = end
-        training = np.asarray(runs.training)[home][:count]
+        training, seen = (np.asarray(x)[home][:count] for x in (runs.training, runs.telemetry))
         on_point(begin)
-        return Records(training, np.stack([np.asarray(metric)[home][:count] for metric in metrics], axis=1))
+        metrics = np.stack([np.asarray(metric)[home][:count] for metric in metrics], axis=1)
+        return Records(training, metrics, seen)
 
     def seconds(self, steps: int) -> float:
         """Times `steps` steps of a full chunk, and one evaluation."""

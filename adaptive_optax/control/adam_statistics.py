@@ -1,0 +1,169 @@
+"""What Adam's moments tell: the signal in the gradients, how near the bound is, every coordinate's own rate.
+
+Moments are found by path in all states of `scale_by_adam`, so that groups by path, masks and wrappers do not
+matter.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adaptive_optax._paths import paths_and_leaves
+from adaptive_optax._precision import abs_square, scale
+from adaptive_optax._states import states_of
+from adaptive_optax.moments.formats import dense
+from adaptive_optax.transforms.adam import ScaleByAdamState
+
+_LOWEST, BINS = -33, 40  # octaves
+HISTOGRAM_EDGES = 2.0 ** np.arange(_LOWEST, _LOWEST + BINS + 1)
+
+_LEAST_NOISE = 1e-4  # of 1 - 1/n_eff, below which m holds one gradient and tells nothing
+
+
+class Statistics(NamedTuple):
+    """Values, or whether they are defined: one each or, but for their bins, one a tensor."""
+
+    snr: jax.Array
+    bound_utilisation: jax.Array
+    histogram: jax.Array
+
+
+class _Leaf(NamedTuple):
+    """Sums over one leaf.
+
+    Attributes:
+        second: Sum of v-hat.
+        noise: Sum of the estimated variance.
+        is_noise: Whether that estimate is defined.
+        is_own: Whether v-hat is the leaf's own.
+        longest: The square of the direction over its bound, where it is longest.
+        counts: Coordinates in each bin.
+    """
+
+    second: jax.Array
+    noise: jax.Array
+    is_noise: jax.Array
+    is_own: bool
+    longest: jax.Array
+    counts: jax.Array
+
+
+class AdamStatistics(NamedTuple):
+    """The sums of every leaf, None for one that is not Adam's."""
+
+    leaves: list[_Leaf | None]
+    dtype: Any
+
+    def pooled(self, per_tensor: bool) -> tuple[Statistics, Statistics]:
+        """The statistics of each leaf, or of all, and whether they are defined."""
+        if per_tensor:
+            each = [self._of([leaf]) for leaf in self.leaves]
+            if not each:
+                return _undefined(self.dtype, (0,))
+            stacked = jax.tree.map(lambda *x: jnp.stack(x), *each)
+            return stacked[0], stacked[1]
+        return self._of(self.leaves)
+
+    def _of(self, leaves: list[_Leaf | None]) -> tuple[Statistics, Statistics]:
+        known = [leaf for leaf in leaves if leaf is not None]
+        if not known or len(known) < len(leaves):
+            return _undefined(self.dtype, ())
+        total = sum(leaf.second for leaf in known)
+        noise = sum(leaf.noise for leaf in known)
+        counts = sum(leaf.counts for leaf in known)
+        values = Statistics(
+            # 0 / 0 = 0: without gradients there is no signal.
+            snr=jnp.where(total == 0, 0, jnp.clip(1 - noise / jnp.where(total == 0, 1, total), 0, 1)),
+            bound_utilisation=jnp.sqrt(jnp.max(jnp.stack([leaf.longest for leaf in known]))),
+            # A NaN has a place among the bins, but no meaning.
+            histogram=jnp.where(jnp.isnan(total), total, counts / jnp.maximum(jnp.sum(counts), 1)),
+        )
+        own = len(leaves) > 1 or known[0].is_own
+        is_noise = jnp.all(jnp.stack([leaf.is_noise for leaf in known])) & own
+        defined = Statistics(is_noise, jnp.ones((), jnp.bool_), jnp.ones((), jnp.bool_))
+        return Statistics(*(x.astype(self.dtype) for x in values)), defined
+
+
+def _undefined(dtype: Any, shape: tuple[int, ...]) -> tuple[Statistics, Statistics]:
+    values = Statistics(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype), jnp.zeros((*shape, BINS), dtype))
+    return values, Statistics(*(jnp.zeros(shape, jnp.bool_) for _ in range(3)))
+
+
+def adam_statistics(paths: list[str], opt_state: Any, rate: jax.Array, dtype: Any) -> AdamStatistics:
+    """Sums over the leaves at these paths what the states of `scale_by_adam` hold.
+
+    Args:
+        paths: The paths of the gradient's leaves.
+        opt_state: A state with any number of `ScaleByAdamState` in it, after the step.
+        rate: The learning rate.
+        dtype: The dtype of the sums.
+    """
+    found: dict[str, _Leaf] = {}
+    for state in states_of(ScaleByAdamState, opt_state):
+        found |= _leaves_of(state, rate, dtype)
+    return AdamStatistics([found.get(path) for path in paths], dtype)
+
+
+def _leaves_of(state: ScaleByAdamState, rate: jax.Array, dtype: Any) -> dict[str, _Leaf]:
+    first = dict(paths_and_leaves(dense(state.mu)))
+    second, largest = (_by_path(moment, first) for moment in (state.nu, state.nu_max))
+    if second is None:
+        return {}
+    is_shared = jax.tree.structure(state.nu) != jax.tree.structure(state.mu) and len(second) > 1
+    w1, w2, b1, eps, bound_sq = (
+        x.astype(dtype) for x in (state.mu_weight, state.nu_weight, state.b1, state.eps, state.bound_sq)
+    )
+    bound_sq = bound_sq * w2 / jnp.square(w1)
+    one_over_n = (1 - b1) / (1 + b1) * (2 - w1) / w1  # of the variance is left in that of m-hat
+    is_noise = 1 - one_over_n > _LEAST_NOISE
+    found = {}
+    for path, m in first.items():
+        m, v = scale(m, 1 / w1), scale(second[path], 1 / w2)
+        times = m.size / max(v.size, 1)  # coordinates a value
+        total = jnp.sum(v) * times
+        used = v if largest is None else largest[path]  # amsgrad's is corrected already
+        root = jnp.sqrt(used) + eps.astype(v.dtype)
+        lengths = _group_means(jnp.where(root == 0, 0, abs_square(m) / jnp.square(root)), v.shape)
+        found[path] = _Leaf(
+            second=total.astype(dtype),
+            noise=(total - jnp.sum(abs_square(m))).astype(dtype) / jnp.where(is_noise, 1 - one_over_n, 1),
+            is_noise=is_noise,
+            is_own=not is_shared,
+            longest=jnp.max(lengths, initial=0).astype(dtype) / bound_sq,
+            counts=_counts(rate.astype(v.dtype) / root).astype(dtype) * times,
+        )
+    if is_shared:  # the leaves are one group
+        sizes = [float(m.size) for m in first.values()]
+        parts = [leaf.longest * size for leaf, size in zip(found.values(), sizes, strict=True)]
+        longest = sum(parts) / max(sum(sizes), 1.0)
+        found = {path: leaf._replace(longest=longest) for path, leaf in found.items()}
+    return found
+
+
+def _by_path(moment: Any, first: dict[str, jax.Array]) -> dict[str, jax.Array] | None:
+    """A second moment for each path of the first one's; None where it is shared by labels."""
+    values = dict(paths_and_leaves(dense(moment)))
+    if values.keys() == first.keys():
+        return values
+    shared = list(values.values())
+    return {path: shared[0] for path in first} if len(shared) == 1 and shared[0].ndim == 0 else None
+
+
+def _group_means(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """The means over what shares one of `shape` values, which broadcasts to x."""
+    aligned = (1,) * (x.ndim - len(shape)) + shape
+    axes = tuple(axis for axis in range(x.ndim) if aligned[axis] != x.shape[axis])
+    return jnp.sum(x, axis=axes) / max(1, math.prod(x.shape[axis] for axis in axes))
+
+
+def _counts(rates: jax.Array) -> jax.Array:
+    """The number of rates in each octave; a float's exponent is its octave."""
+    bits = jax.lax.bitcast_convert_type(rates.astype(jnp.float32), jnp.int32)
+    octaves = (bits >> 23) - 127
+    index = jnp.clip(octaves - _LOWEST, 0, BINS - 1)
+    return jnp.zeros(BINS, jnp.int32).at[jnp.ravel(index)].add(1)
