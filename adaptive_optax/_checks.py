@@ -120,6 +120,23 @@ def check_state(owner: str, state: Any, state_type: type) -> None:
         )
 
 
+def check_state_kept(owner: str, old: Any, new: Any) -> None:
+    """Refuses a state of an inner transformation that changes its structure, a shape or a dtype."""
+    if jax.tree.structure(old) != jax.tree.structure(new):
+        raise ValueError(
+            f"{owner}: the state of inner went from {jax.tree.structure(old)} to {jax.tree.structure(new)}; "
+            "it must keep its structure."
+        )
+    for (path, before), after in zip(paths_and_leaves(old), jax.tree.leaves(new), strict=True):
+        was, is_now = (f"{jnp.result_type(x)}{jnp.shape(x)}" for x in (before, after))
+        if was != is_now:
+            raise ValueError(
+                f"{owner}: the state {path!r} of inner went from {was} to {is_now}; it must keep them "
+                "(optax's states take the gradients' dtype: cast the gradients first, or put master_weights "
+                "around inner)."
+            )
+
+
 def check_params(owner: str, params: Any) -> None:
     """Refuses a missing `params`."""
     if params is None:

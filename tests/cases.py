@@ -83,7 +83,7 @@ COARSE = {
 BY_PATH = ao.ByPath({"kernel|wide": ao.Axis(-1), "bias|half": "global"}, default="tensor", strict=False)
 
 
-def _given(tx: Any, **arguments: Any) -> optax.GradientTransformationExtraArgs:
+def given(tx: Any, **arguments: Any) -> optax.GradientTransformationExtraArgs:
     """The transformation with extra arguments that it needs, where the contracts give none."""
 
     def update(updates, state, params=None, **extra_args):
@@ -273,7 +273,16 @@ CASES = [
         shares=True,
         scalars_follow=False,
     ),
-    Case("reduce_on_plateau", "reduce_on_plateau", lambda: _given(ao.reduce_on_plateau(), value=1.0)),
+    Case("accumulate_gradients", "accumulate_gradients", lambda: ao.accumulate_gradients(ao.adam(0.1), 1)),
+    Case(
+        "accumulate_gradients_dropping",
+        "accumulate_gradients",
+        lambda: ao.accumulate_gradients(
+            ao.reject_nonfinite(ao.adam(0.1)), optax.constant_schedule(1), drop_nonfinite=True
+        ),
+        hides_nan="a micro-batch with a NaN is dropped",
+    ),
+    Case("reduce_on_plateau", "reduce_on_plateau", lambda: given(ao.reduce_on_plateau(), value=1.0)),
     Case("injected", "adam", lambda: ao.inject_hyperparams(ao.adam)(0.1), scalars_follow=False),
     Case(
         "verified",

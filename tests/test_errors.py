@@ -199,8 +199,8 @@ EPS_FORM = "eps_form must be one of 'paper', 'tensorflow', got 'keras'."
 REDUCE = "reduce must be one of 'mean', 'sum', got 'max'."
 COUPLINGS = "must be one of 'learning_rate', 'schedule', 'independent', got 'lr'."
 GRANULARITY = (
-    "granularity must be Coordinate(), Axis(...), Tensor(), Labels(...), Global() or one of 'coordinate', "
-    "'tensor', 'global', got "
+    "granularity must be Coordinate(), Axis(...), Tensor(), Labels(...), Global(), ByPath(...) or one of "
+    "'coordinate', 'tensor', 'global', got "
 )
 BAD_DTYPES = (jnp.int8, int, bool, jnp.complex64, "int4", "half precision")
 

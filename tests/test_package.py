@@ -45,6 +45,19 @@ SIGNATURES = {
     "warmup_cosine": "peak_value, total_steps, *, warmup_steps=0, init_value=0.0, end_value=0.0",
     "inverse_sqrt": "peak_value, warmup_steps",
     "per_epoch": "schedule, steps_per_epoch, *, fractional=False",
+    "grow_batch": "schedule, *, total_steps, max_factor, kind='sgd', b1=None, b2=None, eps=None",
+    "telemetry": "inner, *, every=1, per='tree'",
+    "get_telemetry": "opt_state",
+    "reduce_on_plateau": "factor=0.1, patience=10, rtol=0.0001, atol=0.0, cooldown=0, accumulation_size=1, "
+    "min_scale=0.0, *, mode='min', preset='optax'",
+    "accumulate_gradients": "inner, every, *, drop_nonfinite=False",
+    "noise_scale": "opt_state",
+    "partition_by_path": "transformations, default=None",
+    "mask_by_path": "pattern",
+    "describe_partition": "tx, params",
+    "adam_mini": "learning_rate, params_layout=None, b1=0.9, b2=0.999, eps=1e-08, eps_root=0.0, "
+    "mu_dtype=None, weight_decay=0.0001, mask=None, *, decay_coupling='learning_rate', decay_schedule=None, "
+    "mu_storage='float32', nu_storage='float32'",
 }
 
 
@@ -66,6 +79,8 @@ def test_granularities_are_static():
         lambda: ao.Labels(label),
         lambda: ao.Labels.by_path({"a": 1}, default=2),
         ao.Global,
+        lambda: ao.ByPath({"a": "tensor"}),
+        ao.AdamMiniBlocks,
         ao.Float32,
     ):
         assert make() == make() and hash(make()) == hash(make())

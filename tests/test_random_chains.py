@@ -1,4 +1,4 @@
-"""Random trees, values and dtypes through twenty chains: nothing turns non-finite in silence, nothing drifts.
+"""Random trees, values and dtypes through 21 chains: nothing turns non-finite in silence, nothing drifts.
 
 `pytest tests/test_random_chains.py -n 2 --random-examples 50000` draws shapes and dtypes as well. Compiling
 is what costs, so an example draws its tree from a pool: a dozen fixed trees, then, where a chain has more
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import given
 
 import adaptive_optax as ao
 
@@ -127,6 +128,7 @@ class Chain:
 
 INT8 = ao.Int8(block_size=64, min_size=1)  # on leaves as small as these
 ONE_CYCLE = ao.one_cycle(0.1, total_steps=4)
+LAYOUT = {pattern: role for pattern, role in ao.FLAX_LAYOUT.items() if role != "query_key"}
 
 
 def by_depth(path: str, leaf: Any) -> int:
@@ -134,7 +136,7 @@ def by_depth(path: str, leaf: Any) -> int:
 
 
 CHAINS = [
-    Chain("adam", lambda: ao.adam(0.1)),
+    Chain("adam, telemetry", lambda: ao.telemetry(ao.adam(0.1), every=2, per="tensor")),
     Chain(
         "adam without eps, nesterov, moving b1",
         lambda: optax.chain(
@@ -176,8 +178,23 @@ CHAINS = [
         shares=True,
     ),
     Chain(
-        "adamw coupled to nothing, 8-bit",
-        lambda: ao.adamw(0.1, decay_coupling="independent", mu_storage=INT8, nu_storage=INT8, eps=0.0),
+        "Adam-mini in 8-bit",
+        lambda: ao.adam_mini(0.1, LAYOUT, mu_storage=INT8, nu_storage=INT8),
+        shares=True,
+    ),
+    Chain(
+        "groups by path: adamw coupled to nothing in 8-bit, rms by path, telemetry",
+        lambda: ao.telemetry(
+            ao.partition_by_path(
+                {
+                    "first|none": ao.adamw(
+                        0.1, decay_coupling="independent", mu_storage=INT8, nu_storage=INT8, eps=0.0
+                    )
+                },
+                default=ao.rmsprop(0.1, granularity=ao.ByPath({"1$": "tensor"}, ao.Axis(-1), strict=False)),
+            )
+        ),
+        shares=True,
     ),
     Chain(
         "adam by axis, 8-bit, amsgrad, uncorrected",
@@ -192,8 +209,11 @@ CHAINS = [
         shares=True,
     ),
     Chain(
-        "rmsprop without eps, momentum",
-        lambda: ao.rmsprop(ao.cyclical(0.01, 0.1, 2), eps=0.0, momentum=0.9, nesterov=True),
+        "rmsprop without eps, momentum, a plateau",
+        lambda: optax.chain(
+            ao.rmsprop(ao.cyclical(0.01, 0.1, 2), eps=0.0, momentum=0.9, nesterov=True),
+            given(ao.reduce_on_plateau(0.5, patience=1), value=1.0),
+        ),
     ),
     Chain(
         "centred rms, bfloat16 to nearest",
@@ -223,9 +243,11 @@ CHAINS = [
         shares=True,
     ),
     Chain(
-        "sgd, momentum in bfloat16, stochastic rounding",
+        "rms in Adam-mini's blocks, sgd, momentum in bfloat16, stochastic rounding",
         lambda: optax.chain(
-            ao.sgd(0.1, momentum=0.9, accumulator_dtype=jnp.bfloat16), ao.stochastic_rounding()
+            ao.scale_by_rms(eps=0.0, granularity=ao.AdamMiniBlocks(LAYOUT)),
+            ao.sgd(0.1, momentum=0.9, accumulator_dtype=jnp.bfloat16),
+            ao.stochastic_rounding(),
         ),
     ),
     Chain("adamw, Kahan summation", lambda: ao.kahan_summation(ao.adamw(0.1, b2=0.99, eps=0.0))),
@@ -233,7 +255,12 @@ CHAINS = [
         "adam in 8-bit, master weights",
         lambda: ao.master_weights(ao.adam(0.1, mu_storage="bfloat16", nu_storage=INT8)),
     ),
-    Chain("adam, rejecting", lambda: ao.reject_nonfinite(ao.adam(0.1, eps=0.0)), rejects=True),
+    Chain(
+        "adam, accumulating, rejecting",
+        lambda: ao.reject_nonfinite(ao.accumulate_gradients(ao.telemetry(ao.adam(0.1, eps=0.0)), every=2)),
+        shares=True,  # the squares for the noise scale
+        rejects=True,
+    ),
     Chain(
         "hyperparameters in the state, rejecting",
         lambda: ao.reject_nonfinite(
@@ -501,7 +528,7 @@ def test_the_chains_have_every_public_factory_granularity_and_schedule():
         return inspect.isclass(returned) and issubclass(returned, optax.GradientTransformation)
 
     factories = {name for name, value in vars(ao).items() if builds(value)}
-    granularities = {cls.__name__ for cls in ao.Granularity.__subclasses__()}
+    granularities = {cls.__name__ for cls in ao.Granularity.__subclasses__() if hasattr(ao, cls.__name__)}
     used = {name for chain in CHAINS for name in named_in(chain.make.__code__)}
     assert factories <= used
     assert granularities - {"Coordinate", "Tensor", "Global"} <= used  # these go by a string

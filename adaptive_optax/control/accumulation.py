@@ -17,9 +17,9 @@ from adaptive_optax._checks import (
     check_same_tree,
     check_scalar,
     check_state,
+    check_state_kept,
     check_transformation,
 )
-from adaptive_optax._paths import paths_and_leaves
 from adaptive_optax._precision import (
     abs_square,
     divide,
@@ -45,9 +45,10 @@ class AccumulateGradientsState(NamedTuple):
         inner_state: The inner transformation's.
         total: Weighted sum of their gradients, like the parameters, float32 at least.
         weight: Sum of their weights.
+        weight_sq: Sum of the squares of their weights.
         square: Weighted sum of their gradients' squared norms.
-        signal: Moving average, over emissions, of the estimates of |G|^2 times the mean weight.
-        noise: Moving average, likewise, of the estimates of tr(Sigma) times the mean weight.
+        signal: Moving average, over emissions, of the estimates of |G|^2 times 1 - 1/n (see `noise_scale`).
+        noise: Moving average of those of tr(Sigma), likewise.
     """
 
     count: jax.Array
@@ -56,6 +57,7 @@ class AccumulateGradientsState(NamedTuple):
     inner_state: Any
     total: Any
     weight: jax.Array
+    weight_sq: jax.Array
     square: jax.Array
     signal: jax.Array
     noise: jax.Array
@@ -109,7 +111,7 @@ def accumulate_gradients(
             floating (at init), or the gradients' tree is not that of the state, `weight` is out of range, a
             schedule's value is no scalar, or the inner state changes shape or dtype (at update).
 
-    State cost: that of `inner`, one float32 copy of the parameters, and seven scalars.
+    State cost: that of `inner`, one float32 copy of the parameters, and eight scalars.
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp
@@ -141,6 +143,7 @@ def accumulate_gradients(
             inner_state=jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), inner.init(params)),
             total=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide_dtype(p)), params),
             weight=zero(),
+            weight_sq=zero(),
             square=zero(),
             signal=zero(),
             noise=zero(),
@@ -167,6 +170,7 @@ def accumulate_gradients(
             micro_step=incremented(state.micro_step),
             contributing=state.contributing + used.astype(jnp.int32),
             weight=added(state.weight, w),
+            weight_sq=added(state.weight_sq, w * w),
             square=added(state.square, w * square),
         )
         k = jnp.round(value_at(every, state.count, dtype)).astype(jnp.int32) if callable(every) else every
@@ -179,7 +183,7 @@ def accumulate_gradients(
             check_same_tree(
                 "accumulate_gradients", "the updates of inner", new_updates, "the gradients", mean
             )
-            _check_kept(inner_state, new_state)
+            check_state_kept("accumulate_gradients", inner_state, new_state)
             new_updates = jax.tree.map(lambda t, u: jnp.asarray(u, t.dtype), total, new_updates)
             return new_updates, new_state, *_averages(state, _square_norm(mean, dtype))
 
@@ -198,6 +202,7 @@ def accumulate_gradients(
             inner_state=inner_state,
             total=jax.tree.map(cleared, total),
             weight=cleared(state.weight),
+            weight_sq=cleared(state.weight_sq),
             square=cleared(state.square),
             signal=signal,
             noise=noise,
@@ -210,28 +215,28 @@ def noise_scale(opt_state: Any) -> jax.Array:
     r"""Reads the gradient's noise scale, the batch size beyond which larger batches stop paying.
 
     Batches well below it cost next to no extra samples, batches well above it save next to no steps. It is
-    estimated from the micro-batches that `accumulate_gradients` sees anyway. With :math:`\bar g` and
-    :math:`s = \sum_i w_i |g_i|^2 / \sum_i w_i` over the k micro-batches of an emission:
+    estimated from the micro-batches that `accumulate_gradients` sees anyway. With the mean :math:`\bar g` of
+    an emission, :math:`s = \sum_i w_i |g_i|^2 / \sum_i w_i`, and the effective number of micro-batches n:
 
     .. math::
-        |G|^2 \approx \frac{k |\bar g|^2 - s}{k - 1}, \qquad
-        \operatorname{tr} \Sigma \approx \frac{k (s - |\bar g|^2)}{k - 1}, \qquad
+        n = \frac{(\sum_i w_i)^2}{\sum_i w_i^2}, \qquad
+        |G|^2 \approx \frac{n |\bar g|^2 - s}{n - 1}, \qquad
+        \operatorname{tr} \Sigma \approx \frac{n (s - |\bar g|^2)}{n - 1}, \qquad
         B_{simple} = \operatorname{tr} \Sigma / |G|^2
 
-    Both are unbiased where the weights are numbers of samples, that is where a micro-batch's variance is
-    inverse to its weight; :math:`\Sigma` is then the covariance of a micro-batch of the mean weight. (They
-    are McCandlish's formulas with that mean as the small batch.) What is returned is the ratio of two moving
-    averages over about a hundred emissions, in which an emission counts as much as its mean weight. Emissions
-    of one micro-batch, and those whose estimates overflow, do not enter.
+    Both are unbiased for micro-batches that scatter alike, with whatever weights. Where the weights are
+    numbers of samples that differ much, the small ones scatter more, and the result is that of a typical one.
+    What is returned is the ratio of two moving averages over about a hundred emissions, in which an emission
+    counts as much as it tells, 1 - 1/n. Emissions of one micro-batch, and those whose estimates overflow, do
+    not enter.
 
     Args:
         opt_state: A state with one `accumulate_gradients` in it, at any depth.
 
     Returns:
-        :math:`B_{simple}` in micro-batches, a float scalar: times the micro-batch size, or the mean weight
-        where they are weighted, it is in samples. It can be compared with k. NaN before the first estimate,
-        and where that of :math:`|G|^2` is not positive: then there is more noise than k micro-batches can
-        tell.
+        :math:`B_{simple}` in micro-batches, a float scalar: times the micro-batch size it is in samples. It
+        can be compared with k. NaN before the first estimate, and where that of :math:`|G|^2` is not
+        positive: then there is more noise than k micro-batches can tell.
 
     Raises:
         ValueError: If there is no such state, or more than one.
@@ -256,17 +261,13 @@ def noise_scale(opt_state: Any) -> jax.Array:
 
 
 def _averages(state: AccumulateGradientsState, big: jax.Array) -> tuple[jax.Array, jax.Array]:
-    r"""The averages with this emission's estimates, from big = |mean|^2.
+    """The averages with this emission's estimates, from big = |mean|^2.
 
-    With Var(g_i) = V / w_i: E[s] = |G|^2 + k V / W and E[big] = |G|^2 + V / W, where W = sum of w_i. Times
-    the mean weight W / k the estimates are those of |G|^2 W / k and of V, so that the ratio of their averages
-    is V / |G|^2 over the average weight, whatever the weights did.
+    For Cov(g_i) = Sigma, E[small] = |G|^2 + tr(Sigma) and E[big] = |G|^2 + tr(Sigma) / n. So the expectation
+    of big - small / n is (1 - 1/n) |G|^2, and that of small - big is (1 - 1/n) tr(Sigma).
     """
-    k = state.contributing.astype(big.dtype)
-    small = state.square / state.weight
-    degrees = jnp.maximum(k - 1, 1)
-    signal = (k * big - small) / degrees * (state.weight / k)
-    noise = (small - big) / degrees * state.weight
+    small, share = state.square / state.weight, state.weight_sq / jnp.square(state.weight)  # share = 1 / n
+    signal, noise = big - share * small, small - big
     take = (state.contributing > 1) & jnp.isfinite(signal) & jnp.isfinite(noise)
 
     def average(old, new):
@@ -278,14 +279,3 @@ def _averages(state: AccumulateGradientsState, big: jax.Array) -> tuple[jax.Arra
 def _square_norm(tree: Any, dtype: Any) -> jax.Array:
     squares = jax.tree.leaves(abs_square(tree))
     return sum((jnp.sum(x).astype(dtype) for x in squares), start=jnp.zeros((), dtype))
-
-
-def _check_kept(old: Any, new: Any) -> None:
-    check_same_tree("accumulate_gradients", "the new state of inner", new, "the old one", old)
-    for (path, before), after in zip(paths_and_leaves(old), jax.tree.leaves(new), strict=True):
-        if before.dtype != jnp.result_type(after):
-            raise ValueError(
-                f"accumulate_gradients: the state {path!r} of inner went from {before.dtype} to "
-                f"{jnp.result_type(after)}; it must keep its dtype (optax's states take the gradients': put "
-                "master_weights around inner)."
-            )

@@ -34,17 +34,19 @@ class Statistics(NamedTuple):
 
 
 class _Leaf(NamedTuple):
-    """Sums over one leaf.
+    """What is taken of one leaf.
 
     Attributes:
-        second: Sum of v-hat.
-        noise: Sum of the estimated variance.
+        size: The number of coordinates.
+        second: Mean of v-hat; sums would overflow sooner.
+        noise: Mean of the estimated variance.
         is_noise: Whether that estimate is defined.
         is_own: Whether v-hat is the leaf's own.
         longest: The square of the direction over its bound, where it is longest.
         counts: Coordinates in each bin.
     """
 
+    size: float
     second: jax.Array
     noise: jax.Array
     is_noise: jax.Array
@@ -54,7 +56,7 @@ class _Leaf(NamedTuple):
 
 
 class AdamStatistics(NamedTuple):
-    """The sums of every leaf, None for one that is not Adam's."""
+    """What is taken of every leaf, None for one that is not Adam's."""
 
     leaves: list[_Leaf | None]
     dtype: Any
@@ -73,8 +75,9 @@ class AdamStatistics(NamedTuple):
         known = [leaf for leaf in leaves if leaf is not None]
         if not known or len(known) < len(leaves):
             return _undefined(self.dtype, ())
-        total = sum(leaf.second for leaf in known)
-        noise = sum(leaf.noise for leaf in known)
+        whole = max(sum(leaf.size for leaf in known), 1.0)
+        total = sum(leaf.second * (leaf.size / whole) for leaf in known)
+        noise = sum(leaf.noise * (leaf.size / whole) for leaf in known)
         counts = sum(leaf.counts for leaf in known)
         values = Statistics(
             # 0 / 0 = 0: without gradients there is no signal.
@@ -95,13 +98,13 @@ def _undefined(dtype: Any, shape: tuple[int, ...]) -> tuple[Statistics, Statisti
 
 
 def adam_statistics(paths: list[str], opt_state: Any, rate: jax.Array, dtype: Any) -> AdamStatistics:
-    """Sums over the leaves at these paths what the states of `scale_by_adam` hold.
+    """Takes from the states of `scale_by_adam` what they hold of the leaves at these paths.
 
     Args:
         paths: The paths of the gradient's leaves.
         opt_state: A state with any number of `ScaleByAdamState` in it, after the step.
         rate: The learning rate.
-        dtype: The dtype of the sums.
+        dtype: The dtype of the statistics.
     """
     found: dict[str, _Leaf] = {}
     for state in states_of(ScaleByAdamState, opt_state):
@@ -125,22 +128,23 @@ def _leaves_of(state: ScaleByAdamState, rate: jax.Array, dtype: Any) -> dict[str
     for path, m in first.items():
         m, v = scale(m, 1 / w1), scale(second[path], 1 / w2)
         times = m.size / max(v.size, 1)  # coordinates a value
-        total = jnp.sum(v) * times
+        total = jnp.sum(v / max(v.size, 1))
+        mean_sq = jnp.sum(abs_square(m) / max(m.size, 1))
         used = v if largest is None else largest[path]  # amsgrad's is corrected already
         root = jnp.sqrt(used) + eps.astype(v.dtype)
         lengths = _group_means(jnp.where(root == 0, 0, abs_square(m) / jnp.square(root)), v.shape)
         found[path] = _Leaf(
+            size=float(m.size),
             second=total.astype(dtype),
-            noise=(total - jnp.sum(abs_square(m))).astype(dtype) / jnp.where(is_noise, 1 - one_over_n, 1),
+            noise=(total - mean_sq).astype(dtype) / jnp.where(is_noise, 1 - one_over_n, 1),
             is_noise=is_noise,
             is_own=not is_shared,
             longest=jnp.max(lengths, initial=0).astype(dtype) / bound_sq,
             counts=_counts(rate.astype(v.dtype) / root).astype(dtype) * times,
         )
     if is_shared:  # the leaves are one group
-        sizes = [float(m.size) for m in first.values()]
-        parts = [leaf.longest * size for leaf, size in zip(found.values(), sizes, strict=True)]
-        longest = sum(parts) / max(sum(sizes), 1.0)
+        whole = max(sum(leaf.size for leaf in found.values()), 1.0)
+        longest = sum(leaf.longest * (leaf.size / whole) for leaf in found.values())
         found = {path: leaf._replace(longest=longest) for path, leaf in found.items()}
     return found
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adaptive_optax._checks import check_same_tree, check_state, check_transformation
+from adaptive_optax._checks import check_same_tree, check_state, check_state_kept, check_transformation
 from adaptive_optax._paths import paths_and_leaves
 from adaptive_optax._precision import incremented, moved, widen
 from adaptive_optax._states import states_of, unwrapped
@@ -112,7 +112,7 @@ def reject_nonfinite(
         check_state("reject_nonfinite", state, RejectNonfiniteState)
         old = state.inner_state
         new_updates, new = inner.update(updates, old, params, **extra_args)
-        _check_unchanged(old, new)
+        check_state_kept("reject_nonfinite", old, new)
         places, finite = [], []
         for what, tree in (("gradient", updates), ("update", new_updates)):
             for path, x in paths_and_leaves(tree):
@@ -176,18 +176,3 @@ def _report(on_reject: Callable[[str, str], Any], places: list[tuple[str, str]],
             on_reject(*places[int(finite.argmin())])
 
     jax.lax.cond(jnp.all(finite), lambda _: None, lambda flags: jax.debug.callback(call, flags), finite)
-
-
-def _check_unchanged(old: Any, new: Any) -> None:
-    if jax.tree.structure(old) != jax.tree.structure(new):
-        raise ValueError(
-            "reject_nonfinite: the state of inner went from "
-            f"{jax.tree.structure(old)} to {jax.tree.structure(new)}; it must keep its structure."
-        )
-    for (path, before), after in zip(paths_and_leaves(old), jax.tree.leaves(new), strict=True):
-        if (before.shape, before.dtype) != (after.shape, after.dtype):
-            raise ValueError(
-                f"reject_nonfinite: the state {path!r} of inner went from {before.dtype}{before.shape} to "
-                f"{after.dtype}{after.shape}; it must keep them (optax's states take the gradients' dtype: "
-                "cast the gradients first)."
-            )

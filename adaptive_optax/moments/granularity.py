@@ -317,6 +317,6 @@ def as_granularity(value: Granularity | str, name: str = "granularity") -> Granu
     if isinstance(value, str) and value in _BY_NAME:
         return _BY_NAME[value]
     raise ValueError(
-        f"{name} must be Coordinate(), Axis(...), Tensor(), Labels(...), Global() or one of "
+        f"{name} must be Coordinate(), Axis(...), Tensor(), Labels(...), Global(), ByPath(...) or one of "
         f"{', '.join(map(repr, _BY_NAME))}, got {value!r}."
     )

@@ -13,33 +13,28 @@ def mean_gradient(gradients: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return samples / np.sum(weights)
 
 
-def estimates(gradients: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
-    """Equations A.2 and A.3: |G|^2 and, of one sample, S = tr(Sigma).
+def effective_count(weights: np.ndarray) -> float:
+    """n = (sum w)^2 / sum w^2: the variance of the weighted mean is that of one over n."""
+    return np.sum(weights) ** 2 / np.sum(weights**2)
 
-    The small batch has the mean number of samples, and the expected |g|^2 for it is estimated with a part for
-    every sample: E|g_i|^2 = |G|^2 + S / w_i, so sum w_i |g_i|^2 / W has the mean |G|^2 + S k / W.
-    """
-    big = np.sum(weights)
-    small = big / len(weights)
-    big_square = np.sum(np.abs(mean_gradient(gradients, weights)) ** 2)
-    small_square = np.sum(weights * np.sum(np.abs(gradients) ** 2, axis=1)) / big
-    signal = (big * big_square - small * small_square) / (big - small)
-    noise = (small_square - big_square) / (1 / small - 1 / big)
-    return signal, noise
+
+def estimates(gradients: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+    """Equations A.2 and A.3 with B_small = 1 and B_big = n, in micro-batches: |G|^2 and tr(Sigma)."""
+    n = effective_count(weights)
+    big = np.sum(np.abs(mean_gradient(gradients, weights)) ** 2)
+    small = np.sum(weights * np.sum(np.abs(gradients) ** 2, axis=1)) / np.sum(weights)
+    return (n * big - small) / (n - 1), (small - big) / (1 - 1 / n)
 
 
 def noise_scale(emissions: list[tuple[np.ndarray, np.ndarray]]) -> float:
-    """Ratio of the averages, with the emission's mean weight as a part of its weight, in mean micro-batches.
-
-    In samples it is average(S) / average(|G|^2); a sample's S over |G|^2 times the mean weight is the same
-    in micro-batches.
-    """
+    """Ratio of the averages, in which an emission has the weight 1 - 1/n."""
     noises, signals, factor = 0.0, 0.0, 1.0
     for gradients, weights in reversed(emissions):
         if len(weights) < 2:
             continue
         signal, noise = estimates(gradients, weights)
-        noises += factor * noise
-        signals += factor * signal * np.mean(weights)
+        tells = factor * (1 - 1 / effective_count(weights))
+        noises += tells * noise
+        signals += tells * signal
         factor *= DECAY
     return noises / signals if signals > 0 else np.nan
