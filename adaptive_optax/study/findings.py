@@ -117,19 +117,18 @@ def effective_rates(comparison: Comparison, arm: str) -> EffectiveRates | None:
 def own_change(comparison: Comparison, arm: str) -> float:
     """Gives by what factor the effective rate changed beyond the schedule, from first to last quarter.
 
-    NaN where there is no such factor: without a schedule that is known, or where a mean is not positive.
+    The medians of effective over scheduled are compared, as the first steps of Adam are like no others. NaN
+    where there is no such factor: without a schedule that is known, or where a median is not positive.
     """
     found = effective_rates(comparison, arm)
     if found is None:
         return np.nan
-    quarter = max(1, len(found.mean) // 4)
-
-    def ratio(part: slice) -> float:
-        seen = np.isfinite(found.mean[part])
-        scheduled, effective = (x[part][seen].sum() for x in (found.scheduled, found.mean))
-        return effective / scheduled if scheduled > 0 and effective > 0 else np.nan
-
-    return float(ratio(np.s_[-quarter:]) / ratio(np.s_[:quarter]))
+    share = found.mean / np.where(found.scheduled > 0, found.scheduled, np.nan)
+    share = share[np.isfinite(share)]
+    quarter = max(1, len(share) // 4)
+    if not len(share) or min(early := np.median(share[:quarter]), late := np.median(share[-quarter:])) <= 0:
+        return np.nan
+    return float(late / early)
 
 
 def diverged_trials(comparison: Comparison, arm: str) -> tuple[int, int]:

@@ -41,7 +41,7 @@ class Plan:
     Attributes:
         steps: Training steps of every trial.
         validation_steps: The steps after which the metric is taken; the first is 0, the last `steps`.
-        looks: How often the optimizer is looked at; more is not drawn, and each look costs.
+        looks: How often the optimizer is looked at, at most: more is not drawn, and each look costs.
     """
 
     steps: int
@@ -60,8 +60,8 @@ class Plan:
 
     @property
     def telemetry_every(self) -> int:
-        """Every how many steps the optimizer is looked at, from the first on."""
-        return -(-self.steps // self.looks)
+        """Every how many steps the optimizer is looked at, from the first on; of a short run fewer times."""
+        return max(-(-self.steps // self.looks), min(40, -(-self.steps // 8)))
 
     @property
     def telemetry_steps(self) -> np.ndarray:
