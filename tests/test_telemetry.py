@@ -223,6 +223,34 @@ def test_the_histogram_counts_coordinates_of_coarse_moments():
             assert edges[i] * 0.999 <= rates[path] <= edges[i + 1] * 1.001
 
 
+@pytest.mark.parametrize("storages", [("float32", "int8"), ("int8", "int8"), ("bfloat16", "float32")])
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_low_precision_moments_tell_the_same(storages, amsgrad):
+    params = {"a": jnp.ones((64, 64)), "b": jnp.ones(64)}
+    grads = {"a": 0.5 + normal((64, 64), 40), "b": normal((64,), 40, 1)}
+    mu, nu = storages
+    low = ao.adam(0.1, b2=0.99, mu_storage=mu, nu_storage=nu, amsgrad=amsgrad)
+    (seen, *_), (expected, *_) = (
+        steps(ao.telemetry(tx, per="tensor"), grads, params)
+        for tx in (low, ao.adam(0.1, b2=0.99, amsgrad=amsgrad))
+    )
+    np.testing.assert_allclose(seen.snr, expected.snr, atol=0.03)
+    np.testing.assert_allclose(seen.histogram.sum(axis=-1), 1, rtol=1e-5)
+    # The stored moments are rounded, after the direction was taken.
+    np.testing.assert_allclose(seen.bound_utilisation, expected.bound_utilisation, rtol=0.3)
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("params", [jnp.ones((3, 4)), {"a": jnp.ones((3, 4))}], ids=["array", "tree"])
+def test_one_leaf_with_a_global_moment_is_as_with_one_for_the_tensor(params, amsgrad):
+    grads = jax.tree.map(lambda p: normal(p.shape, 6), params)
+    a, b = (
+        steps(ao.telemetry(ao.adam(0.1, granularity=g, amsgrad=amsgrad)), grads, params)[0]
+        for g in ("global", "tensor")
+    )
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5), a, b)
+
+
 # --- Where it is not defined --------------------------------------------------------------------------------
 
 

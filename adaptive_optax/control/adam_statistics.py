@@ -114,10 +114,13 @@ def adam_statistics(paths: list[str], opt_state: Any, rate: jax.Array, dtype: An
 
 def _leaves_of(state: ScaleByAdamState, rate: jax.Array, dtype: Any) -> dict[str, _Leaf]:
     first = dict(paths_and_leaves(dense(state.mu)))
-    second, largest = (_by_path(moment, first) for moment in (state.nu, state.nu_max))
-    if second is None:
-        return {}
-    is_shared = jax.tree.structure(state.nu) != jax.tree.structure(state.mu) and len(second) > 1
+    second, largest = (dict(paths_and_leaves(dense(moment))) for moment in (state.nu, state.nu_max))
+    is_shared = second.keys() != first.keys()
+    if is_shared:  # by all, or by labels, of which the state does not tell the leaves
+        values = list(second.values())
+        if len(values) != 1 or values[0].ndim:
+            return {}
+        second, largest = (dict.fromkeys(first, *moment.values()) for moment in (second, largest))
     w1, w2, b1, eps, bound_sq = (
         x.astype(dtype) for x in (state.mu_weight, state.nu_weight, state.b1, state.eps, state.bound_sq)
     )
@@ -130,7 +133,8 @@ def _leaves_of(state: ScaleByAdamState, rate: jax.Array, dtype: Any) -> dict[str
         times = m.size / max(v.size, 1)  # coordinates a value
         total = jnp.sum(v / max(v.size, 1))
         mean_sq = jnp.sum(abs_square(m) / max(m.size, 1))
-        used = v if largest is None else largest[path]  # amsgrad's is corrected already
+        used = largest.get(path)  # amsgrad's, which is corrected already
+        used = v if used is None else used
         root = jnp.sqrt(used) + eps.astype(v.dtype)
         lengths = _group_means(jnp.where(root == 0, 0, abs_square(m) / jnp.square(root)), v.shape)
         found[path] = _Leaf(
@@ -138,7 +142,7 @@ def _leaves_of(state: ScaleByAdamState, rate: jax.Array, dtype: Any) -> dict[str
             second=total.astype(dtype),
             noise=(total - mean_sq).astype(dtype) / jnp.where(is_noise, 1 - one_over_n, 1),
             is_noise=is_noise,
-            is_own=not is_shared,
+            is_own=not is_shared or len(first) == 1,
             longest=jnp.max(lengths, initial=0).astype(dtype) / bound_sq,
             counts=_counts(rate.astype(v.dtype) / root).astype(dtype) * times,
         )
@@ -147,15 +151,6 @@ def _leaves_of(state: ScaleByAdamState, rate: jax.Array, dtype: Any) -> dict[str
         longest = sum(leaf.longest * (leaf.size / whole) for leaf in found.values())
         found = {path: leaf._replace(longest=longest) for path, leaf in found.items()}
     return found
-
-
-def _by_path(moment: Any, first: dict[str, jax.Array]) -> dict[str, jax.Array] | None:
-    """A second moment for each path of the first one's; None where it is shared by labels."""
-    values = dict(paths_and_leaves(dense(moment)))
-    if values.keys() == first.keys():
-        return values
-    shared = list(values.values())
-    return {path: shared[0] for path in first} if len(shared) == 1 and shared[0].ndim == 0 else None
 
 
 def _group_means(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
