@@ -120,7 +120,9 @@ def _leaves_of(state: ScaleByAdamState, rate: jax.Array, dtype: Any) -> dict[str
         values = list(second.values())
         if len(values) != 1 or values[0].ndim:
             return {}
-        second, largest = (dict.fromkeys(first, *moment.values()) for moment in (second, largest))
+        second, largest = (
+            {path: x for x in moment.values() for path in first} for moment in (second, largest)
+        )
     w1, w2, b1, eps, bound_sq = (
         x.astype(dtype) for x in (state.mu_weight, state.nu_weight, state.b1, state.eps, state.bound_sq)
     )

@@ -65,8 +65,8 @@ class Telemetry(NamedTuple):
 
     The last three are NaN for leaves that no `scale_by_adam` moves or whose second moment is shared by
     `Labels` (`snr` of a single tensor also if it is shared by `Global`). They take Adam's usual form:
-    mean squares, bias correction, eps beside the root, constant b1. Moments in low precision are taken as they
-    are stored, so that `bound_utilisation` of `Int8` can be a quarter off.
+    mean squares, bias correction, eps beside the root, constant b1. Moments in low precision are taken as
+    they are stored, so that `bound_utilisation` of `Int8` can be a quarter off.
     """
 
     count: jax.Array
