@@ -50,7 +50,7 @@ def check_scalar(name: str, value: Any, interval: str, *, schedule: bool = False
     is_scalar_array = is_array and value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.number)
     is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if hasattr(value, "learning_rate"):
-        raise ValueError(f"{name} must be {expected}, got a pair of schedules: give its learning_rate.")
+        raise ValueError(f"{name} must be {expected}, got a set of schedules: give its learning_rate.")
     if not (is_scalar_array or is_real) or jnp.iscomplexobj(value):
         raise ValueError(f"{name} must be {expected}, got {value!r}.")
     try:
@@ -120,8 +120,11 @@ def check_state(owner: str, state: Any, state_type: type) -> None:
         )
 
 
-def check_state_kept(owner: str, old: Any, new: Any) -> None:
-    """Refuses a state of an inner transformation that changes its structure, a shape or a dtype."""
+def check_state_kept(owner: str, old: Any, new: Any, hint: str) -> None:
+    """Refuses a state of an inner transformation that changes its structure, a shape or a dtype.
+
+    The hint says how a dtype may have changed, and what helps.
+    """
     if jax.tree.structure(old) != jax.tree.structure(new):
         raise ValueError(
             f"{owner}: the state of inner went from {jax.tree.structure(old)} to {jax.tree.structure(new)}; "
@@ -132,8 +135,7 @@ def check_state_kept(owner: str, old: Any, new: Any) -> None:
         if was != is_now:
             raise ValueError(
                 f"{owner}: the state {path!r} of inner went from {was} to {is_now}; it must keep them "
-                "(optax's states take the gradients' dtype: cast the gradients first, or put master_weights "
-                "around inner)."
+                f"({hint})."
             )
 
 

@@ -16,6 +16,18 @@ def states_of(kind: type[State] | tuple[type[State], ...], opt_state: Any) -> li
     return [node for node in nodes if isinstance(node, kind)]
 
 
+def one_state_of(kind: type[State], opt_state: Any, owner: str) -> State:
+    """Returns the one state of a type.
+
+    Raises:
+        ValueError: If there is none, or more than one; `owner` makes such states.
+    """
+    found = states_of(kind, opt_state)
+    if len(found) != 1:
+        raise ValueError(f"opt_state must hold one state of {owner}, got {len(found)}.")
+    return found[0]
+
+
 def replace_states(kind: Any, opt_state: Any, f: Callable[[Any], Any]) -> Any:
     """Returns the state with `f` of each state of a type (or tuple of types) in its place."""
 

@@ -240,7 +240,7 @@ def adam_mini(
         >>> round(ao.state_bytes(mini) / ao.state_bytes(full), 2)
         0.51
 
-    Source: Zhang et al. 2024, "Adam-mini: use fewer learning rates to gain more", algorithm 1.
+    Source: Zhang et al. 2024, "Adam-mini: use fewer learning rates to gain more".
     """
     return adamw(
         learning_rate,

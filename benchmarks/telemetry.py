@@ -1,6 +1,6 @@
 """What telemetry costs: a jitted training step with it and without.
 
-On two networks that find a digit: the example's, whose step takes a third of a millisecond, and a small
+On two networks that find a digit: the example's, whose step takes a quarter of a millisecond, and a small
 convolutional one. The four run in turn in one process, ten steps at a time, as `every=10` works on one step
 of ten. Prints the median of the paired ratios of times, over the step without telemetry, with a 95 % interval
 (bootstrap).

@@ -425,6 +425,14 @@ def test_there_must_be_one_to_read():
             ao.noise_scale(wrong)
 
 
+def test_a_negative_weight_is_refused_where_it_is_known():
+    for drop in (False, True):
+        tx = ao.accumulate_gradients(ao.sgd(0.1), 2, drop_nonfinite=drop)
+        state = tx.init(PARAMS)
+        with pytest.raises(ValueError, match=r"weight must be a number in \[0, inf\), got -1"):
+            jax.jit(lambda g, s, tx=tx: tx.update(g, s, weight=-1.0))(PARAMS, state)
+
+
 # --- What goes through --------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """`grow_batch`: against the reference, at the ends of the run, and the same risk as the decay's."""
 
 import math
+import pickle
 import re
 
 import hypothesis.strategies as st
@@ -304,3 +305,13 @@ def test_arguments_out_of_range(wrong, sentence):
 def test_a_traced_decay_is_refused():
     with pytest.raises(ValueError, match="b1 must be concrete in grow_batch, got a tracer"):
         jax.jit(lambda b1: ao.grow_batch(**RIGHT | ADAM | {"b1": b1}).learning_rate(0))(0.9)
+
+
+def test_it_is_five_schedules_that_can_be_pickled():
+    growth = ao.grow_batch(ao.step_decay(0.8, 0.5, every=4), total_steps=12, max_factor=2)
+    steps, rate, b1, b2, eps = growth
+    assert growth.emissions == 8 and (b1, b2, eps) == (None, None, None)
+    again = pickle.loads(pickle.dumps(growth))
+    assert [int(again.accumulation_steps(n)) for n in range(9)] == [int(steps(n)) for n in range(9)]
+    with pytest.raises(ValueError, match="got a BatchGrowth: give its accumulation_steps"):
+        ao.accumulate_gradients(ao.sgd(rate), growth)

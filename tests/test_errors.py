@@ -678,7 +678,7 @@ SCHEDULED = {
 @pytest.mark.parametrize("name", SCHEDULED)
 def test_pairs_of_schedules_and_schedules_of_something_else(name):
     pair = ao.one_cycle(0.5, 10)
-    refused(lambda: SCHEDULED[name](pair), f"{name} must be a number in ", "got a pair of schedules")
+    refused(lambda: SCHEDULED[name](pair), f"{name} must be a number in ", "got a set of schedules")
     for value in (None, ones(1), ones(2, 2)):
         tx = SCHEDULED[name](lambda count, value=value: value)
         refused(lambda tx=tx: tx.init(TREE), "A schedule must return a scalar, got ", repr(value))

@@ -870,3 +870,9 @@ def test_a_restored_run_goes_on_bit_for_bit(through, tmp_path):
     # The flags can be released from where they are.
     released = step(ONES, ao.set_hyperparams(restored, **dict.fromkeys(("0/learning_rate", "b1"))))
     assert value(released, "0/learning_rate") == halving(4) and value(released, "b1") == np.float32(0.9)
+
+
+def test_a_scale_of_another_factory_has_its_own_range():
+    tx = ao.inject_hyperparams(lambda scale: optax.scale(scale))(scale=-1.0)
+    state = ao.set_hyperparams(tx.init(jnp.ones(1)), scale=-2.0)
+    assert tx.update(jnp.ones(1), state)[0][0] == -2

@@ -197,6 +197,25 @@ def test_a_train_state_replaces_its_own_fields_and_works_without_extra_arguments
     state = WithStatistics.create(apply_fn=None, params={"w": jnp.ones(1)}, tx=optax.sgd(1.0))
     state = state.apply_gradients(grads={"w": jnp.ones(1)}, statistics=7, value=1.0)
     assert (state.step, state.statistics, state.params["w"][0]) == (1, 7, 0)
+    other = optax.sgd(0.5)
+    assert state.apply_gradients(grads={"w": jnp.ones(1)}, tx=other).tx is other
+
+
+def test_a_metric_that_is_not_finite_spoils_its_window_alone():
+    metrics = [4.0, np.nan, 1.0, 3.0, np.inf, 1.0, 2.0, 2.0]  # means: bad, 2, bad, 2
+    assert scales(metrics, accumulation_size=2, patience=2, factor=0.5) == [1.0] * 7 + [0.5]
+    tx = ao.reject_nonfinite(optax.chain(ao.sgd(1.0), ao.reduce_on_plateau(accumulation_size=3)))
+    state = tx.init(jnp.ones(1))
+    for x in (np.nan, 1.0, -np.inf, 2.0):
+        updates, state = tx.update(jnp.ones(1), state, value=x)
+        assert updates[0] == -1
+    assert ao.get_rejections(state).total == 0
+
+
+def test_nans_can_be_debugged():
+    with jax.debug_nans(True):
+        tx = ao.reduce_on_plateau(rtol=0.0, atol=1e-4, preset="keras")
+        tx.update(jnp.ones(1), tx.init(jnp.ones(1)), value=1.0)
 
 
 @pytest.mark.parametrize(

@@ -257,7 +257,7 @@ CHAINS = [
     ),
     Chain(
         "adam, accumulating, rejecting",
-        lambda: ao.reject_nonfinite(ao.accumulate_gradients(ao.telemetry(ao.adam(0.1, eps=0.0)), every=2)),
+        lambda: ao.reject_nonfinite(ao.telemetry(ao.accumulate_gradients(ao.adam(0.1, eps=0.0), every=2))),
         shares=True,  # the squares for the noise scale
         rejects=True,
     ),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import given
 from flax import nnx
 from reference import telemetry as reference
 from reference.adam import AdamReference, tight_bound
@@ -209,6 +210,30 @@ def test_a_plateau_is_in_the_rate():
     np.testing.assert_allclose([seen.learning_rate, seen.effective_learning_rate], 0.2, rtol=1e-6)
 
 
+def test_every_group_has_its_own_rate():
+    params = {"a": jnp.ones(4), "b": {"c": jnp.ones(6)}}
+    groups = {"^a": ao.adam(0.7), "^b": optax.chain(ao.clip_by_global_norm(1e9), ao.adam(0.01))}
+    for inner in (ao.partition_by_path(groups), optax.chain(ao.partition_by_path(groups), given_scale(0.25))):
+        for per in ("tree", "tensor"):
+            tx = ao.telemetry(inner, per=per)
+            _, state = tx.update(params, tx.init(params), params)
+            seen, edges = ao.get_telemetry(state), ao.Telemetry.histogram_edges
+            scale = 1.0 if len(ao.get_hyperparams(state)) == 8 else 0.25
+            places = [int(np.flatnonzero(edges <= scale * rate)[-1]) for rate in (0.7, 0.01)]
+            expected = np.zeros((2, 40))
+            expected[[0, 1], places] = 1
+            if per == "tree":
+                expected = (4 * expected[0] + 6 * expected[1]) / 10
+            np.testing.assert_allclose(seen.histogram, expected, rtol=1e-5)
+            assert np.isnan(seen.learning_rate)
+
+
+def given_scale(scale):
+    """A plateau that has fallen to a scale."""
+    tx = given(ao.reduce_on_plateau(), value=1.0)
+    return tx._replace(init=lambda params: tx.init(params)._replace(scale=jnp.float32(scale)))
+
+
 def test_the_histogram_counts_coordinates_of_coarse_moments():
     params = {"a": jnp.ones((10, 4)), "b": jnp.ones(5)}
     grads = {"a": jnp.full((10, 4), 10.0), "b": jnp.full(5, 0.01)}
@@ -296,6 +321,41 @@ def test_a_nan_gradient_shows():
     seen = ao.get_telemetry(state)
     shown = (seen.gradient_norm, seen.update_norm, seen.cosine, seen.effective_learning_rate, seen.histogram)
     assert all(np.isnan(x).all() for x in shown) and seen.learning_rate == np.float32(0.1)
+
+
+@pytest.mark.parametrize("per", ["tree", "tensor"])
+def test_before_adams_first_step_its_statistics_are_not_defined(per):
+    tx = ao.reject_nonfinite(ao.telemetry(ao.accumulate_gradients(ao.adam(0.1), 2), per=per))
+    params = {"a": jnp.ones(3), "b": jnp.ones(2)}
+    with jax.debug_nans(True):
+        step, state = jax.jit(tx.update), tx.init(params)
+        _, state = step(params, state, params)
+        jax.block_until_ready(state)
+    seen = ao.get_telemetry(state)
+    assert all(np.isnan(getattr(seen, name)).all() for name in UNDEFINED_BY_LABEL)
+    updates, state = step(params, state, params)
+    assert ao.get_rejections(state).total == 0 and updates["a"][0] == pytest.approx(-0.1)
+    assert not np.isnan(ao.get_telemetry(state).bound_utilisation).any()
+
+
+def test_a_step_as_large_as_a_float_is_not_rejected_for_its_measure():
+    tx = ao.reject_nonfinite(ao.telemetry(optax.scale(-1.0)))
+    params = jnp.full(3, 1e37)
+    _, state = tx.update(params, tx.init(params), params)
+    assert ao.get_rejections(state).total == 0
+
+
+def test_trees_that_do_not_fit_are_refused():
+    tree = {"a": jnp.ones(1), "b": jnp.ones(2)}
+    for per in ("tree", "tensor"):
+        tx = ao.telemetry(ao.sgd(0.1), per=per)
+        state = tx.init(tree)
+        with pytest.raises(ValueError, match="the gradients has a leaf 'b', params has not"):
+            tx.update(tree, state, {"a": jnp.ones(1)})
+        with pytest.raises(ValueError, match=r"'b' has shape \(3,\) in params and \(2,\) in the gradients"):
+            tx.update(tree, state, tree | {"b": jnp.ones(3)})
+    with pytest.raises(ValueError, match="the updates have 1 leaves, those at init had 2"):
+        tx.update({"a": jnp.ones(1)}, state)
 
 
 # --- The wrapper --------------------------------------------------------------------------------------------

@@ -206,7 +206,7 @@ def test_the_optimizer_is_looked_at(mode):
 
     *_, seen = run(make_task(), arm, [0.1, 0.2], [0, 1], steps=60, points=(0, 60), mode=mode, width=2)
     looked_at = Plan(60, (0, 60)).telemetry_steps
-    assert looked_at.tolist() == list(range(1, 61, 8)) and seen.shape == (2, 8, len(TELEMETRY))
+    assert looked_at.tolist() == list(range(1, 61, 11)) and seen.shape == (2, 6, len(TELEMETRY))
     fields = dict(zip(TELEMETRY, np.moveaxis(seen, -1, 0), strict=True))
     assert [len(Plan(n, (0, n)).telemetry_steps) for n in (1, 100, 400, 1000, 2560)] == [1, 8, 10, 25, 25]
     expected = np.outer([0.1, 0.2], 0.5 ** ((looked_at - 1) / 10))

@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from adaptive_optax._checks import (
@@ -30,7 +32,7 @@ from adaptive_optax._precision import (
     wide_dtype,
     widen,
 )
-from adaptive_optax._states import states_of, unwrapped
+from adaptive_optax._states import one_state_of, unwrapped
 
 _NOISE_DECAY = 0.99  # averages over about a hundred emissions
 
@@ -123,6 +125,10 @@ def accumulate_gradients(
         ([0.0], [-2.0])
     """
     check_transformation("inner", inner)
+    if hasattr(every, "accumulation_steps"):
+        raise ValueError(
+            "every must be an integer or a schedule, got a BatchGrowth: give its accumulation_steps."
+        )
     if not callable(every):
         check_integer("every", every, "[1, inf)")
     check_bool("drop_nonfinite", drop_nonfinite)
@@ -153,8 +159,8 @@ def accumulate_gradients(
         check_state("accumulate_gradients", state, AccumulateGradientsState)
         check_inexact("accumulate_gradients", "updates", updates)
         check_same_tree("accumulate_gradients", "updates", updates, "the state", state.total)
-        to_check = jnp.where(jnp.isfinite(weight), weight, 0) if drop_nonfinite else weight
-        check_scalar("weight", to_check, "[0, inf)")
+        if not (drop_nonfinite and _is_known_nonfinite(weight)):
+            check_scalar("weight", weight, "[0, inf)")
         dtype = state.weight.dtype
         g, w = widen(updates), jnp.asarray(weight, dtype)
 
@@ -183,7 +189,13 @@ def accumulate_gradients(
             check_same_tree(
                 "accumulate_gradients", "the updates of inner", new_updates, "the gradients", mean
             )
-            check_state_kept("accumulate_gradients", inner_state, new_state)
+            check_state_kept(
+                "accumulate_gradients",
+                inner_state,
+                new_state,
+                "optax's may follow the parameters' dtype, and "
+                "the mean is float32: put master_weights around inner",
+            )
             new_updates = jax.tree.map(lambda t, u: jnp.asarray(u, t.dtype), total, new_updates)
             return new_updates, new_state, *_averages(state, _square_norm(mean, dtype))
 
@@ -224,8 +236,9 @@ def noise_scale(opt_state: Any) -> jax.Array:
         \operatorname{tr} \Sigma \approx \frac{n (s - |\bar g|^2)}{n - 1}, \qquad
         B_{simple} = \operatorname{tr} \Sigma / |G|^2
 
-    Both are unbiased for micro-batches that scatter alike, with whatever weights. Where the weights are
-    numbers of samples that differ much, the small ones scatter more, and the result is that of a typical one.
+    Both are unbiased for micro-batches that scatter alike, with whatever weights. Where small weights go with
+    more scatter, as numbers of samples do, :math:`|G|^2` comes out too small, and for weights that differ by
+    factors it may be negative and the result NaN: then give equal micro-batches, or weights near each other.
     What is returned is the ratio of two moving averages over about a hundred emissions, in which an emission
     counts as much as it tells, 1 - 1/n. Emissions of one micro-batch, and those whose estimates overflow, do
     not enter.
@@ -253,11 +266,13 @@ def noise_scale(opt_state: Any) -> jax.Array:
     Source: McCandlish, Kaplan, Amodei et al. 2018, "An empirical model of large-batch training", appendix
     A.1; the weights are derived for this library.
     """
-    found = states_of(AccumulateGradientsState, opt_state)
-    if len(found) != 1:
-        raise ValueError(f"opt_state must hold one state of accumulate_gradients, got {len(found)}.")
-    signal, noise = unwrapped(found[0].signal), unwrapped(found[0].noise)
+    state = one_state_of(AccumulateGradientsState, opt_state, "accumulate_gradients")
+    signal, noise = unwrapped(state.signal), unwrapped(state.noise)
     return jnp.where(signal > 0, noise / jnp.where(signal > 0, signal, 1), jnp.nan)
+
+
+def _is_known_nonfinite(weight: Any) -> bool:
+    return np.ndim(weight) == 0 and not isinstance(weight, Tracer) and not np.isfinite(weight)
 
 
 def _averages(state: AccumulateGradientsState, big: jax.Array) -> tuple[jax.Array, jax.Array]:

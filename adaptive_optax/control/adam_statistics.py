@@ -16,6 +16,7 @@ import numpy as np
 from adaptive_optax._paths import paths_and_leaves
 from adaptive_optax._precision import abs_square, scale
 from adaptive_optax._states import states_of
+from adaptive_optax.control.hyperparams import learning_rates
 from adaptive_optax.moments.formats import dense
 from adaptive_optax.transforms.adam import ScaleByAdamState
 
@@ -40,56 +41,81 @@ class _Leaf(NamedTuple):
         size: The number of coordinates.
         second: Mean of v-hat; sums would overflow sooner.
         noise: Mean of the estimated variance.
-        is_noise: Whether that estimate is defined.
-        is_own: Whether v-hat is the leaf's own.
         longest: The square of the direction over its bound, where it is longest.
         counts: Coordinates in each bin.
+        is_noise: Whether `noise` is defined.
+        is_stepped: Whether there was a step; before it nothing is defined.
+        is_own: Whether v-hat is the leaf's own.
+        is_rated: Whether its learning rate is known.
     """
 
     size: float
     second: jax.Array
     noise: jax.Array
-    is_noise: jax.Array
-    is_own: bool
     longest: jax.Array
     counts: jax.Array
+    is_noise: jax.Array
+    is_stepped: jax.Array
+    is_own: bool
+    is_rated: bool
 
 
-class AdamStatistics(NamedTuple):
-    """What is taken of every leaf, None for one that is not Adam's."""
+def adam_statistics(
+    paths: list[str], opt_state: Any, rate_scale: jax.Array, dtype: Any, *, per_tensor: bool
+) -> tuple[Statistics, Statistics]:
+    """Gives the statistics of each leaf, or of all, and whether they are defined.
 
-    leaves: list[_Leaf | None]
-    dtype: Any
+    Args:
+        paths: The paths of the gradient's leaves.
+        opt_state: A state with any number of `ScaleByAdamState` in it, after the step.
+        rate_scale: A factor on learning rates.
+        dtype: The dtype of the statistics.
+        per_tensor: Whether to give them for each leaf.
+    """
+    found: dict[str, _Leaf] = {}
+    for state, rate in _with_rates(opt_state):
+        found |= _leaves_of(state, None if rate is None else rate.astype(dtype) * rate_scale, dtype)
+    leaves = [found.get(path) for path in paths]
+    if not per_tensor:
+        return _pooled(leaves, dtype)
+    each = [_pooled([leaf], dtype) for leaf in leaves]
+    return jax.tree.map(lambda *x: jnp.stack(x), *each) if each else _undefined(dtype, (0,))
 
-    def pooled(self, per_tensor: bool) -> tuple[Statistics, Statistics]:
-        """The statistics of each leaf, or of all, and whether they are defined."""
-        if per_tensor:
-            each = [self._of([leaf]) for leaf in self.leaves]
-            if not each:
-                return _undefined(self.dtype, (0,))
-            stacked = jax.tree.map(lambda *x: jnp.stack(x), *each)
-            return stacked[0], stacked[1]
-        return self._of(self.leaves)
 
-    def _of(self, leaves: list[_Leaf | None]) -> tuple[Statistics, Statistics]:
-        known = [leaf for leaf in leaves if leaf is not None]
-        if not known or len(known) < len(leaves):
-            return _undefined(self.dtype, ())
-        whole = max(sum(leaf.size for leaf in known), 1.0)
-        total = sum(leaf.second * (leaf.size / whole) for leaf in known)
-        noise = sum(leaf.noise * (leaf.size / whole) for leaf in known)
-        counts = sum(leaf.counts for leaf in known)
-        values = Statistics(
-            # 0 / 0 = 0: without gradients there is no signal.
-            snr=jnp.where(total == 0, 0, jnp.clip(1 - noise / jnp.where(total == 0, 1, total), 0, 1)),
-            bound_utilisation=jnp.sqrt(jnp.max(jnp.stack([leaf.longest for leaf in known]))),
-            # A NaN has a place among the bins, but no meaning.
-            histogram=jnp.where(jnp.isnan(total), total, counts / jnp.maximum(jnp.sum(counts), 1)),
-        )
-        own = len(leaves) > 1 or known[0].is_own
-        is_noise = jnp.all(jnp.stack([leaf.is_noise for leaf in known])) & own
-        defined = Statistics(is_noise, jnp.ones((), jnp.bool_), jnp.ones((), jnp.bool_))
-        return Statistics(*(x.astype(self.dtype) for x in values)), defined
+def _with_rates(node: Any) -> list[tuple[ScaleByAdamState, jax.Array | None]]:
+    """Each state of Adam with the learning rate of the group that it is in; None where that is not one."""
+    states = states_of(ScaleByAdamState, node)
+    rates = learning_rates(node) if states else []
+    if len(rates) <= 1 or isinstance(node, ScaleByAdamState):
+        return [(state, rates[0] if rates else None) for state in states]
+    children = node.values() if isinstance(node, dict) else node
+    return [found for child in children for found in _with_rates(child)]
+
+
+def _pooled(leaves: list[_Leaf | None], dtype: Any) -> tuple[Statistics, Statistics]:
+    known = [leaf for leaf in leaves if leaf is not None]
+    if not known or len(known) < len(leaves):
+        return _undefined(dtype, ())
+    whole = max(sum(leaf.size for leaf in known), 1.0)
+    total = sum(leaf.second * (leaf.size / whole) for leaf in known)
+    noise = sum(leaf.noise * (leaf.size / whole) for leaf in known)
+    counts = sum(leaf.counts for leaf in known)
+    values = Statistics(
+        # 0 / 0 = 0: without gradients there is no signal.
+        snr=jnp.where(total == 0, 0, jnp.clip(1 - noise / jnp.where(total == 0, 1, total), 0, 1)),
+        bound_utilisation=jnp.sqrt(jnp.max(jnp.stack([leaf.longest for leaf in known]))),
+        # A NaN has a place among the bins, but no meaning.
+        histogram=jnp.where(jnp.isnan(total), total, counts / jnp.maximum(jnp.sum(counts), 1)),
+    )
+    is_stepped = jnp.all(jnp.stack([leaf.is_stepped for leaf in known]))
+    is_noise = jnp.all(jnp.stack([leaf.is_noise for leaf in known]))
+    is_own = len(leaves) > 1 or known[0].is_own
+    defined = Statistics(
+        snr=is_stepped & is_noise & is_own,
+        bound_utilisation=is_stepped,
+        histogram=is_stepped & all(leaf.is_rated for leaf in known),
+    )
+    return Statistics(*(x.astype(dtype) for x in values)), defined
 
 
 def _undefined(dtype: Any, shape: tuple[int, ...]) -> tuple[Statistics, Statistics]:
@@ -97,22 +123,7 @@ def _undefined(dtype: Any, shape: tuple[int, ...]) -> tuple[Statistics, Statisti
     return values, Statistics(*(jnp.zeros(shape, jnp.bool_) for _ in range(3)))
 
 
-def adam_statistics(paths: list[str], opt_state: Any, rate: jax.Array, dtype: Any) -> AdamStatistics:
-    """Takes from the states of `scale_by_adam` what they hold of the leaves at these paths.
-
-    Args:
-        paths: The paths of the gradient's leaves.
-        opt_state: A state with any number of `ScaleByAdamState` in it, after the step.
-        rate: The learning rate.
-        dtype: The dtype of the statistics.
-    """
-    found: dict[str, _Leaf] = {}
-    for state in states_of(ScaleByAdamState, opt_state):
-        found |= _leaves_of(state, rate, dtype)
-    return AdamStatistics([found.get(path) for path in paths], dtype)
-
-
-def _leaves_of(state: ScaleByAdamState, rate: jax.Array, dtype: Any) -> dict[str, _Leaf]:
+def _leaves_of(state: ScaleByAdamState, rate: jax.Array | None, dtype: Any) -> dict[str, _Leaf]:
     first = dict(paths_and_leaves(dense(state.mu)))
     second, largest = (dict(paths_and_leaves(dense(moment))) for moment in (state.nu, state.nu_max))
     is_shared = second.keys() != first.keys()
@@ -126,27 +137,31 @@ def _leaves_of(state: ScaleByAdamState, rate: jax.Array, dtype: Any) -> dict[str
     w1, w2, b1, eps, bound_sq = (
         x.astype(dtype) for x in (state.mu_weight, state.nu_weight, state.b1, state.eps, state.bound_sq)
     )
+    is_stepped = w1 > 0
+    w1, w2, bound_sq = (jnp.where(is_stepped, x, 1) for x in (w1, w2, bound_sq))
     bound_sq = bound_sq * w2 / jnp.square(w1)
     one_over_n = (1 - b1) / (1 + b1) * (2 - w1) / w1  # of the variance is left in that of m-hat
     is_noise = 1 - one_over_n > _LEAST_NOISE
     found = {}
     for path, m in first.items():
         m, v = scale(m, 1 / w1), scale(second[path], 1 / w2)
-        times = m.size / max(v.size, 1)  # coordinates a value
         total = jnp.sum(v / max(v.size, 1))
         mean_sq = jnp.sum(abs_square(m) / max(m.size, 1))
         used = largest.get(path)  # amsgrad's, which is corrected already
         used = v if used is None else used
         root = jnp.sqrt(used) + eps.astype(v.dtype)
         lengths = _group_means(jnp.where(root == 0, 0, abs_square(m) / jnp.square(root)), v.shape)
+        rates = (jnp.zeros((), dtype) if rate is None else rate).astype(v.dtype) / root
         found[path] = _Leaf(
             size=float(m.size),
             second=total.astype(dtype),
             noise=(total - mean_sq).astype(dtype) / jnp.where(is_noise, 1 - one_over_n, 1),
-            is_noise=is_noise,
-            is_own=not is_shared or len(first) == 1,
             longest=jnp.max(lengths, initial=0).astype(dtype) / bound_sq,
-            counts=_counts(rate.astype(v.dtype) / root).astype(dtype) * times,
+            counts=_counts(rates).astype(dtype) * (m.size / max(v.size, 1)),  # coordinates a value
+            is_noise=is_noise,
+            is_stepped=is_stepped,
+            is_own=not is_shared or len(first) == 1,
+            is_rated=rate is not None,
         )
     if is_shared:  # the leaves are one group
         whole = max(sum(leaf.size for leaf in found.values()), 1.0)

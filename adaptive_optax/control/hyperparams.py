@@ -233,9 +233,9 @@ def get_hyperparams(opt_state: Any) -> dict[str, jax.Array]:
     return {key: unwrapped(found.value) for key, found in _found(opt_state).items()}
 
 
-def hyperparameters(opt_state: Any) -> dict[str, jax.Array]:
-    """Returns what `get_hyperparams` does, and nothing for a state without hyperparameters."""
-    return get_hyperparams(opt_state) if next(_walk(opt_state, (), frozenset()), None) else {}
+def learning_rates(opt_state: Any) -> list[jax.Array]:
+    """Returns the learning rates that the last step used, those that injected ones hide left out."""
+    return [found.value for found in _walk(opt_state, (), frozenset()) if found.name == "learning_rate"]
 
 
 T = TypeVar("T")
@@ -291,16 +291,17 @@ def _with_value(owner: Any, name: str, value: Any) -> Any:
     if isinstance(owner, ScaleByLearningRateState):
         if value is None:
             return owner._replace(override=_filled(owner.override, -1.0))
-        _check_value("learning_rate", value, owner.override)
+        _check_value(name, value, owner.override, "[0, inf)")
         return owner._replace(
             learning_rate=_filled(owner.learning_rate, value), override=_filled(owner.override, value)
         )
     if isinstance(owner, ReduceOnPlateauState):
         scale = 1.0 if value is None else value
-        _check_value(name, scale, owner.scale)
+        _check_value(name, scale, owner.scale, "[0, inf)")
         return owner._replace(scale=_filled(owner.scale, scale))
     if value is not None:
-        _check_value(name, value, owner.given[name])
+        interval = "[0, inf)" if name == "learning_rate" else "(-inf, inf)"
+        _check_value(name, value, owner.given[name], interval)
     new = unwrapped(owner.given[name]) if value is None else value
     return owner._replace(
         hyperparams=owner.hyperparams | {name: _filled(owner.given[name], new)},  # it may hold a plain float
@@ -308,13 +309,13 @@ def _with_value(owner: Any, name: str, value: Any) -> Any:
     )
 
 
-def _check_value(name: str, value: Any, like: Any) -> None:
+def _check_value(name: str, value: Any, like: Any, interval: str) -> None:
     """Refuses a value that is no scalar, or an array of them where a vmapped state has one a member."""
     shape, members = unwrapped(like).shape, [value]
     if shape and np.shape(value) == shape:
         members = [jnp.ravel(value)[0]] if isinstance(value, Tracer) else np.ravel(value)
     for member in members:
-        check_scalar(name, member, "[0, inf)" if name in ("learning_rate", "scale") else "(-inf, inf)")
+        check_scalar(name, member, interval)
 
 
 def _filled(like: Any, value: Any) -> Any:

@@ -29,7 +29,8 @@ class ReduceOnPlateauState(NamedTuple):
         count: Number of steps taken, int32 scalar.
         scale: The factor on updates; it may be set, and falls on from there.
         best: The best metric so far, infinitely bad before the first.
-        total: Sum of the metrics in the window that is being filled.
+        total: Sum of the finite metrics in the window that is being filled.
+        spoiled: Number of those that are not finite, int32 scalar.
         filled: Number of metrics in it, int32 scalar.
         bad: Number of windows without improvement, int32 scalar.
         cooldown: Windows for which none counts as bad, int32 scalar.
@@ -39,6 +40,7 @@ class ReduceOnPlateauState(NamedTuple):
     scale: jax.Array
     best: jax.Array
     total: jax.Array
+    spoiled: jax.Array
     filled: jax.Array
     bad: jax.Array
     cooldown: jax.Array
@@ -66,8 +68,9 @@ def reduce_on_plateau(
     windows of `accumulation_size`; everything below speaks of windows.
 
     A metric x improves on the best b if :math:`x < b - \text{rtol} |b| - \text{atol}` (with `mode="max"`,
-    if :math:`x > b + \text{rtol} |b| + \text{atol}`). A NaN does not improve. The originals multiply b by
-    1 - rtol instead, which is the same for positive metrics and takes worse negative ones for better.
+    if :math:`x > b + \text{rtol} |b| + \text{atol}`). A window with a NaN or an infinity does not improve.
+    The originals multiply b by 1 - rtol instead, which is the same for positive metrics and takes worse
+    negative ones for better.
 
     The presets fire on the same windows as the originals:
 
@@ -79,7 +82,8 @@ def reduce_on_plateau(
     `keras`    `patience` windows were bad     a bad one counts
     =========  ==============================  ========================================================
 
-    Keras's `min_delta` is `atol`, with `rtol=0`.
+    The presets set no defaults: Keras's own are `patience=10, rtol=0, atol=1e-4` (its `min_delta`), PyTorch's
+    those here. PyTorch also leaves a rate alone that would change by less than 1e-8.
 
     Args:
         factor: On the scale at each fall, in (0, 1).
@@ -99,7 +103,7 @@ def reduce_on_plateau(
         ValueError: If an argument is out of range (at construction), a leaf is not floating (at init), or
             `value` is missing or no scalar (at update).
 
-    State cost: seven scalars.
+    State cost: eight scalars.
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp, optax
@@ -136,6 +140,7 @@ def reduce_on_plateau(
             scale=jnp.ones((), dtype),
             best=jnp.full((), sign * jnp.inf, dtype),
             total=jnp.zeros((), dtype),
+            spoiled=integer(),
             filled=integer(),
             bad=integer(),
             cooldown=integer(),
@@ -153,15 +158,18 @@ def reduce_on_plateau(
         if metric.ndim or not any(jnp.issubdtype(metric.dtype, kind) for kind in (np.floating, np.integer)):
             raise ValueError(f"value must be a real scalar, got {value!r}.")
         dtype = state.scale.dtype
-        total = state.total + jnp.asarray(metric, dtype)
+        metric = jnp.asarray(metric, dtype)
+        total = state.total + jnp.where(jnp.isfinite(metric), metric, 0)
+        spoiled = state.spoiled + ~jnp.isfinite(metric)
         filled = state.filled + 1
         full = filled == accumulation_size
         mean = total / accumulation_size
 
         # In the direction in which less is better. An infinite best has no tolerance.
         best, x = sign * state.best, sign * mean
-        tolerance = jnp.where(jnp.isfinite(best), rtol * jnp.abs(best) + atol, 0)
-        improves = x < best - tolerance
+        size = jnp.where(jnp.isfinite(best), jnp.abs(best), 0)
+        tolerance = jnp.where(jnp.isfinite(best), rtol * size + atol, 0)
+        improves = (x < best - tolerance) & (spoiled == 0)
         cooling = state.cooldown > 0
         cooldown_left = jnp.maximum(state.cooldown - 1, 0)
         if preset == "keras":
@@ -178,6 +186,7 @@ def reduce_on_plateau(
             scale=jnp.where(falls, lower, state.scale),
             best=when_full(jnp.where(improves, mean, state.best), state.best),
             total=jnp.where(full, 0, total),
+            spoiled=when_full(0, spoiled),
             filled=when_full(0, filled),
             bad=when_full(jnp.where(falls, 0, bad), state.bad),
             cooldown=when_full(jnp.where(falls, cooldown, cooldown_left), state.cooldown),

@@ -12,7 +12,7 @@ import optax
 from adaptive_optax._checks import check_same_tree, check_state, check_state_kept, check_transformation
 from adaptive_optax._paths import paths_and_leaves
 from adaptive_optax._precision import incremented, moved, widen
-from adaptive_optax._states import states_of, unwrapped
+from adaptive_optax._states import one_state_of, unwrapped
 
 
 class RejectNonfiniteState(NamedTuple):
@@ -112,7 +112,9 @@ def reject_nonfinite(
         check_state("reject_nonfinite", state, RejectNonfiniteState)
         old = state.inner_state
         new_updates, new = inner.update(updates, old, params, **extra_args)
-        check_state_kept("reject_nonfinite", old, new)
+        check_state_kept(
+            "reject_nonfinite", old, new, "optax's states take the gradients' dtype: cast the gradients first"
+        )
         places, finite = [], []
         for what, tree in (("gradient", updates), ("update", new_updates)):
             for path, x in paths_and_leaves(tree):
@@ -163,10 +165,8 @@ def get_rejections(opt_state: Any) -> Rejections:
         >>> ao.get_rejections(ao.reject_nonfinite(ao.sgd(0.1)).init(jnp.ones(2))).in_a_row.item()
         0
     """
-    found = states_of(RejectNonfiniteState, opt_state)
-    if len(found) != 1:
-        raise ValueError(f"opt_state must hold one state of reject_nonfinite, got {len(found)}.")
-    return Rejections(unwrapped(found[0].total), unwrapped(found[0].in_a_row))
+    state = one_state_of(RejectNonfiniteState, opt_state, "reject_nonfinite")
+    return Rejections(unwrapped(state.total), unwrapped(state.in_a_row))
 
 
 def _report(on_reject: Callable[[str, str], Any], places: list[tuple[str, str]], finite: jax.Array) -> None:

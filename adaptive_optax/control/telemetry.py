@@ -25,9 +25,9 @@ from adaptive_optax._checks import (
 )
 from adaptive_optax._paths import paths_and_leaves
 from adaptive_optax._precision import abs_square, divide, incremented, moved, scalar_dtype, widen
-from adaptive_optax._states import states_of, unwrapped
+from adaptive_optax._states import one_state_of, states_of, unwrapped
 from adaptive_optax.control.adam_statistics import BINS, HISTOGRAM_EDGES, adam_statistics
-from adaptive_optax.control.hyperparams import hyperparameters
+from adaptive_optax.control.hyperparams import learning_rates
 from adaptive_optax.control.plateau import ReduceOnPlateauState
 
 
@@ -57,16 +57,18 @@ class Telemetry(NamedTuple):
             :math:`\hat m^2 / \hat v`, which reads 0.053 on pure noise at b1 = 0.9. NaN at the first step,
             and where Adam has no first moment (b1 = 0).
         bound_utilisation: Adam's direction over its tight bound (`adam_bound`) where it is longest, in
-            [0, 1]; of the root mean square in a group where coordinates share a second moment.
+            [0, 1] but for rounding; of the root mean square in a group where coordinates share a second
+            moment.
         histogram: The share of coordinates whose effective learning rate
             :math:`\alpha / (\sqrt{\hat v} + \epsilon)` lies between two powers of 2 from :math:`2^{-33}` to
-            128 (`Telemetry.histogram_edges`; those beyond are in the first or the last bin). NaN where
-            `learning_rate` is.
+            128 (`Telemetry.histogram_edges`; those beyond are in the first or the last bin). In groups with
+            rates of their own the rate is that of the group; NaN where there is none, or several.
 
     The last three are NaN for leaves that no `scale_by_adam` moves or whose second moment is shared by
     `Labels` (`snr` of a single tensor also if it is shared by `Global`). They take Adam's usual form:
     mean squares, bias correction, eps beside the root, constant b1. Moments in low precision are taken as
-    they are stored, so that `bound_utilisation` of `Int8` can be a quarter off.
+    they are stored, so that `bound_utilisation` of `Int8` can be a quarter off. What `ByPath` shares among
+    leaves, by `Global` or `Labels` in it, is taken for each leaf's own.
     """
 
     count: jax.Array
@@ -130,7 +132,7 @@ def telemetry(
         ValueError: If an argument is out of range (at construction), a leaf is not floating (at init) or the
             updates' tree is not that of the gradients (at update).
 
-    State cost: that of `inner`, and some 70 scalars, with `per="tensor"` as many a leaf.
+    State cost: that of `inner`, and some 60 values, with `per="tensor"` as many a leaf.
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp
@@ -167,16 +169,22 @@ def telemetry(
     def update_fn(updates, state, params=None, **extra_args):
         check_state("telemetry", state, TelemetryState)
         check_inexact("telemetry", "updates", updates)
+        count, leaves = incremented(state.count), len(jax.tree.leaves(updates))
+        if per_tensor and leaves != len(state.values):
+            raise ValueError(
+                f"telemetry: the updates have {leaves} leaves, those at init had {len(state.values)}."
+            )
         new_updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         check_same_tree("telemetry", "the updates of inner", new_updates, "the gradients", updates)
         new_updates = widen(new_updates)
-        count = incremented(state.count)
         dtype = state.values.dtype
-        # The caller computes them too, and XLA once. A conditional that reads `params` has them copied first,
-        # where they are donated.
-        leaves = jax.tree.leaves(params), jax.tree.leaves(new_updates)
-        same = len(leaves[0]) == len(leaves[1])
-        after = [moved(p, u) for p, u in zip(*leaves, strict=True)] if same else None
+        after = None
+        if params is not None:
+            check_same_tree("telemetry", "params", params, "the gradients", updates)
+            # The caller computes them too, and XLA once. A conditional that reads `params` has them copied
+            # first, where they are donated.
+            pairs = zip(jax.tree.leaves(params), jax.tree.leaves(new_updates), strict=True)
+            after = [moved(jnp.asarray(p), u) for p, u in pairs]
 
         def look():
             seen, defined = measure(updates, new_updates, after, inner_state, dtype, per_tensor=per_tensor)
@@ -213,10 +221,7 @@ def get_telemetry(opt_state: Any) -> Telemetry:
         >>> ao.get_telemetry(ao.telemetry(ao.adam(0.1)).init(jnp.ones(2))).count.item()
         0
     """
-    found = states_of(TelemetryState, opt_state)
-    if len(found) != 1:
-        raise ValueError(f"opt_state must hold one state of telemetry, got {len(found)}.")
-    state = found[0]._replace(inner_state=None)
+    state = one_state_of(TelemetryState, opt_state, "telemetry")._replace(inner_state=None)
     state = TelemetryState(*map(unwrapped, state))
     fields = [state.values[..., i] for i in range(len(_FIELDS) - 1)] + [state.values[..., -BINS:]]
     seen = Telemetry(state.measured, state.learning_rate, *fields)
@@ -256,21 +261,26 @@ def measure(
     """
     space = _Space(jax.tree.leaves(g), dtype, per_tensor)
     gradient, step = jax.tree.leaves(widen(g)), jax.tree.leaves(widen(u))
-    has_params = params is not None and len(jax.tree.leaves(params)) == len(gradient)
+    has_params = params is not None
     weights = jax.tree.leaves(widen(params)) if has_params else step
     lengths = space.lengths(gradient, step, weights)
     root = jnp.sqrt(jnp.maximum(space.size, 1))
-    rate, has_rate = _learning_rate(inner_state, dtype)
-    statistics = adam_statistics([path for path, _ in paths_and_leaves(g)], inner_state, rate, dtype)
-    adam, adam_defined = statistics.pooled(per_tensor)
+    rates, scales = learning_rates(inner_state), states_of(ReduceOnPlateauState, inner_state)
+    rate_scale = math.prod((state.scale.astype(dtype) for state in scales), start=jnp.ones((), dtype))
+    is_scaled = len(scales) <= 1  # one plateau is that of all groups
+    adam, adam_defined = adam_statistics(
+        [path for path, _ in paths_and_leaves(g)], inner_state, rate_scale, dtype, per_tensor=per_tensor
+    )
     values = Telemetry(
         count=jnp.zeros((), jnp.int32),
-        learning_rate=rate,
+        learning_rate=rates[0].astype(dtype) * rate_scale if rates else jnp.zeros((), dtype),
         gradient_norm=lengths.gradient,
         update_norm=lengths.step,
         param_norm=lengths.weights,
         effective_learning_rate=-lengths.cosine * lengths.ratio,
-        update_to_weight=(lengths.step / root) / jnp.maximum(lengths.weights / root, 1e-3),
+        update_to_weight=_capped(
+            (lengths.step / root) / jnp.maximum(lengths.weights / root, 1e-3), jnp.isfinite(lengths.step)
+        ),
         cosine=-lengths.cosine,
         snr=adam.snr,
         bound_utilisation=adam.bound_utilisation,
@@ -279,7 +289,7 @@ def measure(
     always = jnp.ones_like(lengths.cosine, jnp.bool_)
     defined = Telemetry(
         count=jnp.ones((), jnp.bool_),
-        learning_rate=has_rate,
+        learning_rate=jnp.asarray(len(rates) == 1 and is_scaled),
         gradient_norm=always,
         update_norm=always,
         param_norm=always & has_params,
@@ -288,7 +298,7 @@ def measure(
         cosine=always,
         snr=adam_defined.snr,
         bound_utilisation=adam_defined.bound_utilisation,
-        histogram=adam_defined.histogram & has_rate,
+        histogram=adam_defined.histogram & is_scaled,
     )
     return jax.tree.map(lambda x, d: _where(d, x, 0), values, defined), defined
 
@@ -341,17 +351,12 @@ class _Space:
         cosine = jnp.where(area == 0, 0, product / jnp.where(area == 0, 1, area))
         is_zero = (norms[0] == 0) | (units[0] == 0)
         ratio = norms[1] / jnp.where(is_zero, 1, norms[0]) * (units[1] / jnp.where(is_zero, 1, units[0]))
-        largest = jnp.finfo(self.dtype).max
-
-        def capped(x, is_finite):  # finite entries have a finite norm, or a step would be rejected for it
-            return jnp.where(is_finite, jnp.minimum(x, largest), x)
-
         finite = [jnp.isfinite(unit) & jnp.isfinite(norm) for unit, norm in zip(units, norms, strict=True)]
         products = (norm * unit for norm, unit in zip(norms, units, strict=True))
         return _Lengths(
-            *(capped(x, is_finite) for x, is_finite in zip(products, finite, strict=True)),
+            *(_capped(x, is_finite) for x, is_finite in zip(products, finite, strict=True)),
             cosine=jnp.clip(cosine, -1, 1),
-            ratio=jnp.where(is_zero, 0, capped(ratio, finite[0] & finite[1])),
+            ratio=jnp.where(is_zero, 0, _capped(ratio, finite[0] & finite[1])),
         )
 
     def _pooled(self, values: list[Any], of: Any) -> jax.Array:
@@ -374,19 +379,12 @@ class _Space:
         return [divide(x, d) for x, d in zip(tree, divisors, strict=True)]
 
 
+def _capped(x: jax.Array, is_finite: jax.Array) -> jax.Array:
+    """Keeps what finite entries give finite: a step would be rejected for it."""
+    return jnp.where(is_finite, jnp.minimum(x, jnp.finfo(x.dtype).max), x)
+
+
 def _inner(x: jax.Array, y: jax.Array) -> jax.Array:
     dtype = np.promote_types(x.dtype, y.dtype)
     x, y = x.astype(dtype), y.astype(dtype)
     return jnp.sum(x.real * y.real + x.imag * y.imag) if jnp.iscomplexobj(x) else jnp.sum(x * y)
-
-
-def _learning_rate(inner_state: Any, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """The learning rate of the last step, and whether there is just one."""
-    values = hyperparameters(inner_state)
-    rates = [value for key, value in values.items() if key.rpartition("/")[2] == "learning_rate"]
-    scales = [state.scale for state in states_of(ReduceOnPlateauState, inner_state)]
-    is_one = len(rates) == 1 and len(scales) <= 1
-    rate = jnp.zeros((), dtype)
-    if is_one:
-        rate = math.prod((x.astype(dtype) for x in scales), start=rates[0].astype(dtype))
-    return rate, jnp.asarray(is_one)

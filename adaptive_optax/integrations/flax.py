@@ -51,4 +51,4 @@ class TrainState(train_state.TrainState):
 
         bound = self.replace(tx=optax.GradientTransformation(tx.init, update))
         after = train_state.TrainState.apply_gradients(bound, grads=grads, **fields)
-        return cast(State, after.replace(tx=self.tx))
+        return cast(State, after.replace(tx=fields.get("tx", self.tx)))

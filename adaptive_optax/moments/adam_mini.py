@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -41,16 +40,14 @@ _ROLES: dict[str, Granularity] = {
     "tensor": Tensor(),
 }
 
-FLAX_LAYOUT: Mapping[str, Granularity | str] = MappingProxyType(
-    {
-        "(^|/)bias$": "coordinate",
-        "embedding$": "token",
-        "(^|/)(query|key)/kernel$": "query_key",
-        "(^|/)value/kernel$": "value",
-        "(^|/)out/kernel$": "attention_output",
-        "(^|/)kernel$": "output_neuron",
-    }
-)
+FLAX_LAYOUT: Mapping[str, Granularity | str] = {
+    "(^|/)bias$": "coordinate",
+    "embedding$": "token",
+    "(^|/)(query|key)/kernel$": "query_key",
+    "(^|/)value/kernel$": "value",
+    "(^|/)out/kernel$": "attention_output",
+    "(^|/)kernel$": "output_neuron",
+}
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -76,7 +73,8 @@ class AdamMiniBlocks(Granularity):
             leaves; the first that is found wins. A role is one of the table or a `Granularity`. None is
             `FLAX_LAYOUT`: the attention, `Dense` or `Linear`, and `Embed` of linen and nnx. Its patterns may
             match nothing but for queries and keys; others may not. A layer of one's own stands first,
-            `{"qkv/kernel$": "output_neuron"} | FLAX_LAYOUT`.
+            `{"qkv/kernel$": "output_neuron"} | FLAX_LAYOUT`; a convolution would be a stack of dense layers
+            without its own, `{"conv/kernel$": Axis(-2, -3, -4)}`.
 
     Raises:
         ValueError: If `params_layout` is no mapping from regular expressions to roles; at init, if
@@ -90,7 +88,7 @@ class AdamMiniBlocks(Granularity):
         >>> nu["query"]["kernel"].shape, nu["value"]["kernel"].shape
         ((1, 2, 1), (1, 2, 4))
 
-    Source: Zhang et al. 2024, "Adam-mini: use fewer learning rates to gain more", algorithm 3, as in its
+    Source: Zhang et al. 2024, "Adam-mini: use fewer learning rates to gain more", as in its
     authors' code from version 1.1 on (before, embeddings were per coordinate and V, MLP per tensor).
     """
 

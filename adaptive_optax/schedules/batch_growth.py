@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import jax
@@ -27,15 +26,18 @@ class BatchGrowth(NamedTuple):
         b1: Adam's b1; None for `kind="sgd"`.
         b2: Adam's b2; None likewise.
         eps: Adam's eps; None likewise.
-        emissions: How many emissions the run has, an integer.
     """
 
-    accumulation_steps: optax.Schedule
+    accumulation_steps: _Table
     learning_rate: optax.Schedule
     b1: optax.Schedule | None
     b2: optax.Schedule | None
     eps: optax.Schedule | None
-    emissions: int
+
+    @property
+    def emissions(self) -> int:
+        """How many emissions the run has."""
+        return len(self.accumulation_steps)
 
 
 def grow_batch(
@@ -131,15 +133,14 @@ def grow_batch(
 
     def decay(b):
         # Not below 0: a b of 0 stays 0, and rounding may take k (1 - b) past 1.
-        return None if b is None else _table(np.maximum(1 - k * (1 - float(b)), 0))
+        return None if b is None else _Table(np.maximum(1 - k * (1 - float(b)), 0))
 
     return BatchGrowth(
-        accumulation_steps=_table(k),
-        learning_rate=_table(mean * k**power),
+        accumulation_steps=_Table(k),
+        learning_rate=_Table(mean * k**power),
         b1=decay(b1),
         b2=decay(b2),
-        eps=None if eps is None else _table(float(eps) / np.sqrt(k)),
-        emissions=len(k),
+        eps=None if eps is None else _Table(float(eps) / np.sqrt(k)),
     )
 
 
@@ -198,10 +199,16 @@ def _factors(rates: np.ndarray, max_factor: int, power: float) -> np.ndarray:
     return np.array(factors)
 
 
-def _table(values: np.ndarray) -> Callable[[jax.typing.ArrayLike], jax.Array]:
-    def schedule(count: jax.typing.ArrayLike) -> jax.Array:
-        entry = jnp.minimum(as_count(count).astype(jnp.int32), len(values) - 1)
-        whole = np.issubdtype(values.dtype, np.integer)
-        return (jnp.asarray(values, jnp.int32) if whole else as_real(values))[entry]
+class _Table:
+    """A schedule that looks values up, and stays at the last one."""
 
-    return schedule
+    def __init__(self, values: np.ndarray):
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __call__(self, count: jax.typing.ArrayLike) -> jax.Array:
+        entry = jnp.minimum(as_count(count).astype(jnp.int32), len(self) - 1)
+        whole = np.issubdtype(self.values.dtype, np.integer)
+        return (jnp.asarray(self.values, jnp.int32) if whole else as_real(self.values))[entry]

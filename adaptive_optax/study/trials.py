@@ -60,8 +60,14 @@ class Plan:
 
     @property
     def telemetry_every(self) -> int:
-        """Every how many steps the optimizer is looked at, from the first on; of a short run fewer times."""
-        return max(-(-self.steps // self.looks), min(40, -(-self.steps // 8)))
+        """Every how many steps the optimizer is looked at, from the first on; of a short run fewer times.
+
+        No multiple of a small prime: where every 2nd, 4th or 5th step emits, some of those are met.
+        """
+        every = max(-(-self.steps // self.looks), min(40, -(-self.steps // 8)))
+        while any(every % prime == 0 for prime in (2, 3, 5)):
+            every += 1
+        return every
 
     @property
     def telemetry_steps(self) -> np.ndarray:

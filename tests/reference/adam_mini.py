@@ -1,4 +1,4 @@
-"""Adam-mini (Zhang et al. 2024, algorithms 1 and 3; the authors' code from version 1.1 on), by blocks.
+"""Adam-mini (Zhang et al. 2024; the authors' code from version 1.1 on), by blocks.
 
 The rule is about matrices of shape (outputs, inputs), as in PyTorch: queries and keys are cut into one block
 of rows a head, values, the output projection and the MLP into one block a row (an output neuron), embedding
