@@ -156,6 +156,7 @@ def test_masks_choose_what_decays_in_nnx(name):
 # --- Every factory ------------------------------------------------------------------------------------------
 
 EVERY = {case.factory: case for case in reversed(CASES)}  # the first case of each
+EVERY["inject_hyperparams"] = next(case for case in CASES if case.name == "injected")
 
 
 @pytest.mark.parametrize("factory", EVERY)
