@@ -122,7 +122,8 @@ def telemetry(
 
     Args:
         inner: The transformation that takes the steps.
-        every: The first and then every k-th step is measured, at least 1; the others cost a comparison.
+        every: The first and then every k-th step is measured, at least 1. The others cost little: the update,
+            which XLA would fuse away, is written to memory.
         per: "tree" for one number for everything, "tensor" for one a leaf.
 
     Returns:
@@ -155,7 +156,6 @@ def telemetry(
     def init_fn(params):
         check_inexact("telemetry", "params", params)
         shape = (len(jax.tree.leaves(params)),) if per_tensor else ()
-
         dtype = scalar_dtype(params)
         return TelemetryState(
             count=jnp.zeros((), jnp.int32),
