@@ -160,7 +160,7 @@ def reduce_on_plateau(
         dtype = state.scale.dtype
         metric = jnp.asarray(metric, dtype)
         total = state.total + jnp.where(jnp.isfinite(metric), metric, 0)
-        spoiled = state.spoiled + ~jnp.isfinite(metric)
+        spoiled = state.spoiled + (~jnp.isfinite(metric)).astype(jnp.int32)
         filled = state.filled + 1
         full = filled == accumulation_size
         mean = total / accumulation_size

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -40,14 +41,16 @@ _ROLES: dict[str, Granularity] = {
     "tensor": Tensor(),
 }
 
-FLAX_LAYOUT: Mapping[str, Granularity | str] = {
-    "(^|/)bias$": "coordinate",
-    "embedding$": "token",
-    "(^|/)(query|key)/kernel$": "query_key",
-    "(^|/)value/kernel$": "value",
-    "(^|/)out/kernel$": "attention_output",
-    "(^|/)kernel$": "output_neuron",
-}
+FLAX_LAYOUT: Mapping[str, Granularity | str] = MappingProxyType(
+    {
+        "(^|/)bias$": "coordinate",
+        "embedding$": "token",
+        "(^|/)(query|key)/kernel$": "query_key",
+        "(^|/)value/kernel$": "value",
+        "(^|/)out/kernel$": "attention_output",
+        "(^|/)kernel$": "output_neuron",
+    }
+)
 
 
 @dataclasses.dataclass(frozen=True, init=False)
