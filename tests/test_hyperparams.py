@@ -248,10 +248,10 @@ def annotated(
 
 def quoted(
     rate: "optax.ScalarOrSchedule",
-    unknown: "NoSuchName | None" = None,  # noqa: F821
+    unknown: "NoSuchName | None" = None,  # noqa: F821 (unresolvable: that is tested)
     eps: "float | None" = None,
     steps: "int" = 3,
-    broken: "1 +" = None,  # noqa: F722
+    broken: "1 +" = None,  # noqa: F722 (no expression: that is tested)
     attribute: "optax.no_such_name" = None,
 ):
     SEEN.update(locals())

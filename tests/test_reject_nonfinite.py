@@ -438,7 +438,7 @@ def test_under_vmap_each_member_decides_alone():
     mixed = step(once_params, once, stacked([good[0], spoiled(good[1], NAN), spoiled(good[2], 1e20)]))
     assert mixed[1].total.tolist() == mixed[1].in_a_row.tolist() == [0, 1, 1]
     for member, expected in ((0, all_good), (1, (once_params, once)), (2, (once_params, once))):
-        same(*(jax.tree.map(lambda x: x[member], (p, s.inner_state)) for p, s in (mixed, expected)))  # noqa: B023
+        same(*(jax.tree.map(lambda x: x[member], (p, s.inner_state)) for p, s in (mixed, expected)))  # noqa: B023 (called at once)
     params, state = step(*mixed, stacked(good))
     assert state.total.tolist() == [0, 1, 1] and state.in_a_row.tolist() == [0, 0, 0]
     assert state.inner_state[0].count.tolist() == [3, 2, 2]

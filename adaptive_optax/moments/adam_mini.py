@@ -16,7 +16,7 @@ import numpy as np
 
 from adaptive_optax._paths import check_expressions, check_patterns, first_match, paths_and_leaves
 from adaptive_optax.moments.by_path import ByPath
-from adaptive_optax.moments.granularity import Axis, Coordinate, Granularity, Tensor, keeping_own
+from adaptive_optax.moments.granularity import Axis, Coordinate, Granularity, Tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,10 +115,6 @@ class AdamMiniBlocks(Granularity):
         self._check(squares)
         roles = {p: role if isinstance(role, Granularity) else _ROLES[role] for p, role in self.layout}
         return ByPath(roles, default="tensor", strict=False).pool(squares)
-
-    def template(self, params: Any) -> Any:
-        """Returns the parameters themselves where they stay per coordinate, for their sharding."""
-        return keeping_own(params, super().template(params))
 
     def _check(self, tree: Any) -> None:
         """Refuses a tree in which the layout does not find what it is made for."""

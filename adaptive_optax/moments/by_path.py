@@ -11,7 +11,7 @@ import optax
 
 from adaptive_optax._checks import check_bool
 from adaptive_optax._paths import check_expressions, check_patterns, first_match, paths_and_leaves
-from adaptive_optax.moments.granularity import Granularity, as_granularity, keeping_own
+from adaptive_optax.moments.granularity import Granularity, as_granularity
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -84,7 +84,3 @@ class ByPath(Granularity):
             for i, value in zip(places, jax.tree.leaves(spread), strict=True):
                 pooled[i] = value
         return jax.tree.unflatten(treedef, pooled)
-
-    def template(self, params: Any) -> Any:
-        """Returns the parameters themselves where they stay per coordinate, for their sharding."""
-        return keeping_own(params, super().template(params))

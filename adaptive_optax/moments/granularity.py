@@ -40,8 +40,14 @@ class Granularity(abc.ABC):
         return jax.tree.map(lambda x, value: value.astype(real_dtype(x)), like, pooled)
 
     def template(self, params: Any) -> Any:
-        """Returns arrays or abstract arrays with the shapes and dtypes of the statistics of `params`."""
-        return jax.eval_shape(lambda tree: self.pool(abs_square(tree)), params)
+        """Returns arrays or abstract arrays with the shapes and dtypes of the statistics of `params`.
+
+        A parameter stands for a statistic of its own shape, so that the state follows its sharding.
+        """
+        pooled = jax.eval_shape(lambda tree: self.pool(abs_square(tree)), params)
+        if jax.tree.structure(pooled) != jax.tree.structure(params):
+            return pooled
+        return jax.tree.map(lambda x, t: x if t.shape == x.shape else t, params, pooled)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,10 +65,6 @@ class Coordinate(Granularity):
     def pool(self, squares: Any) -> Any:
         """Returns the squares as they are."""
         return squares
-
-    def template(self, params: Any) -> Any:
-        """Returns the parameters, whose sharding the state then follows."""
-        return params
 
 
 @dataclasses.dataclass(frozen=True, init=False)
@@ -114,10 +116,6 @@ class Axis(Granularity):
             return _reduced(total, math.prod(x.shape[axis] for axis in axes), self.reduce)
 
         return jax.tree.map(leaf, squares)
-
-    def template(self, params: Any) -> Any:
-        """Returns the parameters themselves where they stay per coordinate, for their sharding."""
-        return keeping_own(params, super().template(params))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -296,11 +294,6 @@ class Global(Granularity):
     def spread(self, pooled: Any, like: Any) -> Any:
         """Gives every leaf the one value."""
         return jax.tree.map(lambda x: pooled.astype(real_dtype(x)), like)
-
-
-def keeping_own(params: Any, template: Any) -> Any:
-    """Returns a template with a leaf a parameter, in which parameters stand for statistics of their shape."""
-    return jax.tree.map(lambda x, t: x if t.shape == x.shape else t, params, template)
 
 
 def _reduced(total: jax.Array, count: int, reduce: Reduce) -> jax.Array:
