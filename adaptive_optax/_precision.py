@@ -31,14 +31,21 @@ def scalar_dtype(tree: Any) -> jnp.dtype:
 
 def widen(tree: Any) -> Any:
     """Casts every leaf to the dtype in which it is computed."""
-    return jax.tree.map(lambda x: jnp.asarray(x, wide_dtype(x)), tree)
+    return jax.tree.map(lambda x: cast(x, wide_dtype(x)), tree)
+
+
+def cast(x: Any, dtype: Any) -> jax.Array:
+    """Returns an array in the given dtype, strongly typed; itself, at no cost to tracing, if it is that."""
+    if isinstance(x, jax.Array) and x.dtype == dtype and not x.weak_type:
+        return x
+    return jnp.asarray(x, dtype)
 
 
 def abs_square(tree: Any) -> Any:
     """Returns |x|^2, real and non-negative, in float32 at least."""
 
     def leaf(x):
-        x = x.astype(wide_dtype(x))
+        x = cast(x, wide_dtype(x))
         return jnp.square(x.real) + jnp.square(x.imag) if jnp.iscomplexobj(x) else jnp.square(x)
 
     return jax.tree.map(leaf, tree)
@@ -48,7 +55,14 @@ def scale(x: jax.Array, factor: Any) -> jax.Array:
     """Returns x times a real factor, in the dtype of x."""
     if jnp.iscomplexobj(x):
         return jax.lax.complex(scale(x.real, factor), scale(x.imag, factor))
-    return x * (factor if isinstance(factor, float) else factor.astype(x.dtype))
+    return x * (factor if isinstance(factor, float) else cast(factor, x.dtype))
+
+
+def scaled(tree: Any, factor: Any) -> Any:
+    """Returns a tree times a real factor; the tree itself where the factor is known to be 1."""
+    if isinstance(factor, float) and factor == 1:
+        return tree
+    return jax.tree.map(lambda x: scale(x, factor), tree)
 
 
 def moved(param: jax.Array, update: jax.Array) -> jax.Array:
@@ -61,7 +75,7 @@ def divide(x: jax.Array, divisor: jax.Array) -> jax.Array:
     """Returns x over a real divisor, in the dtype of x."""
     if jnp.iscomplexobj(x):
         return jax.lax.complex(divide(x.real, divisor), divide(x.imag, divisor))
-    return x / divisor.astype(x.dtype)
+    return x / cast(divisor, x.dtype)
 
 
 def concrete(value: Any) -> float | None:

@@ -32,20 +32,21 @@ def _finalise(x: jax.Array, between: Any = 0) -> jax.Array:
 
 
 def random_bits(
-    shape: tuple[int, ...], count: jax.Array, leaf: int, role: Literal["mu", "nu", "parameter"], seed: int = 0
+    shape: tuple[int, ...], count: jax.Array, leaf: Any, role: Literal["mu", "nu", "parameter"], seed: int = 0
 ) -> jax.Array:
     """Returns 16 random bits for each coordinate of an array, as uint32.
 
     Args:
         shape: The array's shape; the global one where it is sharded.
         count: The number of the step.
-        leaf: The array's index in its tree.
+        leaf: The array's number in its tree, an int or an integer scalar.
         role: What they are for. The two moments take a half each of one and the same hash.
         seed: Tells apart uses that share all of the above.
     """
     count = count.astype(jnp.uint32)
     seed += _PARAMETER if role == "parameter" else 0
-    stream = _finalise(np.uint32((leaf * _GOLDEN + seed) % 2**32) ^ _finalise(count + np.uint32(_GOLDEN)))
+    place = jnp.asarray(leaf, jnp.uint32) * np.uint32(_GOLDEN) + np.uint32(seed % 2**32)
+    stream = _finalise(place ^ _finalise(count + np.uint32(_GOLDEN)))
     index = jnp.zeros(shape, jnp.uint32)
     for axis in range(len(shape)):
         stride = math.prod(shape[axis + 1 :]) % 2**32

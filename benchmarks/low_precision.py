@@ -4,20 +4,12 @@ Every arm is Adam with a one-cycle rate, at one peak, on the same seeds: the sam
 batches. The metric is the final loss on training data. The tasks are as wide as `Int8` needs (64), and it
 compresses every matrix that wide, embeddings included. Low-precision parameters are bfloat16; the model
 computes in float32, so that only what is kept differs.
-
-    python -m benchmarks.low_precision [--tasks localization text] [--seeds 12] [--json FILE] [--picture FILE]
-
-With `--rows FILE` nothing is trained: the table and the picture are made of that JSON file.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,15 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pandas as pd
-import rich
-import rich.table
 import scipy.stats
 from matplotlib.figure import Figure
 
 import adaptive_optax as ao
 from adaptive_optax import study
+from adaptive_optax._drawing import PALETTE, THEMES, dress
 from adaptive_optax.study import tasks
-from benchmarks.setting import publish
+from benchmarks.tables import Table
 
 INT8 = ao.Int8(min_size=1)
 BASELINE = "float32"
@@ -115,9 +106,19 @@ def bytes_a_parameter(task: study.Task, arm: Any) -> float:
     return ao.state_bytes(state) / sum(x.size for x in jax.tree.leaves(params))
 
 
-def measure(name: str, seeds: int) -> list[dict[str, Any]]:
-    """Trains every arm on one task; gives a row an arm."""
-    setting = SETTINGS[name]
+def measure(quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
+    """Trains every arm on both tasks, with 12 seeds."""
+    rows = []
+    for name, setting in SETTINGS.items():
+        advance(name)
+        if quick:
+            setting = dataclasses.replace(setting, steps=10)
+        rows += _rows(name, setting, seeds=5 if quick else 12)
+    settings = {name: (setting.peak, setting.steps) for name, setting in SETTINGS.items()}
+    return {"rows": rows, "settings": settings}
+
+
+def _rows(name: str, setting: Setting, seeds: int) -> list[dict[str, Any]]:
     task = on_training_data(setting.task())
     tables, sizes = [], {}
     for arms, version in ((STATE_ARMS, task), (PARAMETER_ARMS, with_bfloat16_parameters(task))):
@@ -148,62 +149,42 @@ def measure(name: str, seeds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draws the differences from float32 with 95 % intervals, a panel a task."""
-    names = list(dict.fromkeys(row["task"] for row in rows))
-    figure = Figure(figsize=(7.0, 1.0 + 1.9 * len(names)), layout="constrained")
+def tables(result: dict[str, Any]) -> dict[str, Table]:
+    """Returns a row an arm with both tasks' differences from float32."""
+    rows = {(row["task"], row["arm"]): row for row in result["rows"]}
+    names, arms = (list(dict.fromkeys(key[i] for key in rows)) for i in (0, 1))
+    bases = [f"{name}: loss minus float32's {rows[name, BASELINE]['final_loss']:.4f}" for name in names]
+    table = Table("What low precision loses", ["kept", "bytes of state a parameter", *bases])
+    for arm in arms:
+        if arm == BASELINE:
+            continue
+        sizes = dict.fromkeys(f"{rows[name, arm]['bytes_a_parameter']:.2f}" for name in names)
+        cells = [
+            f"{row['difference']:+.4f} ± {row['difference_error']:.4f} (p = {row['p_value']:.2g})".replace(
+                "-", "−"
+            )
+            for row in (rows[name, arm] for name in names)
+        ]
+        table.add(arm, ", ".join(sizes), *cells)
+    return {"main": table}
+
+
+def figures(result: dict[str, Any]) -> dict[str, Figure]:
+    """Draws the differences from float32 with 95 % intervals, a panel a task, for light and dark."""
+    return {f"low_precision_{theme}": _figure(result["rows"], theme) for theme in THEMES}
+
+
+def _figure(rows: list[dict[str, Any]], theme: str) -> Figure:
+    colours, names = THEMES[theme], list(dict.fromkeys(row["task"] for row in rows))
+    figure = Figure(figsize=(7.0, 1.0 + 1.9 * len(names)), layout="constrained", facecolor=colours.paper)
     for axes, name in zip(np.ravel(figure.subplots(len(names), 1)), names, strict=True):
         shown = [row for row in rows if row["task"] == name and row["arm"] != BASELINE][::-1]
         base = next(row["final_loss"] for row in rows if row["task"] == name and row["arm"] == BASELINE)
         percent = [100 * row["difference"] / base for row in shown]
         half = [100 * row["difference_error"] * row["t_95"] / base for row in shown]
-        places = range(len(shown))
-        axes.axvline(0, color="0.6", linewidth=1)
-        axes.errorbar(percent, places, xerr=half, fmt="o", color="tab:blue", capsize=3)
+        dress(axes, colours, f"{name}: training loss minus float32's, %", "")
+        axes.axvline(0, color=colours.muted, linewidth=1)
+        axes.errorbar(percent, range(len(shown)), xerr=half, fmt="o", color=PALETTE[1], capsize=3)
         labels = [row["arm"].replace("parameters bfloat16,", "parameters:") for row in shown]
-        axes.set_yticks(places, labels, fontsize=8)
-        axes.set_title(f"{name}: training loss minus float32's, %", fontsize=9, loc="left")
-        axes.tick_params(axis="x", labelsize=8)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=160)
-
-
-def main() -> None:
-    """Prints the table and, if asked, writes it as JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--tasks", nargs="+", choices=SETTINGS, default=list(SETTINGS))
-    parser.add_argument("--seeds", type=int, default=12, help="paired seeds, at least 5")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    parser.add_argument("--picture", type=Path, help="also draw the differences into this file")
-    parser.add_argument("--rows", type=Path, help="show the rows of this JSON file, train nothing")
-    args = parser.parse_args()
-    if args.seeds < 5:
-        parser.error(f"--seeds must be at least 5, got {args.seeds}.")
-    jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
-
-    table = rich.table.Table("task", "arm", "bytes a parameter", "training loss", "minus float32", "p")
-    if args.rows is None:
-        rows = [row for name in args.tasks for row in measure(name, args.seeds)]
-    else:
-        rows = json.loads(args.rows.read_text())["rows"]
-    for row in rows:
-        table.add_row(
-            row["task"],
-            row["arm"],
-            f"{row['bytes_a_parameter']:.2f}",
-            f"{row['final_loss']:.4f} ± {row['final_loss_error']:.4f}",
-            f"{row['difference']:+.4f} ± {row['difference_error']:.4f}",
-            f"{row['p_value']:.2g}" if "p_value" in row else "",
-        )
-    rich.print(table)
-    if args.picture is not None:
-        draw(rows, args.picture)
-    if args.rows is None:
-        settings = {name: (setting.peak, setting.steps) for name, setting in SETTINGS.items()}
-        publish("low_precision", rows, args.json, settings=settings)
-
-
-if __name__ == "__main__":
-    main()
+        axes.set_yticks(range(len(shown)), labels, fontsize=8)
+    return figure

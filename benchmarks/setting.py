@@ -1,33 +1,70 @@
-"""Where and with what a benchmark ran, printed and written beside its rows."""
+"""Where and with what a benchmark ran: what a number means nothing without."""
 
 from __future__ import annotations
 
-import json
+import datetime
+import importlib
+import importlib.util
 import os
 import platform
-import sys
+import re
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import jax
-import optax
-import rich
 
-import adaptive_optax as ao
+RESULTS = Path(__file__).parent / "results"
+VERSIONED = ("adaptive_optax", "jax", "jaxlib", "optax", "flax", "torch")
 
 
-def publish(benchmark: str, rows: list[dict[str, Any]], path: Path | None, **more: Any) -> None:
-    """Prints command, hardware and versions, and writes them with the rows as JSON if there is a path."""
+def hardware() -> str:
+    """Names the accelerator, or the CPU by its cores, as in a file's name: "cpu_2_cores", "nvidia_h200"."""
     device = jax.devices()[0]
-    setting = {
-        "command": " ".join([f"python -m benchmarks.{benchmark}", *sys.argv[1:]]),
+    name = f"cpu {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
+    return re.sub(r"\W+", "_", name.lower()).strip("_")
+
+
+def setting(command: str) -> dict[str, Any]:
+    """Returns command, commit, date, hardware and versions."""
+    device = jax.devices()[0]
+    return {
+        "command": command,
+        "commit": _git("rev-parse", "--short", "HEAD"),
+        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "date": datetime.date.today().isoformat(),
+        "hardware": hardware(),
         "device": f"{len(jax.devices())} x {device.platform}: {device.device_kind}",
-        "host": f"{os.cpu_count()} CPU cores, {platform.machine()}",
-        "versions": {module.__name__: module.__version__ for module in (ao, jax, optax)},
+        "host": f"{os.cpu_count()} CPU cores, {_processor()}",
         "python": platform.python_version(),
+        "versions": {
+            name: importlib.import_module(name).__version__
+            for name in VERSIONED
+            if importlib.util.find_spec(name) is not None
+        },
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-    } | more
-    rich.print(setting)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(setting | {"rows": rows}, indent=1) + "\n")
+    }
+
+
+def described(result: dict[str, Any]) -> str:
+    """Says in one line where a result comes from."""
+    versions = result["versions"]
+    named = ["jax", "optax"] + (["torch"] if result.get("uses_torch") else [])
+    parts = [
+        result["host"] if "cpu" in result["hardware"] else result["device"].split(": ")[1],
+        f"Python {result['python']}",
+        *(f"{name} {versions[name]}" for name in named),
+        *([f"XLA_FLAGS={result['xla_flags']}"] if result["xla_flags"] else []),
+    ]
+    return ", ".join(parts)
+
+
+def _git(*arguments: str) -> str:
+    done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else "unknown"
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return found[1] if found else platform.machine()

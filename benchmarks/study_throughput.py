@@ -1,31 +1,22 @@
-"""Trials a second of the study, against the Python loop that people write.
+"""Trials a second of the study, against the Python loops that people write over optax and over PyTorch.
 
-The task is a digits MLP (64-128-128-10) with batches of 64. Both train the same trials (rates x seeds) with
-Adam and evaluate on the validation set at the same points. The loop is kind to itself: one optax step, jitted
-once, with the rate as an argument, and the batches of an epoch indexed with NumPy. Compilation is timed
-apart.
-Both alternate in one process; the study uses as many devices as there are cores.
-
-    python -m benchmarks.study_throughput [--rounds 5] [--json FILE]
+The task is a digits MLP (64-128-128-10) with batches of 64. All train the same trials (rates x seeds) with
+Adam and evaluate on the validation set at the same points. The loops are kind to themselves: one optax step,
+jitted once, with the rate as an argument, and the batches of an epoch indexed with NumPy. Compilation is
+timed apart. They alternate in one process; the study uses as many devices as there are cores.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
-import os
-import statistics
 import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import rich
-import rich.progress
-import rich.table
 from sklearn.datasets import load_digits
 
 from adaptive_optax import study
@@ -34,7 +25,9 @@ from adaptive_optax.study.progress import TrialProgress
 from adaptive_optax.study.runner import ArmSpec, Runner
 from adaptive_optax.study.store import Key
 from adaptive_optax.study.trials import Plan
-from benchmarks.setting import publish
+from benchmarks.contenders import HAS_TORCH, torch_module
+from benchmarks.tables import Table, digits, ratio
+from benchmarks.timing import median_and_quartiles
 
 SIZES = (64, 128, 128, 10)
 BATCH, STEPS, POINTS = 64, 400, 10
@@ -101,81 +94,116 @@ class PythonLoop:
         return final
 
 
-def main() -> None:
-    """Prints the table and, if asked, writes it as JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=5, help="rounds in which both take turns (at least 3)")
-    parser.add_argument("--trials", type=int, nargs="+", default=[4, 16, 64], help="trials of the study")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    args = parser.parse_args()
-    if args.rounds < 3:
-        parser.error(f"--rounds must be at least 3, got {args.rounds}.")
-    if min(args.trials) < len(RATES):
-        parser.error(f"--trials must be at least {len(RATES)}, got {min(args.trials)}.")
-    jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+class TorchLoop:
+    """The same in PyTorch, eager, on the CPU or the GPU."""
 
+    def __init__(self, task: study.Task):
+        """Puts the data on the device."""
+        torch = torch_module()
+        self._torch, self._device = torch, "cuda" if torch.cuda.is_available() else "cpu"
+        self._task = task
+        (x, y), validation = task.train, task.validation
+        self._x, self._y = torch.tensor(x, device=self._device), torch.tensor(y, device=self._device).long()
+        self._validation = tuple(torch.tensor(a, device=self._device) for a in validation)
+
+    def train(self, rate: float, seed: int) -> float:
+        """Runs one trial; gives its final validation loss."""
+        torch = self._torch
+        torch.manual_seed(seed)
+        layers: list[Any] = []
+        for a, b in zip(SIZES, SIZES[1:], strict=False):
+            layers += [torch.nn.Linear(a, b), torch.nn.ReLU()]
+            torch.nn.init.normal_(layers[-2].weight, std=(2 / a) ** 0.5)
+        model = torch.nn.Sequential(*layers[:-1]).to(self._device)
+        optimizer = torch.optim.Adam(model.parameters(), lr=rate, fused=True)
+        entropy = torch.nn.functional.cross_entropy
+        order, per_epoch, final = np.random.default_rng(seed), self._task.steps_per_epoch, 0.0
+        shuffled = np.arange(len(self._x))
+        for index in range(STEPS):
+            if index % per_epoch == 0:
+                shuffled = order.permutation(len(self._x))
+            chosen = torch.from_numpy(shuffled[index % per_epoch * BATCH :][:BATCH]).to(self._device)
+            optimizer.zero_grad()
+            entropy(model(self._x[chosen]), self._y[chosen]).backward()
+            optimizer.step()
+            if (index + 1) % (STEPS // POINTS) == 0:
+                with torch.no_grad():
+                    x, y = self._validation
+                    final = float(entropy(model(x), y.long()))
+        return final
+
+
+def measure(quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
+    """Measures studies of 1 to 256 trials."""
     task = make_task()
     plan = Plan(STEPS, tuple(range(0, STEPS + 1, STEPS // POINTS)))
     arms = {"adam": ArmSpec(lambda rate, steps: optax.adam(rate), "once", None, 0)}
-    loop = PythonLoop(task)
+    loops: dict[str, Any] = {"loop": PythonLoop(task)} | ({"torch": TorchLoop(task)} if HAS_TORCH else {})
     began = time.perf_counter()
-    loop.train(RATES[0], 0)
+    loops["loop"].train(RATES[0], 0)
     loop_compile = time.perf_counter() - began
-
-    table = rich.table.Table(
-        "trials", "layout", "study, trials/s", "loop, trials/s", "ratio", "quartiles", "first call, s"
-    )
     rows = []
-    for trials in rich.progress.track(args.trials, "measuring"):
+    for trials in [1, 2] if quick else [1, 4, 16, 64, 256]:
+        advance(f"{trials} trials")
+        row = _row(task, plan, arms, loops, trials, rounds=1 if quick else 3 if trials > 64 else 5)
+        rows.append(row | {"loop_first_call_s": loop_compile})
+    settings = {"steps": STEPS, "batch_size": BATCH, "rates": RATES, "points": POINTS}
+    return {"rows": rows, "settings": settings, "uses_torch": HAS_TORCH}
+
+
+def _row(
+    task: study.Task, plan: Plan, arms: dict[str, ArmSpec], loops: dict[str, Any], trials: int, rounds: int
+) -> dict[str, Any]:
+    began = time.perf_counter()
+    layout, _ = settle_layout(task, arms, plan, trials=trials, example_rate=RATES[0])
+    keys = [Key("adam", RATES[i % len(RATES)], i // len(RATES)) for i in range(trials)]
+
+    def run_study():
+        runner = Runner(task, arms, plan, layout, None, TrialProgress(trials, show=False))
+        runner.run(keys, "")
+        return runner.results
+
+    losses = {"study": [record.validation[-1] for record in run_study().values()]}
+    first_call = time.perf_counter() - began
+    looped = keys[:8]  # a loop's time is the same for every trial
+    speeds: dict[str, list[float]] = {name: [] for name in ("study", *loops)}
+    for _ in range(rounds):
         began = time.perf_counter()
-        layout, _ = settle_layout(task, arms, plan, trials=trials, example_rate=RATES[0])
-
-        def run_study(trials=trials, layout=layout):
-            runner = Runner(task, arms, plan, layout, None, TrialProgress(trials, show=False))
-            seeds = range(trials // len(RATES))
-            runner.run([Key("adam", rate, seed) for seed in seeds for rate in RATES], "")
-            return runner.results
-
-        final = [record.validation[-1] for record in run_study().values()]
-        study_compile = time.perf_counter() - began
-        looped = min(trials, 8)  # the loop's time is the same for every trial
-        ours, theirs, ends = [], [], []
-        for _ in range(args.rounds):
+        run_study()
+        speeds["study"].append(trials / (time.perf_counter() - began))
+        for name, loop in loops.items():
             began = time.perf_counter()
-            run_study()
-            ours.append(trials / (time.perf_counter() - began))
-            began = time.perf_counter()
-            ends = [loop.train(RATES[i % len(RATES)], i // len(RATES)) for i in range(looped)]
-            theirs.append(looped / (time.perf_counter() - began))
-        ratios = sorted(a / b for a, b in zip(ours, theirs, strict=True))
-        low, _, high = statistics.quantiles(ratios, n=4)
-        row = {
-            "trials": trials,
-            "layout": layout._asdict(),
-            "study_trials_a_second": statistics.median(ours),
-            "loop_trials_a_second": statistics.median(theirs),
-            "ratio": statistics.median(ratios),
-            "ratio_quartiles": [low, high],
-            "study_first_call_s": study_compile,
-            "loop_first_call_s": loop_compile,
-            "study_mean_final_loss": float(np.mean(final)),
-            "loop_mean_final_loss": float(np.mean(ends)),
-        }
-        rows.append(row)
-        described = f"{layout.mode}, {layout.width} on {layout.devices}"
-        numbers = [row["study_trials_a_second"], row["loop_trials_a_second"], row["ratio"]]
-        table.add_row(
-            str(trials),
-            described,
-            *(f"{number:.2f}" for number in numbers),
-            f"{low:.2f}-{high:.2f}",
-            f"{study_compile:.1f} against {loop_compile:.1f}",
+            losses[name] = [loop.train(key.rate, key.seed) for key in looped]
+            speeds[name].append(len(looped) / (time.perf_counter() - began))
+    return {
+        "trials": trials,
+        "layout": layout._asdict(),
+        "trials_a_second": {name: float(np.median(values)) for name, values in speeds.items()},
+        "over": {
+            name: {"ratio": median_and_quartiles(np.divide(speeds["study"], speeds[name]))} for name in loops
+        },
+        "study_first_call_s": first_call,
+        "mean_final_loss": {name: float(np.mean(values)) for name, values in losses.items()},
+        "rounds": rounds,
+    }
+
+
+def tables(result: dict[str, Any]) -> dict[str, Table]:
+    """Returns the one table; the first calls of study and loop compile."""
+    table = Table(
+        "Trials a second of a digits MLP",
+        ["trials", "layout", "study", "optax loop", "ratio", "torch loop", "ratio", "first calls, s"],
+    )
+    for row in result["rows"]:
+        speed, layout = row["trials_a_second"], row["layout"]
+        table.add(
+            str(row["trials"]),
+            f"{layout['mode']}, {layout['width']} on {layout['devices']}",
+            digits(speed["study"]),
+            digits(speed["loop"]),
+            ratio(row["over"]["loop"]),
+            digits(speed.get("torch")),
+            ratio(row["over"].get("torch")),
+            f"{row['study_first_call_s']:.1f}, {row['loop_first_call_s']:.1f}",
         )
-    rich.print(table)
-    publish("study_throughput", rows, args.json, steps=STEPS, batch_size=BATCH, rates=RATES)
-
-
-if __name__ == "__main__":
-    main()
+    return {"main": table}

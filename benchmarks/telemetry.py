@@ -2,33 +2,27 @@
 
 On two networks that find a digit: the example's, whose step takes a quarter of a millisecond, and a small
 convolutional one. The four run in turn in one process, ten steps at a time, as `every=10` works on one step
-of ten. Prints the median of the paired ratios of times, over the step without telemetry, with a 95 % interval
+of ten. The ratios of times of one round, over the step without telemetry, have a median and its 95 % interval
 (bootstrap).
-
-    python -m benchmarks.telemetry [--rounds 100] [--json FILE]
 """
 
 from __future__ import annotations
 
-import argparse
-import time
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import rich
-import rich.progress
-import rich.table
 import scipy.stats
 from flax import nnx
 
 import adaptive_optax as ao
 from adaptive_optax import study
 from adaptive_optax.study.tasks import localization
-from benchmarks.setting import publish
+from benchmarks.tables import Table, digits
+from benchmarks.timing import alternate
 
 STEPS = 10  # a block
 OPTIMIZERS = {
@@ -88,50 +82,28 @@ class Training:
         self._carry: Any = (params, tx.init(params))
         self._step = jax.jit(step, donate_argnums=(0, 1)).lower(*self._carry).compile()
 
-    def seconds(self) -> float:
-        """Runs a block and returns the time of a step."""
-        start = time.perf_counter()
+    def __call__(self) -> Any:
+        """Runs a block."""
         for _ in range(STEPS):
             self._carry = self._step(*self._carry)
-        jax.block_until_ready(self._carry)
-        return (time.perf_counter() - start) / STEPS
+        return self._carry
 
 
-def main() -> None:
-    """Prints the table and, if asked, writes it as JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--rounds", type=int, default=100, help="timed blocks of each (at least 30)")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    args = parser.parse_args()
-    if args.rounds < 30:
-        parser.error(f"--rounds must be at least 30, got {args.rounds}.")
-
-    table = rich.table.Table("network", "telemetry", "ms a step", "ratio", "95 % interval")
+def measure(quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
+    """Measures both networks."""
     rows = []
     for task in (localization(), convolutional()):
-        for row in measure(task, args.rounds):
-            rows.append(row)
-            low, high = row["ratio_interval"]
-            numbers = f"{row['ms']:.2f}", f"{row['ratio']:.3f}", f"{low:.3f}-{high:.3f}"
-            table.add_row(f"{task.name}, {task.parameter_count:,}", row["telemetry"], *numbers)
-    rich.print(table)
-    publish("telemetry", rows, args.json)
+        advance(task.name)
+        rows += _rows(task, rounds=15 if quick else 100)
+    return {"rows": rows}
 
 
-def measure(task: study.Task, rounds: int) -> list[dict[str, Any]]:
-    """Times all on one task."""
+def _rows(task: study.Task, rounds: int) -> list[dict[str, Any]]:
     trainings = {name: Training(task, make()) for name, make in OPTIMIZERS.items()}
-    names = list(trainings)
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for i in rich.progress.track(range(rounds + 3), task.name):
-        for name in np.roll(names, i):  # each is first, and each last, equally often
-            seconds[name].append(trainings[name].seconds())
-    times = {name: np.array(values[3:]) for name, values in seconds.items()}  # the first ones warm up
+    times = alternate(trainings, rounds)
     rows = []
-    for name in names:
-        ratios = times[name] / times["without"]
+    for name, seconds in times.items():
+        ratios = seconds / times["without"]
         found = scipy.stats.bootstrap((ratios,), np.median, rng=np.random.default_rng(0), method="percentile")
         low, high = found.confidence_interval
         rows.append(
@@ -140,7 +112,7 @@ def measure(task: study.Task, rounds: int) -> list[dict[str, Any]]:
                 "parameters": task.parameter_count,
                 "batch_size": task.batch_size,
                 "telemetry": name,
-                "ms": 1e3 * float(np.median(times[name])),
+                "ms": 1e3 * float(np.median(seconds)) / STEPS,
                 "ratio": float(np.median(ratios)),
                 "ratio_interval": [float(low), float(high)],
             }
@@ -148,5 +120,18 @@ def measure(task: study.Task, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-if __name__ == "__main__":
-    main()
+def tables(result: dict[str, Any]) -> dict[str, Table]:
+    """Returns the one table."""
+    table = Table(
+        "A training step with telemetry over one without",
+        ["network", "ms without", *(f"`{name}`" for name in OPTIMIZERS if name != "without")],
+    )
+    networks = dict.fromkeys((row["network"], row["parameters"]) for row in result["rows"])
+    for network, parameters in networks:
+        rows = {row["telemetry"]: row for row in result["rows"] if row["network"] == network}
+        cells = []
+        for name in OPTIMIZERS:
+            low, high = rows[name]["ratio_interval"]
+            cells.append(f"{rows[name]['ratio']:.2f} ({low:.2f}–{high:.2f})")
+        table.add(f"{network}, {parameters:,} parameters", digits(rows["without"]["ms"]), *cells[1:])
+    return {"main": table}

@@ -1,137 +1,223 @@
-"""Time of a jitted update + apply against optax on the same chain and tree.
+"""Time of a jitted update + apply against optax and PyTorch on the same chain and tree.
 
-Both run alternately in one process, each donating its parameters and state as a training loop does. Prints,
-for each tree and chain, the median of the times and the median of the paired ratios (below 1: faster than
-optax) with its quartiles, and the ratio of the times that tracing and compiling took.
-
-    python -m benchmarks.update_step [--runs 40] [--json FILE]
+All of a row take turns in one process, after a warm-up, each going round sets of parameters, state and
+gradients that together are larger than any cache.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
-import rich
-import rich.progress
-import rich.table
 
 import adaptive_optax as ao
-from benchmarks.setting import publish
+from benchmarks import trees
+from benchmarks.contenders import HAS_TORCH, Step, TorchStep, gradient_sets, preparation, torch_module
+from benchmarks.tables import Table, digits, ratio
+from benchmarks.timing import against, alternate, copy_bandwidth
 
-Shapes = dict[str, tuple[int, ...]]
-
-
-def transformer_shapes(layers: int = 12, width: int = 384, vocabulary: int = 8192) -> Shapes:
-    """The leaves of a small transformer: one embedding and eight leaves a layer."""
-    shapes: Shapes = {"embedding": (vocabulary, width)}
-    for i in range(layers):
-        shapes |= {f"{i}/{name}": (width, width) for name in ("query", "key", "value", "out")}
-        shapes |= {f"{i}/up": (width, 4 * width), f"{i}/down": (4 * width, width)}
-        shapes |= {f"{i}/norm_1": (width,), f"{i}/norm_2": (width,)}
-    return shapes
+RATE = 1e-3
+# With it XLA's CPU backend sees that a moment can be overwritten in place after its last reader.
+REGION_ANALYSIS = {"xla_cpu_copy_insertion_use_region_analysis": True}
 
 
-TREES: dict[str, Callable[[], Shapes]] = {
-    "one leaf of 16 M": lambda: {"leaf": (4096, 4096)},
-    "transformer, 97 leaves": transformer_shapes,
-    "400 small leaves": lambda: {str(i): (64, 64) if i % 2 else (64,) for i in range(400)},
-}
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """An optimizer of this library, what it is compared to, and the fewest bytes a parameter in a step.
 
-CHAINS: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
-    "adamw": (lambda: ao.adamw(1e-3), lambda: optax.adamw(1e-3)),
-    "clip + adamw": (
-        lambda: optax.chain(ao.clip_by_global_norm(1.0), ao.adamw(1e-3)),
-        lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)),
+    The bytes are those of gradients, parameters and state, each read and written once; a gradient twice where
+    a norm must be known first.
+    """
+
+    ours: Callable[[], Any]
+    optax: Callable[[], Any]
+    least_bytes: float
+    dtype: str = "float32"
+    torch: str = ""
+    max_norm: float | None = None
+    options: dict[str, Any] | None = None
+
+
+def _adamw_kept_as(storage: str) -> Any:
+    return ao.adamw(RATE, mu_storage=storage, nu_storage=storage)
+
+
+CHAINS = {
+    "adam": Chain(lambda: ao.adam(RATE), lambda: optax.adam(RATE), 28),
+    "adamw": Chain(lambda: ao.adamw(RATE), lambda: optax.adamw(RATE), 28, torch="AdamW"),
+    "clip + adamw": Chain(
+        lambda: optax.chain(ao.clip_by_global_norm(1.0), ao.adamw(RATE)),
+        lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(RATE)),
+        32,
+        torch="AdamW",
+        max_norm=1.0,
     ),
+    "rmsprop": Chain(lambda: ao.rmsprop(RATE), lambda: optax.rmsprop(RATE), 20),
     # optax has no global form: its rmsprop stands beside both.
-    "rmsprop": (lambda: ao.rmsprop(1e-3), lambda: optax.rmsprop(1e-3)),
-    "global_rmsprop": (lambda: ao.global_rmsprop(1e-3), lambda: optax.rmsprop(1e-3)),
+    "global_rmsprop": Chain(lambda: ao.global_rmsprop(RATE), lambda: optax.rmsprop(RATE), 16),
+    "adam per tensor": Chain(lambda: ao.adam(RATE, granularity="tensor"), lambda: optax.adam(RATE), 24),
+}
+# Against optax's float32 AdamW, whatever is kept in fewer bits.
+LOW_PRECISION = {
+    "adamw, bfloat16 state": Chain(lambda: _adamw_kept_as("bfloat16"), lambda: optax.adamw(RATE), 20),
+    "adamw, int8 state": Chain(lambda: _adamw_kept_as("int8"), lambda: optax.adamw(RATE), 16.06),
+    "adamw, bfloat16 parameters + stochastic rounding": Chain(
+        lambda: optax.chain(ao.adamw(RATE), ao.stochastic_rounding()),
+        lambda: optax.adamw(RATE),
+        22,
+        dtype="bfloat16",
+    ),
+}
+# Against the same without.
+WRAPPED = {
+    "telemetry(adamw), every=10": Chain(
+        lambda: ao.telemetry(ao.adamw(RATE), every=10), lambda: ao.adamw(RATE), 28
+    ),
+    "telemetry(adamw), every=1": Chain(lambda: ao.telemetry(ao.adamw(RATE)), lambda: ao.adamw(RATE), 28),
+    "reject_nonfinite(adamw)": Chain(lambda: ao.reject_nonfinite(ao.adamw(RATE)), lambda: ao.adamw(RATE), 28),
 }
 
-
-class Contender:
-    """One compiled step with its own parameters and state."""
-
-    def __init__(self, tx: optax.GradientTransformation, shapes: Shapes, gradients: Any):
-        params = {name: jnp.full(shape, 0.1) for name, shape in shapes.items()}
-        self._gradients = gradients
-
-        def step(params, state, gradients):
-            updates, state = tx.update(gradients, state, params)
-            return optax.apply_updates(params, updates), state
-
-        start = time.perf_counter()
-        self._carry = (params, tx.init(params))
-        self._step = jax.jit(step, donate_argnums=(0, 1)).lower(*self._carry, gradients).compile()
-        self.compile_seconds = time.perf_counter() - start
-
-    def seconds(self) -> float:
-        """Runs one step and returns its time."""
-        start = time.perf_counter()
-        self._carry = jax.block_until_ready(self._step(*self._carry, self._gradients))
-        return time.perf_counter() - start
+_MAIN = ["adam", "adamw", "clip + adamw", "rmsprop", "global_rmsprop"]
+_ON_CPU = jax.default_backend() == "cpu"
 
 
-def compare(chain: str, tree: str, runs: int) -> dict[str, Any]:
-    """Times one chain on one tree, ours and optax's alternating."""
-    shapes = TREES[tree]()
-    keys = jax.random.split(jax.random.key(0), len(shapes))
-    gradients = {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, shapes.items(), strict=True)}
-    ours, theirs = (Contender(make(), shapes, gradients) for make in CHAINS[chain])
-    pairs = []
-    for i in range(runs + 4):  # who goes first alternates
-        first = (ours, theirs)[i % 2].seconds()
-        second = (theirs, ours)[i % 2].seconds()
-        pairs.append((second, first) if i % 2 else (first, second))
-    pairs = pairs[4:]  # the first ones warm the caches up
-    ratios = [a / b for a, b in pairs]
-    low, _, high = statistics.quantiles(ratios, n=4)
+def _rows(quick: bool) -> Iterator[tuple[str, trees.Shapes, str, Chain, int]]:
+    """Yields tree, shapes, chain and how often its preparation is timed."""
+    if quick:
+        tiny = trees.small_leaves(6)
+        yield from (("6 small leaves", tiny, name, (CHAINS | LOW_PRECISION)[name], 1) for name in _MAIN)
+        return
+    large, big = (2**24, "16 M") if _ON_CPU else (2**29, "512 M")
+    leaf = trees.one_leaf(large)
+    for name, chain in CHAINS.items():
+        yield f"one leaf of {big}", leaf, name, chain, 3
+    for name, chain in LOW_PRECISION.items():
+        yield f"one leaf of {big}", leaf, name, chain, 3
+        if _ON_CPU:
+            compiled = dataclasses.replace(chain, options=REGION_ANALYSIS)
+            yield f"one leaf of {big}", leaf, f"{name}, region analysis", compiled, 3
+    for name, chain in WRAPPED.items():
+        yield f"one leaf of {big}", leaf, name, chain, 3
+    gpt2 = trees.gpt2_small()
+    for name in ["adamw", "clip + adamw", "global_rmsprop"]:
+        yield "GPT-2 small, 148 leaves", gpt2, name, CHAINS[name], 1
+    if not _ON_CPU:
+        for name, chain in LOW_PRECISION.items():
+            yield "GPT-2 small, 148 leaves", gpt2, name, chain, 1
+    for name in _MAIN:
+        yield "400 small leaves", trees.small_leaves(400), name, CHAINS[name], 3
+    for name in ["adamw", "clip + adamw", "global_rmsprop"]:
+        yield "2000 small leaves", trees.small_leaves(2000), name, CHAINS[name], 1
+
+
+def measure(quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
+    """Measures all rows; `advance` is told what comes next."""
+    bandwidth = copy_bandwidth(2**22 if quick else 2**28 if _ON_CPU else 2**31)
+    rows, of_tree, gradients = [], "", []
+    for tree, shapes, name, chain, repeats in _rows(quick):
+        advance(f"{tree}: {name}")
+        if tree != of_tree:
+            of_tree, gradients = tree, []
+            gradients = gradient_sets(shapes)
+        rows.append(_measure_row(tree, shapes, name, chain, gradients, repeats, bandwidth, quick))
+    return {"rows": rows, "copy_bandwidth_gb_s": bandwidth / 1e9, "uses_torch": HAS_TORCH}
+
+
+def _measure_row(
+    tree: str,
+    shapes: trees.Shapes,
+    name: str,
+    chain: Chain,
+    gradients: list[Any],
+    repeats: int,
+    bandwidth: float,
+    quick: bool,
+) -> dict[str, Any]:
+    if chain.dtype != "float32":
+        gradients = [jax.tree.map(lambda x: x.astype(chain.dtype), g) for g in gradients]
+    ours = Step(chain.ours, shapes, gradients, dtype=chain.dtype, options=chain.options)
+    reference = Step(chain.optax, shapes, gradients)
+    contenders: dict[str, Any] = {"optax": reference, "ours": ours}
+    if name == "adamw":
+        # What remains of a step that returns its arguments: handing buffers over.
+        contenders["hand-over"] = Step(
+            chain.ours, shapes, gradients, body=lambda params, state, _: (params, state)
+        )
+    if HAS_TORCH and chain.torch:
+        optimizer = getattr(torch_module().optim, chain.torch)
+        for kind in ("fused", "foreach"):
+            make = functools.partial(optimizer, lr=RATE, weight_decay=1e-4, **{kind: True})
+            contenders[f"torch {kind}"] = TorchStep(make, shapes, gradients, max_norm=chain.max_norm)
+    timed = against(alternate(contenders, 15 if quick else 60, seconds=2.5), "optax")
+    parameters = trees.size(shapes)
+    floor_ms = 1e3 * chain.least_bytes * parameters / bandwidth
     return {
-        "chain": chain,
         "tree": tree,
-        "parameters": sum(int(np.prod(shape)) for shape in shapes.values()),
-        "ours_ms": 1e3 * statistics.median(a for a, _ in pairs),
-        "optax_ms": 1e3 * statistics.median(b for _, b in pairs),
-        "ratio": statistics.median(ratios),
-        "ratio_quartiles": [low, high],
-        "compile_ours_s": ours.compile_seconds,
-        "compile_optax_s": theirs.compile_seconds,
+        "chain": name,
+        "leaves": len(shapes),
+        "parameters": parameters,
+        "timed": timed,
+        "least_bytes_a_parameter": chain.least_bytes,
+        "of_the_floor": floor_ms / timed["ours"]["ms"],
+        "preparation_s": preparation({"ours": ours, "optax": reference}, repeats),
+        "ours": ours.properties(),
+        "optax": reference.properties(),
     }
 
 
-def main() -> None:
-    """Prints the table and, if asked, writes it as JSON."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+def _preparation(row: dict[str, Any]) -> str:
+    ours, theirs = (sum(row["preparation_s"][name].values()) for name in ("ours", "optax"))
+    return f"{ours / theirs:.2f}"
+
+
+def tables(result: dict[str, Any]) -> dict[str, Table]:
+    """Returns the tables: of the main chains, of PyTorch, of what low precision and wrappers cost."""
+    main = Table(
+        "Update and apply against optax",
+        ["tree", "chain", "ms", "optax, ms", "ratio", "of the floor", "trace + compile", "kernels a leaf"],
     )
-    parser.add_argument("--runs", type=int, default=40, help="timed pairs of steps a row (at least 30)")
-    parser.add_argument("--json", type=Path, help="also write the rows to this file")
-    args = parser.parse_args()
-    if args.runs < 30:
-        parser.error(f"--runs must be at least 30, got {args.runs}.")
-
-    table = rich.table.Table("tree", "chain", "ms", "optax, ms", "ratio", "quartiles", "compile")
-    rows = []
-    for tree in rich.progress.track(TREES, "measuring"):
-        for chain in CHAINS:
-            row = compare(chain, tree, args.runs)
-            rows.append(row)
-            low, high = row["ratio_quartiles"]
-            compiling = row["compile_ours_s"] / row["compile_optax_s"]
-            numbers = (f"{row['ours_ms']:.2f}", f"{row['optax_ms']:.2f}", f"{row['ratio']:.2f}")
-            table.add_row(tree, chain, *numbers, f"{low:.2f}-{high:.2f}", f"{compiling:.2f}")
-    rich.print(table)
-    publish("update_step", rows, args.json)
-
-
-if __name__ == "__main__":
-    main()
+    low = Table(
+        "Low-precision state and parameters",
+        [
+            "adamw with",
+            "ms",
+            "float32 of optax, ms",
+            "ratio",
+            "of the floor",
+            "state, B",
+            "peak, B",
+            "trace + compile",
+        ],
+    )
+    wrapped = Table("Around adamw", ["step", "ms", "without, ms", "ratio", "kernels a leaf, without"])
+    torch = Table(
+        "PyTorch's on the same tree", ["tree", "chain", "ms", "torch fused, ms", "torch foreach, ms"]
+    )
+    spare = Table("Handing the buffers over", ["tree", "adamw, ms", "no arithmetic, ms", "share"])
+    for row in result["rows"]:
+        timed, ours = row["timed"], row["ours"]
+        name, both = row["chain"], (digits(timed["ours"]["ms"]), digits(timed["optax"]["ms"]))
+        of_floor = f"{100 * row['of_the_floor']:.0f} %"
+        if name in CHAINS:
+            fusions = f"{ours['kernels_a_leaf']:.1f}, {row['optax']['kernels_a_leaf']:.1f}"
+            main.add(row["tree"], name, *both, ratio(timed["ours"]), of_floor, _preparation(row), fusions)
+        elif name in WRAPPED:
+            fusions = f"{ours['kernels_a_leaf']:.0f}, {row['optax']['kernels_a_leaf']:.0f}"
+            wrapped.add(name, *both, ratio(timed["ours"]), fusions)
+        else:
+            size, peak = (f"{ours[f'{kind}_bytes_a_parameter']:.2f}" for kind in ("state", "peak"))
+            kept = name.removeprefix("adamw, ")
+            low.add(kept, *both, ratio(timed["ours"]), of_floor, size, peak, _preparation(row))
+        if "torch fused" in timed:
+            torch.add(
+                row["tree"], name, *(digits(timed[k]["ms"]) for k in ("ours", "torch fused", "torch foreach"))
+            )
+        if "hand-over" in timed:
+            share = timed["hand-over"]["ms"] / timed["ours"]["ms"]
+            spare.add(row["tree"], both[0], digits(timed["hand-over"]["ms"]), f"{100 * share:.0f} %")
+    found = {"main": main, "low_precision": low, "wrapped": wrapped, "torch": torch, "hand_over": spare}
+    return {name: table for name, table in found.items() if table.rows}

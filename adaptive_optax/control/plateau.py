@@ -16,7 +16,7 @@ from adaptive_optax._checks import (
     check_scalar,
     check_state,
 )
-from adaptive_optax._precision import incremented, scalar_dtype, scale, widen
+from adaptive_optax._precision import incremented, scalar_dtype, scaled, widen
 
 Mode = Literal["min", "max"]
 Preset = Literal["optax", "torch", "keras"]
@@ -191,6 +191,6 @@ def reduce_on_plateau(
             bad=when_full(jnp.where(falls, 0, bad), state.bad),
             cooldown=when_full(jnp.where(falls, cooldown, cooldown_left), state.cooldown),
         )
-        return jax.tree.map(lambda u: scale(u, state.scale), widen(updates)), state
+        return scaled(widen(updates), state.scale), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -35,7 +35,7 @@ from adaptive_optax._checks import (
 from adaptive_optax._paths import paths_and_leaves
 from adaptive_optax._precision import incremented, widen
 from adaptive_optax._rounding import is_low_precision, random_bits, round_stochastically, round_to_nearest
-from adaptive_optax._trees import map_to_pair, map_with_index
+from adaptive_optax._trees import by_leaf, leaf_numbers
 
 
 class StochasticRoundingState(NamedTuple):
@@ -94,16 +94,20 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:
         check_params("stochastic_rounding", params)
         check_same_tree("stochastic_rounding", "updates", updates, "params", params)
 
-        def leaf(index, u, p):
-            if not is_low_precision(p):
-                return u
-            bits = random_bits(p.shape, state.count, index, "parameter", seed)
-            return _landing(p, round_stochastically(_wide(p) + _wide(u), p.dtype, bits))
-
-        updates = map_with_index(leaf, widen(updates), params)
+        updates = widen(updates)
+        (updates,) = _step_rounded((state.count, seed), updates, params, leaf_numbers(updates))
         return updates, StochasticRoundingState(incremented(state.count))
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@by_leaf(results=1)
+def _step_rounded(step: tuple[jax.Array, int], u: jax.Array, p: jax.Array, number: Any) -> tuple[jax.Array]:
+    count, seed = step
+    if not is_low_precision(p):
+        return (u,)
+    bits = random_bits(p.shape, count, number, "parameter", seed)
+    return (_landing(p, round_stochastically(_wide(p) + _wide(u), p.dtype, bits)),)
 
 
 class KahanSummationState(NamedTuple):
@@ -172,18 +176,20 @@ def kahan_summation(inner: optax.GradientTransformation) -> optax.GradientTransf
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         check_same_tree("kahan_summation", "updates", updates, "params", params)
 
-        def leaf(_, u, p, c):
-            if not is_low_precision(p):
-                return u, c
-            step = _wide(u) + _wide(c)
-            target = round_to_nearest(_wide(p) + step, p.dtype)
-            lacking = round_to_nearest((_wide(p) - target) + step, p.dtype)
-            return _landing(p, target), lacking.astype(p.dtype)
-
-        updates, compensation = map_to_pair(leaf, widen(updates), params, state.compensation)
+        updates, compensation = _step_compensated((), widen(updates), state.compensation, params)
         return updates, KahanSummationState(inner_state, compensation)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+@by_leaf(results=2)
+def _step_compensated(_: Any, u: jax.Array, c: jax.Array, p: jax.Array) -> tuple[jax.Array, jax.Array]:
+    if not is_low_precision(p):
+        return u, c
+    step = _wide(u) + _wide(c)
+    target = round_to_nearest(_wide(p) + step, p.dtype)
+    lacking = round_to_nearest((_wide(p) - target) + step, p.dtype)
+    return _landing(p, target), lacking.astype(p.dtype)
 
 
 class MasterWeightsState(NamedTuple):
@@ -238,32 +244,37 @@ def master_weights(inner: optax.GradientTransformation) -> optax.GradientTransfo
     def init_fn(params):
         _check_params("master_weights", params)
         master = jax.tree.map(lambda p: _wide(p) if is_low_precision(p) else jnp.zeros((), p.dtype), params)
-        return MasterWeightsState(inner.init(map_with_index(_seen, params, master)), master)
+        return MasterWeightsState(inner.init(_seen((), params, master)[0]), master)
 
     def update_fn(updates, state, params=None, **extra_args):
         check_state("master_weights", state, MasterWeightsState)
         check_params("master_weights", params)
         check_same_tree("master_weights", "updates", updates, "params", params)
-        copies = map_with_index(_seen, params, state.master)
+        (copies,) = _seen((), params, state.master)
         updates, inner_state = inner.update(widen(updates), state.inner_state, copies, **extra_args)
 
-        def leaf(_, u, p, copy, old):
-            if not is_low_precision(p):
-                return u, old
-            master = copy + _wide(u)
-            return _landing(p, round_to_nearest(master, p.dtype)), master
-
-        updates, master = map_to_pair(leaf, widen(updates), params, copies, state.master)
+        updates, master = _step_master((), widen(updates), state.master, params, copies)
         return updates, MasterWeightsState(inner_state, master)
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def _seen(_: int, p: jax.Array, master: jax.Array) -> jax.Array:
+@by_leaf(results=1)
+def _seen(_: Any, p: jax.Array, master: jax.Array) -> tuple[jax.Array]:
     """The copy of a parameter: of itself where it is wide, or changed from outside."""
     if not is_low_precision(p):
-        return p
-    return jnp.where(round_to_nearest(master, p.dtype) == _wide(p), master, _wide(p))
+        return (p,)
+    return (jnp.where(round_to_nearest(master, p.dtype) == _wide(p), master, _wide(p)),)
+
+
+@by_leaf(results=2)
+def _step_master(
+    _: Any, u: jax.Array, old: jax.Array, p: jax.Array, copy: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    if not is_low_precision(p):
+        return u, old
+    master = copy + _wide(u)
+    return _landing(p, round_to_nearest(master, p.dtype)), master
 
 
 def _wide(p: jax.Array) -> jax.Array:

@@ -110,6 +110,8 @@ class AdamMiniBlocks(Granularity):
                 )
         object.__setattr__(self, "layout", tuple(layout.items()))
 
+    per_leaf = True
+
     def pool(self, squares: Any) -> Any:
         """Pools the leaves by their roles, each in its reduced shape."""
         self._check(squares)

@@ -65,6 +65,8 @@ class ByPath(Granularity):
         object.__setattr__(self, "default", as_granularity(default, "default"))
         object.__setattr__(self, "strict", bool(strict))
 
+    per_leaf = True
+
     def pool(self, squares: Any) -> Any:
         """Pools each pattern's leaves; returns a tree like `squares`, each leaf in its reduced shape."""
         granularities: dict[str | None, Granularity] = {**dict(self.items), None: self.default}

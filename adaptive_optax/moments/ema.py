@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adaptive_optax._precision import concrete, scale, value_at
+from adaptive_optax._precision import cast, concrete, scale, value_at
 
 
 class Decay(NamedTuple):
@@ -42,7 +42,7 @@ def ema(old: Any, new: Any, decay: Decay) -> Any:
 
     def leaf(old, new):
         dtype = np.promote_types(old.dtype, new.dtype)
-        old, new = old.astype(dtype), new.astype(dtype)
+        old, new = cast(old, dtype), cast(new, dtype)
         if isinstance(decay.keep, float) and decay.keep >= 0.5:
             # The fixed point is `new` however the two factors are rounded; with b = 0.999 the other form
             # settles 1.3e-5 off. Below 1/2 this form would lose a `new` that is much smaller than `old`.

@@ -16,14 +16,14 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
 
 from adaptive_optax._checks import check_choice, check_integer
 from adaptive_optax._paths import check_expressions, check_patterns, first_match, paths_and_leaves
-from adaptive_optax._precision import abs_square, real_dtype, scalar_dtype
+from adaptive_optax._precision import abs_square, cast, real_dtype, scalar_dtype
 
 Reduce = Literal["mean", "sum"]
 
@@ -31,13 +31,17 @@ Reduce = Literal["mean", "sum"]
 class Granularity(abc.ABC):
     """Interface of the partition of a tree's coordinates into groups; instances are static and hashable."""
 
+    # Whether every leaf has its statistic at its place in the tree, and `spread` lays it over that leaf: then
+    # a step can be taken leaf by leaf. False is never wrong.
+    per_leaf: ClassVar[bool] = False
+
     @abc.abstractmethod
     def pool(self, squares: Any) -> Any:
         """Reduces a tree of squared magnitudes (real, float32 at least) to one statistic a group."""
 
     def spread(self, pooled: Any, like: Any) -> Any:
         """Returns a tree like `like` whose leaves broadcast a group's value over its coordinates."""
-        return jax.tree.map(lambda x, value: value.astype(real_dtype(x)), like, pooled)
+        return jax.tree.map(lambda x, value: cast(value, real_dtype(x)), like, pooled)
 
     def template(self, params: Any) -> Any:
         """Returns arrays or abstract arrays with the shapes and dtypes of the statistics of `params`.
@@ -61,6 +65,8 @@ class Coordinate(Granularity):
         >>> ao.scale_by_rms(granularity=ao.Coordinate()).init(jnp.ones((8, 3))).nu.shape
         (8, 3)
     """
+
+    per_leaf = True
 
     def pool(self, squares: Any) -> Any:
         """Returns the squares as they are."""
@@ -105,6 +111,8 @@ class Axis(Granularity):
         object.__setattr__(self, "axes", tuple(int(axis) for axis in axes))
         object.__setattr__(self, "reduce", reduce)
 
+    per_leaf = True
+
     def pool(self, squares: Any) -> Any:
         """Reduces the leaves that have all the axes, keeping the axes with size 1."""
 
@@ -140,6 +148,8 @@ class Tensor(Granularity):
 
     def __post_init__(self):
         check_choice("reduce", self.reduce, ("mean", "sum"))
+
+    per_leaf = True
 
     def pool(self, squares: Any) -> Any:
         """Reduces every leaf to a scalar; an empty leaf gives 0."""
@@ -220,7 +230,7 @@ class Labels(Granularity):
         totals = [jnp.zeros((), dtype)] * (1 + max(indices, default=-1))
         counts = [0] * len(totals)
         for index, x in zip(indices, leaves, strict=True):
-            totals[index] += jnp.sum(x).astype(dtype)
+            totals[index] += cast(jnp.sum(x), dtype)
             counts[index] += x.size
         groups = [_reduced(total, n, self.reduce) for total, n in zip(totals, counts, strict=True)]
         return jnp.stack(groups) if groups else jnp.zeros((0,), dtype)
@@ -228,7 +238,7 @@ class Labels(Granularity):
     def spread(self, pooled: Any, like: Any) -> Any:
         """Picks each leaf's value from the vector of labels."""
         leaves, treedef = jax.tree.flatten(like)
-        picked = (pooled[i].astype(real_dtype(x)) for i, x in zip(self._indices(like), leaves, strict=True))
+        picked = (cast(pooled[i], real_dtype(x)) for i, x in zip(self._indices(like), leaves, strict=True))
         return jax.tree.unflatten(treedef, picked)
 
     def _indices(self, tree: Any) -> list[int]:
@@ -288,12 +298,12 @@ class Global(Granularity):
         """Reduces the whole tree to a scalar; an empty tree gives 0."""
         dtype = scalar_dtype(squares)
         leaves = jax.tree.leaves(squares)
-        total = sum((jnp.sum(x).astype(dtype) for x in leaves), start=jnp.zeros((), dtype))
+        total = sum((cast(jnp.sum(x), dtype) for x in leaves), start=jnp.zeros((), dtype))
         return _reduced(total, sum(x.size for x in leaves), self.reduce)
 
     def spread(self, pooled: Any, like: Any) -> Any:
         """Gives every leaf the one value."""
-        return jax.tree.map(lambda x: pooled.astype(real_dtype(x)), like)
+        return jax.tree.map(lambda x: cast(pooled, real_dtype(x)), like)
 
 
 def _reduced(total: jax.Array, count: int, reduce: Reduce) -> jax.Array:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from adaptive_optax._paths import paths_and_leaves
-from adaptive_optax._precision import real_dtype, wide_dtype, widen
+from adaptive_optax._precision import cast, real_dtype, wide_dtype, widen
 
 Role = Literal["mu", "nu"]
 
@@ -147,7 +147,7 @@ class NearestCast(Storage):
 
 def cast_like(moment: Any, values: Any) -> Any:
     """Returns the values in the dtypes of a plain moment, rounded to nearest."""
-    return jax.tree.map(lambda old, new: new.astype(old.dtype), moment, values)
+    return jax.tree.map(lambda old, new: cast(new, old.dtype), moment, values)
 
 
 def check_kept_as(storage: Storage, moment: Any, dtype: Callable[[Any], Any]) -> None:

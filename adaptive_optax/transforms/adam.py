@@ -20,7 +20,17 @@ from adaptive_optax._checks import (
     check_scalar,
     check_state,
 )
-from adaptive_optax._precision import abs_square, concrete, incremented, scalar_dtype, scale, value_at, widen
+from adaptive_optax._precision import (
+    abs_square,
+    concrete,
+    incremented,
+    scalar_dtype,
+    scale,
+    scaled,
+    value_at,
+    widen,
+)
+from adaptive_optax._trees import by_leaf
 from adaptive_optax.moments.ema import Decay, decay_at, ema, ema_weight, weight_error
 from adaptive_optax.moments.formats import as_storage
 from adaptive_optax.moments.granularity import Granularity, as_granularity
@@ -195,15 +205,45 @@ def scale_by_adam(
             bound_sq=jnp.zeros((), dtype),
         )
 
+    def move_tree(step, g, mu, nu, *rest):
+        """Returns the direction and the new moments; of trees, or of leaves where none share a moment."""
+        *nu_max, squares = rest
+        mu = ema(mu, g, step.d1)
+        nu = ema(nu, squares, step.d2)
+        nu_hat = scaled(nu, step.of_nu)
+        if amsgrad:
+            nu_hat = jax.tree.map(jnp.maximum, nu_max[0], nu_hat)
+            nu_max = [nu_hat]
+        numerator = scaled(mu, step.of_mu)
+        if nesterov:
+            numerator = jax.tree.map(lambda m, g: m + scale(g, step.of_g), numerator, g)
+        direction = divide_by_root(numerator, nu_hat, granularity, eps=step.eps, eps_root=eps_root)
+        return scaled(direction, step.of_direction), mu, nu, *nu_max
+
+    move_leaf = by_leaf(results=4 if amsgrad else 3)(move_tree)
+
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         check_state("scale_by_adam", state, ScaleByAdamState)
         check_inexact("scale_by_adam", "updates", updates)
         dtype = state.bound_sq.dtype
         d1, d2 = decay_at(b1, state.count, dtype), decay_at(b2, state.count, dtype)
-        eps_t = value_at(eps, state.count, dtype) if callable(eps) else eps
         count = incremented(state.count)
         mu_weight, nu_weight = ema_weight(state.mu_weight, d1), ema_weight(state.nu_weight, d2)
+        of_mu, of_g = 1.0, 0.0  # the factors of m and g in the numerator
+        if nesterov:
+            of_mu, of_g = d1.keep, d1.take
+        if bias_correction:
+            of_mu, of_g = of_mu / (ema_weight(mu_weight, d1) if nesterov else mu_weight), of_g / mu_weight
+        step = _Step(
+            d1=d1,
+            d2=d2,
+            eps=value_at(eps, state.count, dtype) if callable(eps) else eps,
+            of_mu=of_mu,
+            of_g=of_g,
+            of_nu=1 / nu_weight if corrects_nu else 1.0,
+            of_direction=jnp.sqrt(nu_weight) if bias_correction and not corrects_nu else 1.0,
+        )
 
         g = widen(updates)
         old_mu = mu_storage.decode(state.mu)
@@ -217,31 +257,16 @@ def scale_by_adam(
         old_nu = nu_storage.decode(state.nu, lower=smallest_nu)
         if needs_floor and nu_storage.relative_error < math.inf:
             old_nu = jax.tree.map(jnp.maximum, old_nu, smallest_nu())
-        mu = ema(old_mu, g, d1)
-        nu = ema(old_nu, granularity.pool(abs_square(g)), d2)
-
-        mu_hat, nu_hat = mu, nu
-        if corrects_nu:
-            nu_hat = jax.tree.map(lambda v: scale(v, 1 / nu_weight), nu)
-        nu_max = None
-        if amsgrad:
-            nu_hat = nu_max = jax.tree.map(jnp.maximum, nu_storage.decode(state.nu_max), nu_hat)
-        if nesterov:
-            from_mu, from_g = d1.keep, d1.take
-            if bias_correction:
-                from_mu, from_g = from_mu / ema_weight(mu_weight, d1), from_g / mu_weight
-            mu_hat = jax.tree.map(lambda m, g: scale(m, from_mu) + scale(g, from_g), mu, g)
-        elif bias_correction:
-            mu_hat = jax.tree.map(lambda m: scale(m, 1 / mu_weight), mu)
-        direction = divide_by_root(mu_hat, granularity.spread(nu_hat, g), eps=eps_t, eps_root=eps_root)
-        if bias_correction and not corrects_nu:
-            direction = jax.tree.map(lambda u: scale(u, jnp.sqrt(nu_weight)), direction)
+        squares = granularity.pool(abs_square(g))
+        old_max = (nu_storage.decode(state.nu_max),) if amsgrad else ()
+        move = move_leaf if granularity.per_leaf else move_tree
+        direction, mu, nu, *nu_max = move(step, g, old_mu, old_nu, *old_max, squares)
 
         return direction, ScaleByAdamState(
             count=count,
             mu=mu_storage.encode(state.mu, mu, count=count, role="mu"),
             nu=nu_storage.encode(state.nu, nu, count=count, role="nu"),
-            nu_max=nu_storage.encode(state.nu_max, nu_max, count=count, role="nu") if amsgrad else None,
+            nu_max=nu_storage.encode(state.nu_max, nu_max[0], count=count, role="nu") if amsgrad else None,
             b1=value_at(b1, state.count, dtype),
             b2=value_at(b2, state.count, dtype),
             eps=value_at(eps, state.count, dtype),
@@ -268,6 +293,18 @@ def scale_by_adam(
 
     storages = {"nu": nu_storage} | ({"nu_max": nu_storage} if amsgrad else {})
     return bounded(init_fn, update_fn, Bound(granularity, max_ratio, storages))
+
+
+class _Step(NamedTuple):
+    """Scalars: the decays, eps, and the factors of m and g in the numerator, of v and of the direction."""
+
+    d1: Decay
+    d2: Decay
+    eps: Any
+    of_mu: Any
+    of_g: Any
+    of_nu: Any
+    of_direction: Any
 
 
 def _next_bound_sq(bound_sq: jax.Array, d1: Decay, d2: Decay) -> jax.Array:

@@ -11,7 +11,8 @@ import optax
 from jax.typing import ArrayLike
 
 from adaptive_optax._checks import check_inexact, check_scalar
-from adaptive_optax._precision import abs_square, scalar_dtype, scale, value_at, widen
+from adaptive_optax._precision import abs_square, scalar_dtype, scaled, value_at, widen
+from adaptive_optax._trees import by_leaf
 
 
 def global_norm(tree: Any) -> jax.Array:
@@ -44,22 +45,29 @@ def global_norm(tree: Any) -> jax.Array:
     if not leaves:
         return jnp.zeros((), dtype)
 
-    def sum_of_squares(leaves):
-        return sum((jnp.sum(x).astype(dtype) for x in abs_square(leaves)), start=jnp.zeros((), dtype))
+    def sum_of_squares(factor):
+        (sums,) = _sum_of_squares((factor, dtype), leaves)
+        return sum(sums, start=jnp.zeros((), dtype))
 
     # Squares below the smallest normal number are flushed to 0. Together they are less than the rounding
     # error of any sum above `lowest`; below it, and at overflow, the sum is taken again of scaled values.
     limits = jnp.finfo(dtype)
     lowest = float(limits.tiny) / float(limits.eps) * sum(x.size for x in leaves)
     shift = 2.0**80 if dtype == jnp.float32 else 2.0**600
-    plain = sum_of_squares(leaves)
+    plain = sum_of_squares(1.0)
 
     def scaled_norm():
         factor = jnp.where(plain < lowest, jnp.asarray(shift, dtype), jnp.asarray(1 / shift, dtype))
-        return jnp.sqrt(sum_of_squares([scale(x, factor) for x in leaves])) / factor
+        return jnp.sqrt(sum_of_squares(factor)) / factor
 
     fits = (plain >= lowest) & (plain < jnp.inf)
     return jax.lax.cond(fits | jnp.isnan(plain), lambda: jnp.sqrt(plain), scaled_norm)
+
+
+@by_leaf(results=1)
+def _sum_of_squares(at: tuple[Any, Any], x: jax.Array) -> tuple[jax.Array]:
+    factor, dtype = at
+    return (jnp.sum(abs_square(scaled(x, factor))).astype(dtype),)
 
 
 def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformationExtraArgs:
@@ -103,6 +111,6 @@ def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformationExtr
         norm = global_norm(updates)
         limit = value_at(max_norm, jnp.zeros((), jnp.int32), norm.dtype)
         factor = jnp.where(jnp.isfinite(norm), jnp.minimum(1, limit / norm), 1)
-        return jax.tree.map(lambda u: scale(u, factor), widen(updates)), state
+        return scaled(widen(updates), factor), state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -14,25 +14,25 @@ from adaptive_optax.moments.granularity import Granularity
 from adaptive_optax.moments.storage import Storage
 
 
-def divide_by_root(numerator: Any, second: Any, *, eps: Any, eps_root: Any) -> Any:
-    """Returns numerator / (sqrt(second + eps_root) + eps), leaf by leaf.
+def divide_by_root(numerator: Any, second: Any, granularity: Granularity, *, eps: Any, eps_root: Any) -> Any:
+    """Returns numerator / (sqrt(second + eps_root) + eps), the divisor taken once a group and spread.
 
-    `second` broadcasts to `numerator`. Where the divisor is 0 the result is 0: with eps = 0, a coordinate
+    Where the divisor is 0 the result is 0: with eps = 0, a coordinate
     whose gradient was 0 so far does not move. A NaN stays a NaN.
     """
     tiny = float(jnp.finfo(jnp.float32).tiny)
     positive = any((concrete(e) or 0.0) > tiny for e in (eps, eps_root))
 
-    def leaf(x, v):
-        divisor = jnp.sqrt(v + _as(eps_root, v)) + _as(eps, v)
+    def quotient(x, divisor):
         ratio = divide(x, divisor)
         return ratio if positive else jnp.where(divisor == 0, jnp.zeros_like(ratio), ratio)
 
-    return jax.tree.map(leaf, numerator, second)
+    divisors = jax.tree.map(lambda v: _plus(jnp.sqrt(_plus(v, eps_root)), eps), second)
+    return jax.tree.map(quotient, numerator, granularity.spread(divisors, numerator))
 
 
-def _as(value: Any, like: jax.Array) -> jax.Array:
-    return jnp.asarray(value, like.dtype)
+def _plus(x: jax.Array, value: Any) -> jax.Array:
+    return x if concrete(value) == 0 else x + jnp.asarray(value, x.dtype)
 
 
 class Bound(NamedTuple):

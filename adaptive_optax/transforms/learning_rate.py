@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from adaptive_optax._checks import check_bool, check_inexact, check_scalar, check_state
-from adaptive_optax._precision import incremented, scalar_dtype, scale, value_at, widen
+from adaptive_optax._precision import incremented, scalar_dtype, scaled, value_at, widen
 
 
 class ScaleByLearningRateState(NamedTuple):
@@ -76,7 +76,8 @@ def scale_by_learning_rate(
         check_inexact("scale_by_learning_rate", "updates", updates)
         given = value_at(learning_rate, state.count, state.learning_rate.dtype)
         value = jnp.where(state.override < 0, given, state.override)
-        updates = jax.tree.map(lambda u: scale(u, sign * value), widen(updates))
-        return updates, ScaleByLearningRateState(incremented(state.count), value, state.override)
+        return scaled(widen(updates), sign * value), ScaleByLearningRateState(
+            incremented(state.count), value, state.override
+        )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)

@@ -15,7 +15,8 @@ import optax
 from jax.typing import ArrayLike
 
 from adaptive_optax._checks import check_bool, check_inexact, check_same_tree, check_scalar, check_state
-from adaptive_optax._precision import abs_square, incremented, scalar_dtype, scale, value_at, widen
+from adaptive_optax._precision import abs_square, incremented, scalar_dtype, scale, scaled, value_at, widen
+from adaptive_optax._trees import by_leaf
 from adaptive_optax.moments.ema import Decay, decay_at, ema, ema_weight, weight_error
 from adaptive_optax.moments.formats import as_storage
 from adaptive_optax.moments.granularity import Granularity, as_granularity
@@ -153,6 +154,18 @@ def scale_by_rms(
             nu_weight=jnp.zeros((), dtype),
         )
 
+    def divide(eps_t, g, second):
+        eps_root, eps_beside = (eps_t, 0.0) if eps_in_sqrt else (0.0, eps_t)
+        return divide_by_root(g, second, granularity, eps=eps_beside, eps_root=eps_root)
+
+    def move_tree(step, g, nu, squares):
+        """Returns the direction and the new moment; of trees, or of leaves where none share a moment."""
+        b, eps_t, of_nu = step
+        nu = ema(nu, squares, b)
+        return divide(eps_t, g, scaled(nu, of_nu)), nu
+
+    move_leaf = by_leaf(results=2)(move_tree)
+
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         check_state("scale_by_rms", state, ScaleByRmsState)
@@ -164,29 +177,27 @@ def scale_by_rms(
         eps_t = value_at(eps, state.count, dtype) if callable(eps) else eps
         count = incremented(state.count)
         nu_weight = ema_weight(state.nu_weight, b)
-        g = widen(updates)
-        nu = storage.decode(state.nu)
+        g, old_nu = widen(updates), storage.decode(state.nu)
         if centered:
-            mu = storage.decode(state.mu)
-            check_same_tree("scale_by_rms", "updates", g, "the state", mu)
+            old_mu = storage.decode(state.mu)
+            check_same_tree("scale_by_rms", "updates", g, "the state", old_mu)
             if bias_correction:
                 b = _corrected(b, state.nu_weight, nu_weight)
-            delta = jax.tree.map(lambda g, m: g - m, g, mu)
-            mu = ema(mu, g, b)
+            delta = jax.tree.map(lambda g, m: g - m, g, old_mu)
+            mu = ema(old_mu, g, b)
             nu = jax.tree.map(
-                lambda s, q: scale(s + scale(q, b.take), b.keep), nu, granularity.pool(abs_square(delta))
+                lambda s, q: scale(s + scale(q, b.take), b.keep), old_nu, granularity.pool(abs_square(delta))
             )
             floor = granularity.pool(abs_square(mu))
             second = jax.tree.map(lambda s, m2: jnp.maximum(s, _CENTERED_FLOOR * (s + m2)), nu, floor)
+            direction = divide(eps_t, g, second)
         else:
             mu = None
-            statistic = granularity.pool(abs_square(g))
-            check_same_tree("scale_by_rms", "updates", statistic, "the state", nu)
-            nu = second = ema(nu, statistic, b)
-            if bias_correction:
-                second = jax.tree.map(lambda v: scale(v, 1 / nu_weight), nu)
-        eps_root, eps_beside = (eps_t, 0.0) if eps_in_sqrt else (0.0, eps_t)
-        direction = divide_by_root(g, granularity.spread(second, g), eps=eps_beside, eps_root=eps_root)
+            squares = granularity.pool(abs_square(g))
+            check_same_tree("scale_by_rms", "updates", squares, "the state", old_nu)
+            move = move_leaf if granularity.per_leaf else move_tree
+            of_nu = 1 / nu_weight if bias_correction else 1.0
+            direction, nu = move((b, eps_t, of_nu), g, old_nu, squares)
         return direction, ScaleByRmsState(
             count=count,
             mu=storage.encode(state.mu, mu, count=count, role="mu") if centered else None,

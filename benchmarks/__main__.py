@@ -1,0 +1,120 @@
+"""`python -m benchmarks`: measures, writes JSON, and draws the README's tables and pictures from it."""
+
+from __future__ import annotations
+
+import enum
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import rich
+import rich.progress
+import typer
+
+from benchmarks import readme
+from benchmarks.setting import RESULTS, hardware, setting
+
+PROJECT = Path(__file__).parent.parent
+PICTURES = PROJECT / "docs" / "performance"
+
+
+class Suite(enum.StrEnum):
+    """What can be measured."""
+
+    update_step = "update_step"
+    scaling = "scaling"
+    study_throughput = "study_throughput"
+    end_to_end = "end_to_end"
+    telemetry = "telemetry"
+    low_precision = "low_precision"
+
+
+DEFAULT = [Suite.update_step, Suite.scaling, Suite.study_throughput, Suite.end_to_end]
+
+
+def module(suite: str) -> Any:
+    """Returns a suite's module: `measure(quick, advance)`, `tables(result)` and perhaps `figures(result)`."""
+    return importlib.import_module(f"benchmarks.{suite}")
+
+
+def stored(folder: Path = RESULTS) -> dict[str, dict[str, dict[str, Any]]]:
+    """Returns the results in a folder, by suite and hardware."""
+    found: dict[str, dict[str, Any]] = {}
+    for suite in Suite:
+        for path in sorted(folder.glob(f"{suite}_*.json")):
+            result = json.loads(path.read_text())
+            found.setdefault(suite, {})[result["hardware"]] = result
+    return found
+
+
+def draw(results: dict[str, dict[str, dict[str, Any]]], folder: Path) -> None:
+    """Draws all pictures of the results."""
+    for suite, by_hardware in results.items():
+        for where, result in by_hardware.items():
+            for name, figure in getattr(module(suite), "figures", lambda _: {})(result).items():
+                folder.mkdir(parents=True, exist_ok=True)
+                figure.savefig(folder / f"{name}_{where}.png", dpi=150)
+
+
+def rendered(text: str) -> str:
+    """Returns the README's text with the tables of the committed results."""
+    return readme.render(text, stored(), {suite: module(suite).tables for suite in Suite})
+
+
+def run_here(suite: Suite, out: Path, quick: bool) -> None:
+    """Measures one suite in this process and writes its result."""
+    # The study splits a CPU into as many devices as it has cores; a step of the others has all cores.
+    if suite in (Suite.study_throughput, Suite.low_precision):
+        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+    began = time.perf_counter()
+    with rich.progress.Progress(
+        rich.progress.SpinnerColumn(), "{task.description}", rich.progress.TimeElapsedColumn(), transient=True
+    ) as progress:
+        bar = progress.add_task(suite.value)
+        result = module(suite).measure(
+            quick, lambda text: progress.update(bar, description=f"{suite.value}: {text}")
+        )
+    result = setting(f"python -m benchmarks --suite {suite.value}{' --quick' if quick else ''}") | result
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{suite.value}_{hardware()}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n")
+    for table in module(suite).tables(result).values():
+        rich.print(table.rich())
+    rich.print(f"{suite.value}: {time.perf_counter() - began:.0f} s, {path}")
+
+
+def main(
+    suite: Annotated[
+        list[Suite] | None, typer.Option(help="What to measure.", show_default="the first four")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results.")] = RESULTS,
+    quick: Annotated[bool, typer.Option(help="Tiny sizes: shows that it runs, measures nothing.")] = False,
+    render: Annotated[bool, typer.Option(help="Measure nothing; draw README and pictures again.")] = False,
+) -> None:
+    """Times update steps, their scaling, the study and a training step, and publishes them."""
+    if quick and out == RESULTS:
+        raise typer.BadParameter("--quick measures nothing to be published; give it another --out.")
+    suites = [] if render else suite or DEFAULT
+    if len(suites) == 1:
+        run_here(suites[0], out, quick)
+    for one in suites if len(suites) > 1 else []:
+        # A process each, so that none has another's memory, caches and devices, and none takes another down.
+        arguments = ["--suite", one.value, "--out", str(out), *(["--quick"] if quick else [])]
+        if subprocess.run([sys.executable, "-m", "benchmarks", *arguments], cwd=PROJECT).returncode:
+            raise typer.Exit(1)
+    if out == RESULTS:
+        path = PROJECT / "README.md"
+        path.write_text(rendered(path.read_text()))
+        draw(stored(), PICTURES)
+    elif len(suites) != 1 or suite:
+        draw(stored(out), out)
+
+
+if __name__ == "__main__":
+    typer.run(main)

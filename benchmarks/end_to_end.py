@@ -1,0 +1,111 @@
+"""A training step of a small transformer, with optax's optimizer, with this library's, and with none.
+
+What share of a step the optimizer has, so that nobody takes a ratio of update steps for one of training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import linen
+
+import adaptive_optax as ao
+from benchmarks.tables import Table, digits, ratio
+from benchmarks.timing import against, alternate
+
+
+class Transformer(linen.Module):
+    """A decoder of pre-norm blocks; gives the logits of tokens [sample, position]."""
+
+    vocabulary: int = 4096
+    width: int = 256
+    layers: int = 6
+    heads: int = 8
+
+    @linen.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Gives logits [sample, position, token]."""
+        embed = linen.Embed(self.vocabulary, self.width)
+        x = embed(tokens) + self.param(
+            "positions", linen.initializers.normal(0.02), (tokens.shape[1], self.width)
+        )
+        mask = linen.make_causal_mask(tokens)
+        for _ in range(self.layers):
+            x += linen.MultiHeadAttention(self.heads)(linen.LayerNorm()(x), mask=mask)
+            hidden = linen.gelu(linen.Dense(4 * self.width)(linen.LayerNorm()(x)))
+            x += linen.Dense(self.width)(hidden)
+        return embed.attend(linen.LayerNorm()(x))
+
+
+OPTIMIZERS: dict[str, Callable[[], Any]] = {
+    "optax": lambda: optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3)),
+    "ours": lambda: optax.chain(ao.clip_by_global_norm(1.0), ao.adamw(1e-3)),
+    "no optimizer": lambda: None,
+}
+
+
+class Training:
+    """A compiled step; without an optimizer it hands out the gradients."""
+
+    def __init__(self, model: Transformer, tx: Any, tokens: jax.Array):
+        """Compiles the step."""
+        params = model.init(jax.random.key(0), tokens[:, :-1])["params"]
+        self.parameters = sum(x.size for x in jax.tree.leaves(params))
+        self.leaves = len(jax.tree.leaves(params))
+
+        def step(params, state, tokens):
+            def loss(params):
+                logits: Any = model.apply({"params": params}, tokens[:, :-1])
+                return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+            value, gradients = jax.value_and_grad(loss)(params)
+            if tx is None:
+                return params, state, (value, gradients)
+            updates, state = tx.update(gradients, state, params)
+            return optax.apply_updates(params, updates), state, value
+
+        self._carry: Any = (params, None if tx is None else tx.init(params))
+        self._tokens = tokens
+        self._step = jax.jit(step, donate_argnums=(0, 1)).lower(*self._carry, tokens).compile()
+
+    def __call__(self) -> Any:
+        """Runs a step."""
+        *self._carry, out = self._step(*self._carry, self._tokens)
+        return self._carry, out
+
+
+def measure(quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
+    """Measures the three."""
+    model, samples, length = Transformer(), 8, 128
+    if quick:
+        model, samples, length = Transformer(vocabulary=64, width=16, layers=1, heads=2), 2, 8
+    tokens = np.random.default_rng(0).integers(0, model.vocabulary, (samples, length + 1))
+    trainings = {}
+    for name, make in OPTIMIZERS.items():
+        advance(f"compiling: {name}")
+        trainings[name] = Training(model, make(), jnp.asarray(tokens, jnp.int32))
+    advance("training")
+    times = alternate(trainings, 15 if quick else 60, seconds=40)
+    without = times["no optimizer"]
+    return {
+        "model": f"{model.layers} layers, width {model.width}, {samples} x {length} tokens",
+        "parameters": trainings["ours"].parameters,
+        "leaves": trainings["ours"].leaves,
+        "timed": against(times, "optax"),
+        "share": {name: float(np.median((t - without) / t)) for name, t in times.items()},
+    }
+
+
+def tables(result: dict[str, Any]) -> dict[str, Table]:
+    """Returns the one table."""
+    title = f"A transformer of {result['parameters']:,} parameters: {result['model']}; clip + adamw"
+    table = Table(title, ["step with", "ms", "over optax's", "the optimizer's share"])
+    for name, timed in result["timed"].items():
+        share = "" if name == "no optimizer" else f"{100 * result['share'][name]:.1f} %"
+        table.add({"ours": "adaptive_optax"}.get(name, name), digits(timed["ms"]), ratio(timed), share)
+    return {"main": table}

@@ -1,0 +1,46 @@
+"""Writes the README's tables from the results, between `<!-- benchmark:SUITE TABLE -->` and its end mark."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from benchmarks.setting import described
+from benchmarks.tables import Table
+
+_BLOCK = re.compile(r"<!-- benchmark:(\w+) (\w+) -->\n.*?<!-- /benchmark -->", re.DOTALL)
+
+
+def render(
+    text: str,
+    results: Mapping[str, Mapping[str, dict[str, Any]]],
+    tables: Mapping[str, Callable[[dict[str, Any]], dict[str, Table]]],
+) -> str:
+    """Returns the README with its blocks made anew.
+
+    Args:
+        text: The README.
+        results: By suite and hardware, what was measured.
+        tables: By suite, what makes tables of a result.
+
+    Raises:
+        ValueError: If a block names a suite or a table that there is not.
+    """
+
+    def block(found: re.Match[str]) -> str:
+        suite, name = found.groups()
+        if suite not in tables:
+            raise ValueError(f"The README has a block of the suite {suite!r}; there are {', '.join(tables)}.")
+        parts = []
+        for hardware, result in results.get(suite, {}).items():
+            made = tables[suite](result)
+            if name not in made:
+                raise ValueError(f"{suite} has no table {name!r}; it has {', '.join(made)}.")
+            source = f"[numbers](benchmarks/results/{suite}_{hardware}.json)"
+            parts.append(f"{made[name].title} ({described(result)}; {source}):\n\n{made[name].markdown()}\n")
+        if not parts:
+            raise ValueError(f"There is no result of the suite {suite!r}; run it first.")
+        return f"<!-- benchmark:{suite} {name} -->\n" + "\n".join(parts) + "<!-- /benchmark -->"
+
+    return _BLOCK.sub(block, text)

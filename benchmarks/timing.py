@@ -1,0 +1,66 @@
+"""Times of contenders that take turns in one process, and the bandwidth that bounds them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+WARM_UP = 3  # rounds that are not counted
+
+
+def alternate(
+    contenders: Mapping[str, Callable[[], Any]], rounds: int, seconds: float = np.inf
+) -> dict[str, np.ndarray]:
+    """Calls the contenders in turn, each first and each last equally often; gives their times in seconds.
+
+    Args:
+        contenders: Functions that return something to wait for.
+        rounds: How often each is timed at most, after the warm-up.
+        seconds: From when on no further round is begun, unless there are fewer than 15.
+    """
+    names = list(contenders)
+    times: dict[str, list[float]] = {name: [] for name in names}
+    began = time.perf_counter()
+    for i in range(rounds + WARM_UP):
+        if i >= 15 + WARM_UP and time.perf_counter() - began > seconds:
+            break
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            start = time.perf_counter()
+            jax.block_until_ready(contenders[name]())
+            times[name].append(time.perf_counter() - start)
+    return {name: np.array(values[WARM_UP:]) for name, values in times.items()}
+
+
+def median_and_quartiles(values: np.ndarray) -> dict[str, float]:
+    """Returns "median", "low" and "high" quartile."""
+    low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
+    return {"median": float(median), "low": float(low), "high": float(high)}
+
+
+def against(times: Mapping[str, np.ndarray], reference: str) -> dict[str, dict[str, Any]]:
+    """Returns each contender's median in ms and its ratio to the reference's time of the same round."""
+    return {
+        name: {
+            "ms": 1e3 * float(np.median(values)),
+            "ratio": median_and_quartiles(values / times[reference]),
+            "rounds": len(values),
+        }
+        for name, values in times.items()
+    }
+
+
+def copy_bandwidth(size_bytes: int, rounds: int = 15) -> float:
+    """Returns the bytes a second that a compiled x + 1 in place reads and writes together, at its best."""
+    x = jnp.ones(size_bytes // 4, jnp.float32)
+    add = jax.jit(lambda x: x + 1, donate_argnums=0)
+    best = np.inf
+    for _ in range(rounds):
+        start = time.perf_counter()
+        x = jax.block_until_ready(add(x))
+        best = min(best, time.perf_counter() - start)
+    return 2 * size_bytes / best
