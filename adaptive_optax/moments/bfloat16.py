@@ -38,8 +38,8 @@ class BFloat16(Storage):
     bits; under `shard_map` coordinates count from the shard's own corner.
 
     On a CPU compile the step with `jax.jit(step, donate_argnums=(0, 1), compiler_options={
-    "xla_cpu_copy_insertion_use_region_analysis": True})`. Without the option XLA copies the old moments before
-    it overwrites them, which takes longer than all the rest of the step; with optax's `mu_dtype` it does, too.
+    "xla_cpu_copy_insertion_use_region_analysis": True})`. Without the option XLA copies the old moments
+    before it overwrites them, which takes longer than the rest of the step; so it does for `mu_dtype`.
 
     Complex moments stay complex64.
 
