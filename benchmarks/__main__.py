@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import importlib
 import json
@@ -9,6 +10,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,11 +19,12 @@ import rich
 import rich.progress
 import typer
 
-from benchmarks import readme
-from benchmarks.setting import RESULTS, hardware, setting
+from benchmarks.readme import render as render_readme
+from benchmarks.setting import RESULTS, cores_busy_elsewhere, hardware, setting
 
 PROJECT = Path(__file__).parent.parent
 PICTURES = PROJECT / "docs" / "performance"
+MOST_CORES_BUSY = 0.2
 
 
 class Suite(enum.StrEnum):
@@ -49,6 +52,8 @@ def stored(folder: Path = RESULTS) -> dict[str, dict[str, dict[str, Any]]]:
     for suite in Suite:
         for path in sorted(folder.glob(f"{suite}_*.json")):
             result = json.loads(path.read_text())
+            if "hardware" not in result:
+                raise ValueError(f"{path} does not say where it comes from; run --suite {suite.value} again.")
             found.setdefault(suite, {})[result["hardware"]] = result
     return found
 
@@ -64,11 +69,16 @@ def draw(results: dict[str, dict[str, dict[str, Any]]], folder: Path) -> None:
 
 def rendered(text: str) -> str:
     """Returns the README's text with the tables of the committed results."""
-    return readme.render(text, stored(), {suite: module(suite).tables for suite in Suite})
+    return render_readme(text, stored(), {suite: module(suite).tables for suite in Suite})
 
 
 def run_here(suite: Suite, out: Path, quick: bool) -> None:
     """Measures one suite in this process and writes its result."""
+    busy = cores_busy_elsewhere()
+    if not quick and busy > MOST_CORES_BUSY:
+        raise ValueError(f"Other programs keep {busy:.1f} cores busy; timings need a machine of their own.")
+    # PyTorch's contenders need a part of a GPU's memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     # The study splits a CPU into as many devices as it has cores; a step of the others has all cores.
     if suite in (Suite.study_throughput, Suite.low_precision):
         jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
@@ -80,7 +90,8 @@ def run_here(suite: Suite, out: Path, quick: bool) -> None:
         result = module(suite).measure(
             quick, lambda text: progress.update(bar, description=f"{suite.value}: {text}")
         )
-    result = setting(f"python -m benchmarks --suite {suite.value}{' --quick' if quick else ''}") | result
+    command = f"python -m benchmarks --suite {suite.value}{' --quick' if quick else ''}"
+    result = setting(command) | {"cores_busy_elsewhere": busy} | result
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{suite.value}_{hardware()}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
@@ -89,32 +100,49 @@ def run_here(suite: Suite, out: Path, quick: bool) -> None:
     rich.print(f"{suite.value}: {time.perf_counter() - began:.0f} s, {path}")
 
 
+@contextlib.contextmanager
+def plain_errors() -> Iterator[None]:
+    """Turns what is wrong with a machine, a result or the README into one line and exit code 2."""
+    try:
+        yield
+    except ValueError as error:
+        typer.echo(f"benchmarks: {error}", err=True)
+        raise typer.Exit(2) from None
+
+
 def main(
     suite: Annotated[
         list[Suite] | None, typer.Option(help="What to measure.", show_default="the first four")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = RESULTS,
     quick: Annotated[bool, typer.Option(help="Tiny sizes: shows that it runs, measures nothing.")] = False,
+    readme: Annotated[bool, typer.Option(help="Whether to draw README and pictures after it.")] = True,
     render: Annotated[bool, typer.Option(help="Measure nothing; draw README and pictures again.")] = False,
 ) -> None:
     """Times update steps, their scaling, the study and a training step, and publishes them."""
+    out = out.resolve()  # the processes below run elsewhere
     if quick and out == RESULTS:
         raise typer.BadParameter("--quick measures nothing to be published; give it another --out.")
     suites = [] if render else suite or DEFAULT
     if len(suites) == 1:
-        run_here(suites[0], out, quick)
+        with plain_errors():
+            run_here(suites[0], out, quick)
     for one in suites if len(suites) > 1 else []:
         # A process each, so that none has another's memory, caches and devices, and none takes another down.
-        arguments = ["--suite", one.value, "--out", str(out), *(["--quick"] if quick else [])]
+        arguments = ["--suite", one.value, "--out", str(out), "--no-readme", *(["--quick"] if quick else [])]
         if subprocess.run([sys.executable, "-m", "benchmarks", *arguments], cwd=PROJECT).returncode:
             raise typer.Exit(1)
-    if out == RESULTS:
-        path = PROJECT / "README.md"
-        path.write_text(rendered(path.read_text()))
-        draw(stored(), PICTURES)
-    elif len(suites) != 1 or suite:
-        draw(stored(out), out)
+    if not readme:
+        return
+    with plain_errors():
+        draw(stored(out), PICTURES if out == RESULTS else out)
+        if out == RESULTS:
+            path = PROJECT / "README.md"
+            path.write_text(rendered(path.read_text()))
 
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app.command()(main)
 
 if __name__ == "__main__":
-    typer.run(main)
+    app(prog_name="python -m benchmarks")

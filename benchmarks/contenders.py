@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import itertools
+import math
 import os
 import re
 import statistics
@@ -13,27 +14,29 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 import adaptive_optax as ao
-from benchmarks.trees import Shapes, normal, on_device, size
+from benchmarks.trees import Shapes, constant, normal, on_device, size
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
-# The sets of arrays that a contender goes round are together larger than any cache, as is what a network
-# computes between two updates.
-_ROTATED_BYTES = 256 * 2**20
-_MOST_SETS = 16
+# What a contender goes round is larger than the caches of the machines of interest (50 MiB on an H200), as is
+# what a network computes between two updates.
+ROTATED_BYTES = 128 * 2**20
 
 
-def number_of_sets(shapes: Shapes) -> int:
+def number_of_sets(shapes: Shapes, rotated_bytes: int = ROTATED_BYTES) -> int:
     """How many sets of parameters, gradients and Adam's state a contender goes round."""
-    return int(np.clip(_ROTATED_BYTES // (16 * size(shapes)), 1, _MOST_SETS))
+    return math.ceil(rotated_bytes / (16 * size(shapes)))  # 4 bytes each of the four
 
 
-def gradient_sets(shapes: Shapes, dtype: str = "float32") -> list[dict[str, jax.Array]]:
+def gradient_sets(shapes: Shapes, rotated_bytes: int = ROTATED_BYTES) -> list[dict[str, jax.Array]]:
     """Draws the gradients that all contenders share, a tree a set."""
-    return [on_device(normal(shapes, seed), dtype) for seed in range(number_of_sets(shapes))]
+    return [
+        on_device(normal(shapes, seed), "float32") for seed in range(number_of_sets(shapes, rotated_bytes))
+    ]
 
 
 class Step:
@@ -59,17 +62,17 @@ class Step:
             options: What `jax.jit` takes as `compiler_options`.
             body: `body(params, state, gradients)` in place of the update.
         """
-        tx = make()
-        start = normal(shapes, seed=100, scale=0.1)
-        self._sets = []
-        for gradient in gradients:
-            params = on_device(start, dtype)
-            self._sets.append(([params, jax.block_until_ready(tx.init(params))], gradient))
-        (params, state), gradient = self._sets[0]
+        params = on_device(constant(shapes, 0.1), dtype)
+        gradient, state = gradients[0], make().init(params)
         self._jit = lambda: _jitted(make(), body, options)
         self._arguments = jax.eval_shape(lambda *x: x, params, state, gradient)
-        self._compiled = self._jit().lower(params, state, gradient).compile()
+        self._compiled, self.preparation = self.prepare()
+        first = [params, state]
+        self._sets = [(first, gradient)]
+        self._sets += [(jax.tree.map(jnp.copy, first), gradient) for gradient in gradients[1:]]
         self._turns = itertools.cycle(self._sets)
+        for _ in self._sets:  # a set's first step takes over buffers that a step has not made
+            jax.block_until_ready(self())
         self._parameters, self._leaves = size(shapes), len(shapes)
         self._state_bytes = ao.state_bytes(state)
 
@@ -79,29 +82,35 @@ class Step:
         carry[:] = self._compiled(*carry, gradient)
         return carry
 
-    def preparation_seconds(self) -> dict[str, float]:
-        """Traces, lowers and compiles anew, as in a fresh process."""
+    def prepare(self) -> tuple[Any, dict[str, float]]:
+        """Traces, lowers and compiles anew, as in a fresh process; gives the seconds of each, too."""
         jax.clear_caches()
         began = time.perf_counter()
         traced = self._jit().trace(*self._arguments)
         traced_at = time.perf_counter()
         lowered = traced.lower()
         lowered_at = time.perf_counter()
-        lowered.compile()
+        compiled = lowered.compile()
         compiled_at = time.perf_counter()
-        return {
+        seconds = {
             "trace": traced_at - began,
             "lower": lowered_at - traced_at,
             "compile": compiled_at - lowered_at,
         }
+        return compiled, seconds
 
     def properties(self) -> dict[str, float]:
         """Kernels a leaf; bytes of state, and at the peak of a step, for each parameter."""
         memory = self._compiled.memory_analysis()
+        if memory is None:
+            raise RuntimeError(
+                f"The backend {jax.default_backend()!r} does not say what memory a step takes."
+            )
         peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
         return {
             "kernels_a_leaf": kernels(self._compiled.as_text()) / self._leaves,
             "state_bytes_a_parameter": self._state_bytes / self._parameters,
+            "temp_bytes_a_parameter": memory.temp_size_in_bytes / self._parameters,
             "peak_bytes_a_parameter": (peak - memory.alias_size_in_bytes) / self._parameters,
         }
 
@@ -118,14 +127,15 @@ def _jitted(tx: Any, body: Any, options: dict[str, Any] | None) -> Any:
 
 def preparation(steps: dict[str, Step], repeats: int) -> dict[str, dict[str, float]]:
     """Returns the medians of the seconds that tracing, lowering and compiling take, the steps in turn."""
-    runs = [{name: step.preparation_seconds() for name, step in steps.items()} for _ in range(repeats)]
+    runs = [{name: step.preparation for name, step in steps.items()}]
+    runs += [{name: step.prepare()[1] for name, step in steps.items()} for _ in range(repeats - 1)]
     return {
         name: {part: statistics.median(run[name][part] for run in runs) for part in runs[0][name]}
         for name in steps
     }
 
 
-_NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast"}
+_NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier"}
 
 
 def kernels(hlo: str) -> int:
@@ -133,7 +143,8 @@ def kernels(hlo: str) -> int:
     entry = hlo[hlo.index("\nENTRY ") :]
     entry = entry[: entry.index("\n}")]
     opcodes = re.findall(r"^\s+(?:ROOT )?%?\S+ = (?:\(.*?\)|\S+) ([a-z][\w-]*)\(", entry, re.MULTILINE)
-    return sum(opcode not in _NO_KERNEL for opcode in opcodes)
+    # What is started and awaited runs once.
+    return sum(opcode not in _NO_KERNEL and not opcode.endswith("-done") for opcode in opcodes)
 
 
 def torch_module() -> Any:
@@ -152,7 +163,7 @@ class TorchStep:
         *,
         max_norm: float | None = None,
     ):
-        """Makes an optimizer a set.
+        """Makes an optimizer a set, and its state in a first step.
 
         Args:
             make: Makes the optimizer of a list of parameters.
@@ -164,14 +175,16 @@ class TorchStep:
         torch.set_num_threads(os.cpu_count() or 1)
         self._torch, self._max_norm = torch, max_norm
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        start = normal(shapes, seed=100, scale=0.1)
+        start = constant(shapes, 0.1)
         sets = []
         for gradient in gradients:
             params = [torch.nn.Parameter(torch.tensor(x, device=device)) for x in start.values()]
-            for p, g in zip(params, gradient.values(), strict=True):
-                p.grad = torch.tensor(np.asarray(g), device=device)
+            for p, name in zip(params, start, strict=True):
+                p.grad = torch.tensor(np.asarray(gradient[name]), device=device)
             sets.append((params, make(params)))
         self._turns = itertools.cycle(sets)
+        for _ in sets:
+            self()
 
     def __call__(self) -> None:
         """Runs a step on the next set and waits for it."""

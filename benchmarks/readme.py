@@ -9,7 +9,10 @@ from typing import Any
 from benchmarks.setting import described
 from benchmarks.tables import Table
 
-_BLOCK = re.compile(r"<!-- benchmark:(\w+) (\w+) -->\n.*?<!-- /benchmark -->", re.DOTALL)
+_BLOCK = re.compile(
+    r"<!-- benchmark:(\w+) (\w+) -->\n((?:(?!<!-- benchmark).)*?)<!-- /benchmark -->", re.DOTALL
+)
+_MARK = re.compile(r"<!-- */?benchmark[^\n]*")
 
 
 def render(
@@ -25,11 +28,16 @@ def render(
         tables: By suite, what makes tables of a result.
 
     Raises:
-        ValueError: If a block names a suite or a table that there is not.
+        ValueError: If a block names a suite or a table that there is not, or if a mark is not one of a block.
     """
+    if stray := _MARK.search(_BLOCK.sub("", text)):
+        raise ValueError(
+            f"{stray[0]!r} is not a block of the README; one is <!-- benchmark:SUITE TABLE -->, "
+            "its text, and <!-- /benchmark -->."
+        )
 
     def block(found: re.Match[str]) -> str:
-        suite, name = found.groups()
+        suite, name, _ = found.groups()
         if suite not in tables:
             raise ValueError(f"The README has a block of the suite {suite!r}; there are {', '.join(tables)}.")
         parts = []

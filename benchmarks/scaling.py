@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 import adaptive_optax as ao
 from adaptive_optax._drawing import PALETTE, THEMES, dress, set_range, set_ticks
 from benchmarks import trees
-from benchmarks.contenders import Step, gradient_sets, preparation
+from benchmarks.contenders import ROTATED_BYTES, Step, gradient_sets, preparation
 from benchmarks.tables import Table, digits, ratio
 from benchmarks.timing import against, alternate
 
@@ -41,7 +41,7 @@ def measure(quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
 def _row(grows: str, shapes: trees.Shapes, quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
     parameters = trees.size(shapes)
     advance(f"{len(shapes)} leaves, {parameters:,} parameters")
-    gradients = gradient_sets(shapes)
+    gradients = gradient_sets(shapes, 2**20 if quick else ROTATED_BYTES)
     steps = {name: Step(make, shapes, gradients) for name, make in OPTIMIZERS.items()}
     row = {
         "grows": grows,

@@ -5,16 +5,18 @@ from __future__ import annotations
 import datetime
 import importlib
 import importlib.util
+import math
 import os
 import platform
 import re
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import jax
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 VERSIONED = ("adaptive_optax", "jax", "jaxlib", "optax", "flax", "torch")
 
 
@@ -31,7 +33,8 @@ def setting(command: str) -> dict[str, Any]:
     return {
         "command": command,
         "commit": _git("rev-parse", "--short", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        # Of what is measured and what measures; not of the results that a run writes.
+        "uncommitted_changes": _git("status", "--porcelain", "--", "../adaptive_optax", "*.py") != "",
         "date": datetime.date.today().isoformat(),
         "hardware": hardware(),
         "device": f"{len(jax.devices())} x {device.platform}: {device.device_kind}",
@@ -46,14 +49,38 @@ def setting(command: str) -> dict[str, Any]:
     }
 
 
+def cores_busy_elsewhere(seconds: float = 1.0) -> float:
+    """Returns how many cores other programs keep busy, seen while this one sleeps (Linux); else NaN.
+
+    A busy core falsifies ratios, too: PyTorch's threads spin where they wait for each other, and lose a slice
+    of the scheduler's time at every wait; XLA's sleep.
+    """
+    stat = Path("/proc/stat")
+    if not stat.exists():
+        return math.nan
+
+    def ticks() -> tuple[int, int]:
+        counts = [int(x) for x in stat.read_text().splitlines()[0].split()[1:9]]
+        return sum(counts), counts[3] + counts[4]  # idle, and idle for a disk
+
+    whole, idle = ticks()
+    time.sleep(seconds)
+    whole_after, idle_after = ticks()
+    return (os.cpu_count() or 1) * (1 - (idle_after - idle) / (whole_after - whole))
+
+
 def described(result: dict[str, Any]) -> str:
     """Says in one line where a result comes from."""
-    versions = result["versions"]
+    versions, commit = result["versions"], result["commit"]
     named = ["jax", "optax"] + (["torch"] if result.get("uses_torch") else [])
     parts = [
         result["host"] if "cpu" in result["hardware"] else result["device"].split(": ")[1],
         f"Python {result['python']}",
+        f"adaptive_optax {versions['adaptive_optax']} at {commit}"
+        + (" with uncommitted changes" if result["uncommitted_changes"] else ""),
         *(f"{name} {versions[name]}" for name in named),
+        result["date"],
+        f"`{result['command']}`",
         *([f"XLA_FLAGS={result['xla_flags']}"] if result["xla_flags"] else []),
     ]
     return ", ".join(parts)

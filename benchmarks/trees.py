@@ -54,12 +54,15 @@ def size(shapes: Shapes) -> int:
     return sum(map(math.prod, shapes.values()))
 
 
-def normal(shapes: Shapes, seed: int, scale: float = 1.0) -> dict[str, np.ndarray]:
-    """Draws a tree of float32 values."""
+def normal(shapes: Shapes, seed: int) -> dict[str, np.ndarray]:
+    """Draws a tree of standard normal float32 values."""
     rng = np.random.default_rng(seed)
-    return {
-        name: rng.standard_normal(shape, np.float32) * np.float32(scale) for name, shape in shapes.items()
-    }
+    return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
+
+
+def constant(shapes: Shapes, value: float) -> dict[str, np.ndarray]:
+    """Returns a tree of one float32 value."""
+    return {name: np.full(shape, value, np.float32) for name, shape in shapes.items()}
 
 
 def on_device(tree: dict[str, np.ndarray], dtype: str) -> dict[str, jax.Array]:

@@ -16,7 +16,15 @@ import optax
 
 import adaptive_optax as ao
 from benchmarks import trees
-from benchmarks.contenders import HAS_TORCH, Step, TorchStep, gradient_sets, preparation, torch_module
+from benchmarks.contenders import (
+    HAS_TORCH,
+    ROTATED_BYTES,
+    Step,
+    TorchStep,
+    gradient_sets,
+    preparation,
+    torch_module,
+)
 from benchmarks.tables import Table, digits, ratio
 from benchmarks.timing import against, alternate, copy_bandwidth
 
@@ -37,7 +45,9 @@ class Chain:
     optax: Callable[[], Any]
     least_bytes: float
     dtype: str = "float32"
+    second: Callable[[], Any] | None = None  # another that does the same with optax alone
     torch: str = ""
+    torch_kinds: tuple[str, ...] = ("fused", "foreach")
     max_norm: float | None = None
     options: dict[str, Any] | None = None
 
@@ -47,7 +57,7 @@ def _adamw_kept_as(storage: str) -> Any:
 
 
 CHAINS = {
-    "adam": Chain(lambda: ao.adam(RATE), lambda: optax.adam(RATE), 28),
+    "adam": Chain(lambda: ao.adam(RATE), lambda: optax.adam(RATE), 28, torch="Adam"),
     "adamw": Chain(lambda: ao.adamw(RATE), lambda: optax.adamw(RATE), 28, torch="AdamW"),
     "clip + adamw": Chain(
         lambda: optax.chain(ao.clip_by_global_norm(1.0), ao.adamw(RATE)),
@@ -56,14 +66,22 @@ CHAINS = {
         torch="AdamW",
         max_norm=1.0,
     ),
-    "rmsprop": Chain(lambda: ao.rmsprop(RATE), lambda: optax.rmsprop(RATE), 20),
+    "rmsprop": Chain(
+        lambda: ao.rmsprop(RATE), lambda: optax.rmsprop(RATE), 20, torch="RMSprop", torch_kinds=("foreach",)
+    ),
     # optax has no global form: its rmsprop stands beside both.
     "global_rmsprop": Chain(lambda: ao.global_rmsprop(RATE), lambda: optax.rmsprop(RATE), 16),
     "adam per tensor": Chain(lambda: ao.adam(RATE, granularity="tensor"), lambda: optax.adam(RATE), 24),
 }
-# Against optax's float32 AdamW, whatever is kept in fewer bits.
+# Against optax's AdamW on the same parameters, whatever the state is kept in; it keeps its moments in the
+# parameters' dtype.
 LOW_PRECISION = {
-    "adamw, bfloat16 state": Chain(lambda: _adamw_kept_as("bfloat16"), lambda: optax.adamw(RATE), 20),
+    "adamw, bfloat16 state": Chain(
+        lambda: _adamw_kept_as("bfloat16"),
+        lambda: optax.adamw(RATE),
+        20,
+        second=lambda: optax.adamw(RATE, mu_dtype="bfloat16"),
+    ),
     "adamw, int8 state": Chain(lambda: _adamw_kept_as("int8"), lambda: optax.adamw(RATE), 16.06),
     "adamw, bfloat16 parameters + stochastic rounding": Chain(
         lambda: optax.chain(ao.adamw(RATE), ao.stochastic_rounding()),
@@ -78,26 +96,35 @@ WRAPPED = {
         lambda: ao.telemetry(ao.adamw(RATE), every=10), lambda: ao.adamw(RATE), 28
     ),
     "telemetry(adamw), every=1": Chain(lambda: ao.telemetry(ao.adamw(RATE)), lambda: ao.adamw(RATE), 28),
-    "reject_nonfinite(adamw)": Chain(lambda: ao.reject_nonfinite(ao.adamw(RATE)), lambda: ao.adamw(RATE), 28),
+    "reject_nonfinite(adamw)": Chain(
+        lambda: ao.reject_nonfinite(ao.adamw(RATE)),
+        lambda: ao.adamw(RATE),
+        28,
+        second=lambda: optax.apply_if_finite(optax.adamw(RATE), max_consecutive_errors=100),
+    ),
 }
 
 _MAIN = ["adam", "adamw", "clip + adamw", "rmsprop", "global_rmsprop"]
-_ON_CPU = jax.default_backend() == "cpu"
+
+
+def _on_cpu() -> bool:
+    return jax.default_backend() == "cpu"
 
 
 def _rows(quick: bool) -> Iterator[tuple[str, trees.Shapes, str, Chain, int]]:
     """Yields tree, shapes, chain and how often its preparation is timed."""
     if quick:
         tiny = trees.small_leaves(6)
-        yield from (("6 small leaves", tiny, name, (CHAINS | LOW_PRECISION)[name], 1) for name in _MAIN)
+        chains = CHAINS | LOW_PRECISION | WRAPPED
+        yield from (("6 small leaves", tiny, name, chain, 1) for name, chain in chains.items())
         return
-    large, big = (2**24, "16 M") if _ON_CPU else (2**29, "512 M")
+    large, big = (2**24, "16 M") if _on_cpu() else (2**29, "512 M")
     leaf = trees.one_leaf(large)
     for name, chain in CHAINS.items():
         yield f"one leaf of {big}", leaf, name, chain, 3
     for name, chain in LOW_PRECISION.items():
         yield f"one leaf of {big}", leaf, name, chain, 3
-        if _ON_CPU:
+        if _on_cpu() and name == "adamw, bfloat16 state":
             compiled = dataclasses.replace(chain, options=REGION_ANALYSIS)
             yield f"one leaf of {big}", leaf, f"{name}, region analysis", compiled, 3
     for name, chain in WRAPPED.items():
@@ -105,24 +132,24 @@ def _rows(quick: bool) -> Iterator[tuple[str, trees.Shapes, str, Chain, int]]:
     gpt2 = trees.gpt2_small()
     for name in ["adamw", "clip + adamw", "global_rmsprop"]:
         yield "GPT-2 small, 148 leaves", gpt2, name, CHAINS[name], 1
-    if not _ON_CPU:
+    if not _on_cpu():
         for name, chain in LOW_PRECISION.items():
             yield "GPT-2 small, 148 leaves", gpt2, name, chain, 1
     for name in _MAIN:
         yield "400 small leaves", trees.small_leaves(400), name, CHAINS[name], 3
-    for name in ["adamw", "clip + adamw", "global_rmsprop"]:
+    for name in ["adamw", "clip + adamw"]:
         yield "2000 small leaves", trees.small_leaves(2000), name, CHAINS[name], 1
 
 
 def measure(quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
     """Measures all rows; `advance` is told what comes next."""
-    bandwidth = copy_bandwidth(2**22 if quick else 2**28 if _ON_CPU else 2**31)
+    bandwidth = copy_bandwidth(2**22 if quick else 2**28 if _on_cpu() else 2**31)
     rows, of_tree, gradients = [], "", []
     for tree, shapes, name, chain, repeats in _rows(quick):
         advance(f"{tree}: {name}")
         if tree != of_tree:
             of_tree, gradients = tree, []
-            gradients = gradient_sets(shapes)
+            gradients = gradient_sets(shapes, 2**20 if quick else ROTATED_BYTES)
         rows.append(_measure_row(tree, shapes, name, chain, gradients, repeats, bandwidth, quick))
     return {"rows": rows, "copy_bandwidth_gb_s": bandwidth / 1e9, "uses_torch": HAS_TORCH}
 
@@ -140,8 +167,10 @@ def _measure_row(
     if chain.dtype != "float32":
         gradients = [jax.tree.map(lambda x: x.astype(chain.dtype), g) for g in gradients]
     ours = Step(chain.ours, shapes, gradients, dtype=chain.dtype, options=chain.options)
-    reference = Step(chain.optax, shapes, gradients)
+    reference = Step(chain.optax, shapes, gradients, dtype=chain.dtype)
     contenders: dict[str, Any] = {"optax": reference, "ours": ours}
+    if chain.second is not None:
+        contenders["second"] = Step(chain.second, shapes, gradients, dtype=chain.dtype)
     if name == "adamw":
         # What remains of a step that returns its arguments: handing buffers over.
         contenders["hand-over"] = Step(
@@ -149,8 +178,9 @@ def _measure_row(
         )
     if HAS_TORCH and chain.torch:
         optimizer = getattr(torch_module().optim, chain.torch)
-        for kind in ("fused", "foreach"):
-            make = functools.partial(optimizer, lr=RATE, weight_decay=1e-4, **{kind: True})
+        decay = {"weight_decay": 1e-4} if chain.torch == "AdamW" else {}
+        for kind in chain.torch_kinds:
+            make = functools.partial(optimizer, lr=RATE, **decay, **{kind: True})
             contenders[f"torch {kind}"] = TorchStep(make, shapes, gradients, max_norm=chain.max_norm)
     timed = against(alternate(contenders, 15 if quick else 60, seconds=2.5), "optax")
     parameters = trees.size(shapes)
@@ -183,41 +213,46 @@ def tables(result: dict[str, Any]) -> dict[str, Table]:
     low = Table(
         "Low-precision state and parameters",
         [
+            "tree",
             "adamw with",
             "ms",
-            "float32 of optax, ms",
+            "optax, ms",
             "ratio",
+            "optax, mu in bfloat16, ms",
             "of the floor",
             "state, B",
             "peak, B",
             "trace + compile",
         ],
     )
-    wrapped = Table("Around adamw", ["step", "ms", "without, ms", "ratio", "kernels a leaf, without"])
+    wrapped = Table(
+        "Around adamw", ["step", "ms", "without, ms", "ratio", "kernels a leaf, without", "optax's own, ms"]
+    )
     torch = Table(
-        "PyTorch's on the same tree", ["tree", "chain", "ms", "torch fused, ms", "torch foreach, ms"]
+        "PyTorch's on the same tree" + ("" if result["uses_torch"] else ", which was not installed"),
+        ["tree", "chain", "ms", "torch fused, ms", "torch foreach, ms"],
     )
     spare = Table("Handing the buffers over", ["tree", "adamw, ms", "no arithmetic, ms", "share"])
     for row in result["rows"]:
         timed, ours = row["timed"], row["ours"]
         name, both = row["chain"], (digits(timed["ours"]["ms"]), digits(timed["optax"]["ms"]))
+        second = digits(timed["second"]["ms"] if "second" in timed else None)
         of_floor = f"{100 * row['of_the_floor']:.0f} %"
         if name in CHAINS:
             fusions = f"{ours['kernels_a_leaf']:.1f}, {row['optax']['kernels_a_leaf']:.1f}"
             main.add(row["tree"], name, *both, ratio(timed["ours"]), of_floor, _preparation(row), fusions)
         elif name in WRAPPED:
             fusions = f"{ours['kernels_a_leaf']:.0f}, {row['optax']['kernels_a_leaf']:.0f}"
-            wrapped.add(name, *both, ratio(timed["ours"]), fusions)
+            wrapped.add(name, *both, ratio(timed["ours"]), fusions, second)
         else:
             size, peak = (f"{ours[f'{kind}_bytes_a_parameter']:.2f}" for kind in ("state", "peak"))
             kept = name.removeprefix("adamw, ")
-            low.add(kept, *both, ratio(timed["ours"]), of_floor, size, peak, _preparation(row))
-        if "torch fused" in timed:
-            torch.add(
-                row["tree"], name, *(digits(timed[k]["ms"]) for k in ("ours", "torch fused", "torch foreach"))
-            )
+            times = *both, ratio(timed["ours"]), second
+            low.add(row["tree"], kept, *times, of_floor, size, peak, _preparation(row))
+        if "torch foreach" in timed:
+            fused, foreach = (timed.get(f"torch {kind}", {}).get("ms") for kind in ("fused", "foreach"))
+            torch.add(row["tree"], name, both[0], digits(fused), digits(foreach))
         if "hand-over" in timed:
             share = timed["hand-over"]["ms"] / timed["ours"]["ms"]
             spare.add(row["tree"], both[0], digits(timed["hand-over"]["ms"]), f"{100 * share:.0f} %")
-    found = {"main": main, "low_precision": low, "wrapped": wrapped, "torch": torch, "hand_over": spare}
-    return {name: table for name, table in found.items() if table.rows}
+    return {"main": main, "low_precision": low, "wrapped": wrapped, "torch": torch, "hand_over": spare}
