@@ -58,7 +58,7 @@ def against(times: Mapping[str, np.ndarray], reference: str) -> dict[str, dict[s
     }
 
 
-def copy_bandwidth(size_bytes: int, rounds: int = 15) -> float:
+def copy_bandwidth(size_bytes: int, rounds: int = 30) -> float:
     """Returns the bytes a second that a compiled x + 1 in place reads and writes together, at its best."""
     x = jnp.ones(size_bytes // 4, jnp.float32)
     add = jax.jit(lambda x: x + 1, donate_argnums=0)
