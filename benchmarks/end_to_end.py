@@ -90,7 +90,7 @@ def measure(quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
         advance(f"compiling: {name}")
         trainings[name] = Training(model, make(), jnp.asarray(tokens, jnp.int32))
     advance("training")
-    times = alternate(trainings, 15 if quick else 60, seconds=40)
+    times = alternate(trainings, 15 if quick else 60, seconds=25)
     without = times["no optimizer"]
     return {
         "model": f"{model.layers} layers, width {model.width}, {samples} x {length} tokens",

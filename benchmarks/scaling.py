@@ -47,7 +47,7 @@ def _row(grows: str, shapes: trees.Shapes, quick: bool, advance: Callable[[str],
         "grows": grows,
         "leaves": len(shapes),
         "parameters": parameters,
-        "timed": against(alternate(steps, 15 if quick else 60, seconds=3), "optax"),
+        "timed": against(alternate(steps, 15 if quick else 60, seconds=2), "optax"),
     }
     return row | {"preparation_s": preparation(steps, 1)} if grows == "leaves" else row
 

@@ -147,7 +147,7 @@ def measure(quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
     rows = []
     for trials in [1, 2] if quick else [1, 4, 16, 64, 256]:
         advance(f"{trials} trials")
-        row = _row(task, plan, arms, loops, trials, rounds=1 if quick else 3 if trials > 64 else 5)
+        row = _row(task, plan, arms, loops, trials, rounds=1 if quick else 3 if trials >= 64 else 5)
         rows.append(row | {"loop_first_call_s": loop_compile})
     settings = {"steps": STEPS, "batch_size": BATCH, "rates": RATES, "points": POINTS}
     return {"rows": rows, "settings": settings, "uses_torch": HAS_TORCH}

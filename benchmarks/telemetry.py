@@ -94,7 +94,7 @@ def measure(quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
     rows = []
     for task in (localization(), convolutional()):
         advance(task.name)
-        rows += _rows(task, rounds=15 if quick else 100)
+        rows += _rows(task, rounds=15 if quick else 50)
     return {"rows": rows}
 
 

@@ -1,5 +1,6 @@
 """The benchmark's parts that need no clock: what is counted, what is floor, and how the README is written."""
 
+import functools
 import json
 import math
 from pathlib import Path
@@ -14,7 +15,15 @@ from typer.testing import CliRunner
 import adaptive_optax as ao
 from benchmarks import __main__ as command
 from benchmarks import readme, scaling, trees, update_step
-from benchmarks.contenders import Step, gradient_sets, kernels, number_of_sets
+from benchmarks.contenders import (
+    HAS_TORCH,
+    Step,
+    TorchStep,
+    gradient_sets,
+    kernels,
+    number_of_sets,
+    torch_module,
+)
 from benchmarks.tables import Table, digits, ratio
 from benchmarks.timing import against, alternate
 
@@ -260,3 +269,15 @@ def test_a_quick_run_writes_its_result_and_tables(tmp_path, monkeypatch):
     for row in result["rows"]:
         assert math.isfinite(row["timed"]["ours"]["ratio"]["median"])
     assert len(update_step.tables(result)["low_precision"].rows) == 2
+
+
+@pytest.mark.skipif(not HAS_TORCH, reason="needs PyTorch")
+def test_pytorch_s_step_has_each_leaf_s_own_gradient():
+    shapes = trees.small_leaves(12)  # from ten on JAX's order of the names is not that of the numbers
+    gradients = gradient_sets(shapes, 1)
+    make = functools.partial(torch_module().optim.SGD, lr=1.0)
+    step = TorchStep(make, shapes, gradients)  # which takes one step, to warm up
+    params, _ = next(step._turns)
+    for p, (name, start) in zip(params, trees.constant(shapes, 0.1).items(), strict=True):
+        moved = start - np.asarray(gradients[0][name])
+        np.testing.assert_allclose(p.detach().numpy(), moved, rtol=1e-6, atol=1e-6)
