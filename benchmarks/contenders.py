@@ -27,6 +27,9 @@ HAS_TORCH = importlib.util.find_spec("torch") is not None
 ROTATED_BYTES = 128 * 2**20
 
 
+SEEDS = {"gradients": "the number of the set, from 0"}
+
+
 def number_of_sets(shapes: Shapes, rotated_bytes: int = ROTATED_BYTES) -> int:
     """How many sets of parameters, gradients and Adam's state a contender goes round."""
     return math.ceil(rotated_bytes / (16 * size(shapes)))  # 4 bytes each of the four

@@ -97,6 +97,7 @@ def measure(quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
         "parameters": trainings["ours"].parameters,
         "leaves": trainings["ours"].leaves,
         "timed": against(times, "optax"),
+        "seeds": {"parameters": 0, "tokens": 0},
         "share": {name: float(np.median((t - without) / t)) for name, t in times.items()},
     }
 

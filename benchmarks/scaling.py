@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 import adaptive_optax as ao
 from adaptive_optax._drawing import PALETTE, THEMES, dress, set_range, set_ticks
 from benchmarks import trees
-from benchmarks.contenders import ROTATED_BYTES, Step, gradient_sets, preparation
+from benchmarks.contenders import ROTATED_BYTES, SEEDS, Step, gradient_sets, preparation
 from benchmarks.tables import Table, digits, ratio
 from benchmarks.timing import against, alternate
 
@@ -35,7 +35,7 @@ def measure(quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
         rows.append(_row("parameters", shapes, quick, advance))
     for leaves in counts:
         rows.append(_row("leaves", trees.like_square(leaves, 32), quick, advance))
-    return {"rows": rows, "exponents": _exponents(rows)}
+    return {"rows": rows, "exponents": _exponents(rows), "seeds": SEEDS}
 
 
 def _row(grows: str, shapes: trees.Shapes, quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:

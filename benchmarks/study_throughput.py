@@ -150,7 +150,8 @@ def measure(quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
         row = _row(task, plan, arms, loops, trials, rounds=1 if quick else 3 if trials >= 64 else 5)
         rows.append(row | {"loop_first_call_s": loop_compile})
     settings = {"steps": STEPS, "batch_size": BATCH, "rates": RATES, "points": POINTS}
-    return {"rows": rows, "settings": settings, "uses_torch": HAS_TORCH}
+    seeds = {"split": 0, "trials": "from 0, four rates each"}
+    return {"rows": rows, "settings": settings, "uses_torch": HAS_TORCH, "seeds": seeds}
 
 
 def _row(

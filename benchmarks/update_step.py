@@ -19,6 +19,7 @@ from benchmarks import trees
 from benchmarks.contenders import (
     HAS_TORCH,
     ROTATED_BYTES,
+    SEEDS,
     Step,
     TorchStep,
     gradient_sets,
@@ -155,7 +156,7 @@ def measure(quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
     for row in rows:
         floor_ms = 1e3 * row["least_bytes_a_parameter"] * row["parameters"] / bandwidth
         row["of_the_floor"] = floor_ms / row["timed"]["ours"]["ms"]
-    return {"rows": rows, "copy_bandwidth_gb_s": bandwidth / 1e9, "uses_torch": HAS_TORCH}
+    return {"rows": rows, "copy_bandwidth_gb_s": bandwidth / 1e9, "uses_torch": HAS_TORCH, "seeds": SEEDS}
 
 
 def _measure_row(

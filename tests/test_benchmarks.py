@@ -231,7 +231,16 @@ def test_every_committed_result_says_where_it_comes_from():
     results = [json.loads(path.read_text()) for path in command.RESULTS.glob("*.json")]
     assert len(results) >= 6
     for result in results:
-        assert {"command", "commit", "hardware", "host", "python", "versions", "xla_flags"} <= result.keys()
+        assert {
+            "command",
+            "commit",
+            "hardware",
+            "host",
+            "python",
+            "versions",
+            "xla_flags",
+            "seeds",
+        } <= result.keys()
 
 
 def test_exponents_are_those_of_power_laws():
