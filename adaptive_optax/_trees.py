@@ -18,15 +18,18 @@ def by_leaf(results: int) -> Callable[[Callable[..., tuple[Any, ...]]], Callable
     combination of shapes and dtypes, and XLA inlines the calls: the compiled program is the same, and a tree
     of hundreds of leaves is traced and lowered in a fraction of the time.
 
-    Decorate a function once, where it is defined, as its traces are kept with it.
+    Decorate functions of a module, not closures: traces are kept with the function, and under `vmap` outside
+    `jit`, where every call would compile a new one.
 
     Args:
         results: How many results the function returns.
 
     Returns:
         A decorator of `f(scalars, *leaves) -> tuple`. The decorated function takes trees in place of the
-        leaves; its results are trees like the first of them, in order. `scalars` is any tree: what is no
-        array in it, such as Python numbers and settings, is a constant of the trace and must be hashable.
+        leaves, whose leaves come in one and the same order (`check_same_tree`); its results are trees like
+        the first of them, in order. None in place of a tree is None for every leaf. `scalars` is any tree:
+        what is no array in it, such as Python numbers and settings, is a constant of the trace and must be
+        hashable.
     """
 
     def decorate(f):
@@ -38,7 +41,10 @@ def by_leaf(results: int) -> Callable[[Callable[..., tuple[Any, ...]]], Callable
             return f(treedef.unflatten(merged), *leaves)
 
         def over_trees(scalars, *trees):
-            columns = list(zip(*map(jax.tree.leaves, trees), strict=True))
+            leaves = [jax.tree.leaves(tree) for tree in trees]
+            count = max(map(len, leaves))
+            leaves = [[None] * count if t is None else x for t, x in zip(trees, leaves, strict=True)]
+            columns = list(zip(*leaves, strict=True))
             call = functools.partial(f, scalars)
             if any(isinstance(x, Tracer) for column in columns for x in column):
                 values, treedef = jax.tree.flatten(scalars)
@@ -49,8 +55,12 @@ def by_leaf(results: int) -> Callable[[Callable[..., tuple[Any, ...]]], Callable
                     return traced(constants, arrays, leaves)
 
             rows = [call(*column) for column in columns]
-            like = map(jax.tree.structure, trees[:results])
-            return tuple(t.unflatten([row[i] for row in rows]) for i, t in enumerate(like))
+            return tuple(
+                None
+                if tree is None
+                else jax.tree.unflatten(jax.tree.structure(tree), [row[i] for row in rows])
+                for i, tree in enumerate(trees[:results])
+            )
 
         return functools.wraps(f)(over_trees)
 

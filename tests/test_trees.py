@@ -1,5 +1,7 @@
 """Functions of single leaves over trees: traced once for leaves that look alike, and the same everywhere."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -105,21 +107,21 @@ def test_leaves_are_numbered_in_their_order():
     assert leaf_numbers(x) == {"a": 0, "b": [1, 2], "c": None}
 
 
-# With the equations that each leaf may add; one that ran every leaf through Python would add the second.
+# With the equations that each leaf may add. Without `by_leaf` a leaf of bfloat16 state adds 141.
 CHAINS = {
-    "adamw": (lambda: ao.adamw(1e-3), 5, 19),
-    "adamw, bfloat16": (lambda: ao.adamw(1e-3, mu_storage="bfloat16", nu_storage="bfloat16"), 9, 141),
-    "adamw, int8": (lambda: ao.adamw(1e-3, mu_storage="int8", nu_storage="int8"), 12, 257),
-    "adam-mini": (lambda: ao.adam_mini(1e-3, {"q": "query_key"}), 8, 22),
-    "global_rmsprop": (lambda: ao.global_rmsprop(1e-3), 5, 9),
-    "clip": (lambda: ao.clip_by_global_norm(1.0), 3, 4),
-    "stochastic_rounding": (lambda: ao.stochastic_rounding(), 2, 64),
+    "adamw": (lambda: ao.adamw(1e-3), 5),
+    "adamw, bfloat16": (lambda: ao.adamw(1e-3, mu_storage="bfloat16", nu_storage="bfloat16"), 9),
+    "adamw, int8": (lambda: ao.adamw(1e-3, mu_storage="int8", nu_storage="int8"), 12),
+    "adam-mini": (lambda: ao.adam_mini(1e-3, {"q": "query_key"}), 8),
+    "global_rmsprop": (lambda: ao.global_rmsprop(1e-3), 5),
+    "clip": (lambda: ao.clip_by_global_norm(1.0), 3),
+    "stochastic_rounding": (lambda: ao.stochastic_rounding(), 2),
 }
 
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_leaf_adds_few_equations_to_a_trace(name):
-    make, most, _ = CHAINS[name]
+    make, most = CHAINS[name]
     tx = make()
 
     def equations(leaves):
@@ -129,3 +131,54 @@ def test_a_leaf_adds_few_equations_to_a_trace(name):
         return len(jax.make_jaxpr(tx.update)(params, state, params).jaxpr.eqns)
 
     assert (equations(12) - equations(2)) / 10 <= most
+
+
+class Params(NamedTuple):
+    """In an order that is not that of a dict's sorted keys."""
+
+    w: jax.Array
+    b: jax.Array
+
+
+@pytest.mark.parametrize(
+    "make", [ao.scale_by_adam, ao.scale_by_rms, lambda: ao.trace(0.9), lambda: ao.adamw(0.1)]
+)
+def test_leaves_in_another_order_are_refused_and_not_confused(make):
+    """As when a state was restored as a dict: leaf by leaf, one would take another's moment."""
+    tx, ones = make(), jnp.ones(3)
+    state = tx.init({"w": ones, "b": ones})
+    with pytest.raises(ValueError, match="has 'w' where the state has 'b'.*same container"):
+        tx.update(Params(w=ones, b=-100 * ones), state, Params(w=ones, b=ones))
+    updates, _ = tx.update(Params(w=ones, b=ones), tx.init(Params(w=ones, b=ones)), Params(w=ones, b=ones))
+    assert isinstance(updates, Params)
+
+
+def test_a_rebuilt_transformation_does_not_compile_again(monkeypatch):
+    """`optax.inject_hyperparams` builds one in every update; a vmap outside jit then runs what was traced."""
+    runs = []
+    monkeypatch.setattr(jnp, "sqrt", lambda x, sqrt=jnp.sqrt: runs.append(x) or sqrt(x))
+    tx = optax.inject_hyperparams(ao.scale_by_adam)(b1=0.9)
+    params = {"a": jnp.ones((2, 5, 3)), "b": jnp.ones((2, 5, 3))}
+    state = jax.vmap(tx.init)(params)
+    counts = []
+    for _ in range(3):
+        _, state = jax.vmap(tx.update)(params, state)
+        counts.append(len(runs))
+    assert counts[0] >= 1 and counts == counts[:1] * 3
+
+
+def test_a_granularity_that_pools_otherwise_is_not_taken_leaf_by_leaf():
+    class Shared(ao.Tensor):
+        def pool(self, squares):
+            return ao.Global().pool(squares)
+
+        def spread(self, pooled, like):
+            return ao.Global().spread(pooled, like)
+
+    assert ao.Tensor().per_leaf and not Shared().per_leaf
+    gradients = {"a": jnp.ones(3), "b": jnp.full(2, 3.0)}
+    for make in (ao.scale_by_adam, ao.scale_by_rms):
+        shared, like = make(granularity=Shared()), make(granularity="global")
+        updates, _ = shared.update(gradients, shared.init(gradients))
+        expected, _ = like.update(gradients, like.init(gradients))
+        jax.tree.map(np.testing.assert_array_equal, updates, expected)

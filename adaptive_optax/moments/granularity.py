@@ -29,18 +29,27 @@ Reduce = Literal["mean", "sum"]
 
 
 class Granularity(abc.ABC):
-    """Interface of the partition of a tree's coordinates into groups; instances are static and hashable."""
+    """Interface of the partition of a tree's coordinates into groups; instances are static and hashable.
 
-    # Whether every leaf has its statistic at its place in the tree, and `spread` lays it over that leaf: then
-    # a step can be taken leaf by leaf. False is never wrong.
+    Attributes:
+        per_leaf: Whether every leaf has its statistic at its own place in the tree, and `spread` does with a
+            leaf what it does with the tree: then a step is taken leaf by leaf, and traced once for leaves
+            that look alike. False, the default, is never wrong.
+    """
+
     per_leaf: ClassVar[bool] = False
+
+    def __init_subclass__(cls, **arguments: Any):
+        super().__init_subclass__(**arguments)
+        if "per_leaf" not in vars(cls) and not vars(cls).keys().isdisjoint({"pool", "spread"}):
+            cls.per_leaf = False  # what a parent says of its own functions does not hold for these
 
     @abc.abstractmethod
     def pool(self, squares: Any) -> Any:
         """Reduces a tree of squared magnitudes (real, float32 at least) to one statistic a group."""
 
     def spread(self, pooled: Any, like: Any) -> Any:
-        """Returns a tree like `like` whose leaves broadcast a group's value over its coordinates."""
+        """Returns a tree like `like` whose leaves broadcast a group's value, a moment or its root."""
         return jax.tree.map(lambda x, value: cast(value, real_dtype(x)), like, pooled)
 
     def template(self, params: Any) -> Any:

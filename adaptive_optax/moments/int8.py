@@ -210,8 +210,8 @@ def _encode(
     if not _is_code(old):
         return x.astype(old.dtype), jnp.ones((), x.real.dtype)
     largest = storage.largest(x)
-    # 0 for a block of zeros, and one that is not finite, which its scale tells. Products with what is known
-    # once a block: XLA keeps the quotients of all values in memory.
+    # 0 for a block of zeros, and one that is not finite or near that, which its scale tells. Products with
+    # what is known once a block: XLA keeps the quotients of all values in memory.
     inverse = jnp.where(largest > 0, 1 / largest, 0)
     inverse = spread_blocks(inverse, x.shape, storage.block_size)
     uniform = as_uniform(random_bits(x.shape, count, number, role)).astype(x.dtype)
@@ -252,7 +252,8 @@ def _signed_code(ratio: jax.Array, uniform: jax.Array) -> jax.Array:
     """The code of a value over its block's largest, rounded up where `uniform` is high."""
     magnitude = jnp.abs(ratio)
     pieces = [last - (top - magnitude) * (1 / width) for top, last, width in _DECADES]
-    return jnp.sign(ratio) * jnp.floor(_reduce(jnp.minimum, pieces) + uniform)
+    code = jnp.floor(_reduce(jnp.minimum, pieces) + uniform)
+    return jnp.sign(ratio) * jnp.minimum(code, 127)  # beyond it where a division is not rounded correctly
 
 
 def _root_entry(code: jax.Array) -> jax.Array:

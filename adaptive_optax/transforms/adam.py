@@ -205,23 +205,6 @@ def scale_by_adam(
             bound_sq=jnp.zeros((), dtype),
         )
 
-    def move_tree(step, g, mu, nu, *rest):
-        """Returns the direction and the new moments; of trees, or of leaves where none share a moment."""
-        *nu_max, squares = rest
-        mu = ema(mu, g, step.d1)
-        nu = ema(nu, squares, step.d2)
-        nu_hat = scaled(nu, step.of_nu)
-        if amsgrad:
-            nu_hat = jax.tree.map(jnp.maximum, nu_max[0], nu_hat)
-            nu_max = [nu_hat]
-        numerator = scaled(mu, step.of_mu)
-        if nesterov:
-            numerator = jax.tree.map(lambda m, g: m + scale(g, step.of_g), numerator, g)
-        direction = divide_by_root(numerator, nu_hat, granularity, eps=step.eps, eps_root=eps_root)
-        return scaled(direction, step.of_direction), mu, nu, *nu_max
-
-    move_leaf = by_leaf(results=4 if amsgrad else 3)(move_tree)
-
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         check_state("scale_by_adam", state, ScaleByAdamState)
@@ -230,19 +213,22 @@ def scale_by_adam(
         d1, d2 = decay_at(b1, state.count, dtype), decay_at(b2, state.count, dtype)
         count = incremented(state.count)
         mu_weight, nu_weight = ema_weight(state.mu_weight, d1), ema_weight(state.nu_weight, d2)
-        of_mu, of_g = 1.0, 0.0  # the factors of m and g in the numerator
+        mu_factor = 1 / mu_weight if bias_correction else 1.0
+        g_factor = None
         if nesterov:
-            of_mu, of_g = d1.keep, d1.take
-        if bias_correction:
-            of_mu, of_g = of_mu / (ema_weight(mu_weight, d1) if nesterov else mu_weight), of_g / mu_weight
+            mu_factor, g_factor = d1.keep, d1.take
+            if bias_correction:
+                mu_factor, g_factor = mu_factor / ema_weight(mu_weight, d1), g_factor / mu_weight
         step = _Step(
             d1=d1,
             d2=d2,
             eps=value_at(eps, state.count, dtype) if callable(eps) else eps,
-            of_mu=of_mu,
-            of_g=of_g,
-            of_nu=1 / nu_weight if corrects_nu else 1.0,
-            of_direction=jnp.sqrt(nu_weight) if bias_correction and not corrects_nu else 1.0,
+            eps_root=eps_root,
+            mu_factor=mu_factor,
+            g_factor=g_factor,
+            nu_factor=1 / nu_weight if corrects_nu else 1.0,
+            direction_factor=jnp.sqrt(nu_weight) if bias_correction and not corrects_nu else 1.0,
+            granularity=granularity,
         )
 
         g = widen(updates)
@@ -258,15 +244,15 @@ def scale_by_adam(
         if needs_floor and nu_storage.relative_error < math.inf:
             old_nu = jax.tree.map(jnp.maximum, old_nu, smallest_nu())
         squares = granularity.pool(abs_square(g))
-        old_max = (nu_storage.decode(state.nu_max),) if amsgrad else ()
-        move = move_leaf if granularity.per_leaf else move_tree
-        direction, mu, nu, *nu_max = move(step, g, old_mu, old_nu, *old_max, squares)
+        old_max = nu_storage.decode(state.nu_max) if amsgrad else None
+        move = _move_by_leaf if granularity.per_leaf else _move
+        direction, mu, nu, nu_max = move(step, g, old_mu, old_nu, old_max, squares)
 
         return direction, ScaleByAdamState(
             count=count,
             mu=mu_storage.encode(state.mu, mu, count=count, role="mu"),
             nu=nu_storage.encode(state.nu, nu, count=count, role="nu"),
-            nu_max=nu_storage.encode(state.nu_max, nu_max[0], count=count, role="nu") if amsgrad else None,
+            nu_max=nu_storage.encode(state.nu_max, nu_max, count=count, role="nu") if amsgrad else None,
             b1=value_at(b1, state.count, dtype),
             b2=value_at(b2, state.count, dtype),
             eps=value_at(eps, state.count, dtype),
@@ -296,15 +282,46 @@ def scale_by_adam(
 
 
 class _Step(NamedTuple):
-    """Scalars: the decays, eps, and the factors of m and g in the numerator, of v and of the direction."""
+    """What a step needs beside trees.
+
+    Attributes:
+        d1: The decay of m.
+        d2: The decay of v.
+        eps: As in `scale_by_adam`.
+        eps_root: As there.
+        mu_factor: The factor of m in the numerator.
+        g_factor: That of the gradient, None for none.
+        nu_factor: The factor of v.
+        direction_factor: The factor of the quotient.
+        granularity: The groups.
+    """
 
     d1: Decay
     d2: Decay
     eps: Any
-    of_mu: Any
-    of_g: Any
-    of_nu: Any
-    of_direction: Any
+    eps_root: Any
+    mu_factor: Any
+    g_factor: Any
+    nu_factor: Any
+    direction_factor: Any
+    granularity: Granularity
+
+
+def _move(step: _Step, g: Any, mu: Any, nu: Any, nu_max: Any, squares: Any) -> tuple[Any, Any, Any, Any]:
+    """Returns the direction and the new moments; of trees, or of leaves where none share a moment."""
+    mu = ema(mu, g, step.d1)
+    nu = ema(nu, squares, step.d2)
+    nu_hat = scaled(nu, step.nu_factor)
+    if nu_max is not None:
+        nu_hat = nu_max = jax.tree.map(jnp.maximum, nu_max, nu_hat)
+    numerator = scaled(mu, step.mu_factor)
+    if step.g_factor is not None:
+        numerator = jax.tree.map(lambda m, g: m + scale(g, step.g_factor), numerator, g)
+    direction = divide_by_root(numerator, nu_hat, step.granularity, eps=step.eps, eps_root=step.eps_root)
+    return scaled(direction, step.direction_factor), mu, nu, nu_max
+
+
+_move_by_leaf = by_leaf(results=4)(_move)
 
 
 def _next_bound_sq(bound_sq: jax.Array, d1: Decay, d2: Decay) -> jax.Array:

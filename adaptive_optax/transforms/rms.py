@@ -154,18 +154,6 @@ def scale_by_rms(
             nu_weight=jnp.zeros((), dtype),
         )
 
-    def divide(eps_t, g, second):
-        eps_root, eps_beside = (eps_t, 0.0) if eps_in_sqrt else (0.0, eps_t)
-        return divide_by_root(g, second, granularity, eps=eps_beside, eps_root=eps_root)
-
-    def move_tree(step, g, nu, squares):
-        """Returns the direction and the new moment; of trees, or of leaves where none share a moment."""
-        b, eps_t, of_nu = step
-        nu = ema(nu, squares, b)
-        return divide(eps_t, g, scaled(nu, of_nu)), nu
-
-    move_leaf = by_leaf(results=2)(move_tree)
-
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         check_state("scale_by_rms", state, ScaleByRmsState)
@@ -177,6 +165,7 @@ def scale_by_rms(
         eps_t = value_at(eps, state.count, dtype) if callable(eps) else eps
         count = incremented(state.count)
         nu_weight = ema_weight(state.nu_weight, b)
+        eps_root, eps_beside = (eps_t, 0.0) if eps_in_sqrt else (0.0, eps_t)
         g, old_nu = widen(updates), storage.decode(state.nu)
         if centered:
             old_mu = storage.decode(state.mu)
@@ -190,14 +179,15 @@ def scale_by_rms(
             )
             floor = granularity.pool(abs_square(mu))
             second = jax.tree.map(lambda s, m2: jnp.maximum(s, _CENTERED_FLOOR * (s + m2)), nu, floor)
-            direction = divide(eps_t, g, second)
+            direction = divide_by_root(g, second, granularity, eps=eps_beside, eps_root=eps_root)
         else:
             mu = None
             squares = granularity.pool(abs_square(g))
             check_same_tree("scale_by_rms", "updates", squares, "the state", old_nu)
-            move = move_leaf if granularity.per_leaf else move_tree
-            of_nu = 1 / nu_weight if bias_correction else 1.0
-            direction, nu = move((b, eps_t, of_nu), g, old_nu, squares)
+            move = _move_by_leaf if granularity.per_leaf else _move
+            nu_factor = 1 / nu_weight if bias_correction else 1.0
+            step = _Step(b, eps_beside, eps_root, nu_factor, granularity)
+            direction, nu = move(step, g, old_nu, squares)
         return direction, ScaleByRmsState(
             count=count,
             mu=storage.encode(state.mu, mu, count=count, role="mu") if centered else None,
@@ -216,6 +206,26 @@ def scale_by_rms(
         return ratio * (1 + weight_error(b, dtype))
 
     return bounded(init_fn, update_fn, Bound(granularity, max_ratio, {"nu": storage}))
+
+
+class _Step(NamedTuple):
+    """What a step needs beside trees: the decay, eps beside and under the root, v's factor, the groups."""
+
+    decay: Decay
+    eps: Any
+    eps_root: Any
+    nu_factor: Any
+    granularity: Granularity
+
+
+def _move(step: _Step, g: Any, nu: Any, squares: Any) -> tuple[Any, Any]:
+    """Returns the direction and the new moment; of trees, or of leaves where none share a moment."""
+    nu = ema(nu, squares, step.decay)
+    second = scaled(nu, step.nu_factor)
+    return divide_by_root(g, second, step.granularity, eps=step.eps, eps_root=step.eps_root), nu
+
+
+_move_by_leaf = by_leaf(results=2)(_move)
 
 
 def _corrected(b: Decay, old_weight: jax.Array, new_weight: jax.Array) -> Decay:
