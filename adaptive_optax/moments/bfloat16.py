@@ -39,7 +39,7 @@ class BFloat16(Storage):
 
     On a CPU compile the step with `jax.jit(step, donate_argnums=(0, 1), compiler_options={
     "xla_cpu_copy_insertion_use_region_analysis": True})`. Without the option XLA copies the old moments
-    before it overwrites them, which takes longer than the rest of the step; optax's `mu_dtype` too.
+    before it overwrites them, which takes longer than the rest of the step, as with optax's `mu_dtype`.
 
     Complex moments stay complex64.
 
@@ -101,7 +101,7 @@ def _round(step: tuple[jax.Array, Role], old: jax.Array, x: jax.Array, number: A
         return (x.astype(old.dtype),)
     bits = random_bits(x.shape, count, number, role)
     rounded = round_stochastically(x.astype(jnp.float32), jnp.bfloat16, bits)
-    # Its lower half is 0 now, or that of a NaN, which stays one: arithmetic's are quiet, by a bit above it. To
+    # Its lower half is 0 now, or that of a NaN, which stays one: arithmetic's are quiet, by a bit above. To
     # cut it off takes a CPU less time than to round again.
     upper = jax.lax.bitcast_convert_type(rounded, jnp.uint32) >> np.uint32(16)
     return (jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16),)
