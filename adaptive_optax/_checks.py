@@ -98,8 +98,13 @@ def check_inexact(owner: str, name: str, tree: Any) -> None:
             )
 
 
-def check_same_tree(owner: str, name: str, tree: Any, like_name: str, like: Any) -> None:
-    """Refuses a `tree` whose leaves' paths, shapes or order differ from those of `like`, naming the first."""
+def check_same_tree(
+    owner: str, name: str, tree: Any, like_name: str, like: Any, *, ordered: bool = True
+) -> None:
+    """Refuses a `tree` whose leaves' paths, shapes or order differ from those of `like`, naming the first.
+
+    The order matters not where leaves are matched by their paths.
+    """
     leaves, expected = dict(paths_and_leaves(tree)), dict(paths_and_leaves(like))
     if differing := leaves.keys() ^ expected.keys():
         path = min(differing)
@@ -110,7 +115,7 @@ def check_same_tree(owner: str, name: str, tree: Any, like_name: str, like: Any)
         if shape != wanted:
             raise ValueError(f"{owner}: {path!r} has shape {shape} in {name} and {wanted} in {like_name}.")
     for path, place in zip(leaves, expected, strict=True):
-        if path != place:
+        if ordered and path != place:
             raise ValueError(
                 f"{owner}: {name} has {path!r} where {like_name} has {place!r}: a dict is sorted by its "
                 "keys, a NamedTuple or an OrderedDict is not. Give both the same container."

@@ -86,7 +86,7 @@ def partition_by_path(
 
     def update_fn(updates, state, params=None, **extra_args):
         if params is not None:
-            check_same_tree("partition_by_path", "params", params, "updates", updates)
+            check_same_tree("partition_by_path", "params", params, "updates", updates, ordered=False)
             # optax masks the two together, which takes the same containers.
             by_path = dict(paths_and_leaves(params))
             ordered = [by_path[path] for path, _ in paths_and_leaves(updates)]

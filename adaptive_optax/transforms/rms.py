@@ -159,7 +159,7 @@ def scale_by_rms(
         check_state("scale_by_rms", state, ScaleByRmsState)
         check_inexact("scale_by_rms", "updates", updates)
         if params is not None:
-            check_same_tree("scale_by_rms", "updates", updates, "params", params)
+            check_same_tree("scale_by_rms", "updates", updates, "params", params, ordered=False)
         dtype = state.nu_weight.dtype
         b = decay_at(decay, state.count, dtype)
         eps_t = value_at(eps, state.count, dtype) if callable(eps) else eps
