@@ -103,7 +103,7 @@ def check_same_tree(
 ) -> None:
     """Refuses a `tree` whose leaves' paths, shapes or order differ from those of `like`, naming the first.
 
-    The order matters not where leaves are matched by their paths.
+    Their order does not matter to a caller that matches leaves by their paths (`ordered=False`).
     """
     leaves, expected = dict(paths_and_leaves(tree)), dict(paths_and_leaves(like))
     if differing := leaves.keys() ^ expected.keys():

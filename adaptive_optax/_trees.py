@@ -18,8 +18,8 @@ def by_leaf(results: int) -> Callable[[Callable[..., tuple[Any, ...]]], Callable
     combination of shapes and dtypes, and XLA inlines the calls: the compiled program is the same, and a tree
     of hundreds of leaves is traced and lowered in a fraction of the time.
 
-    Decorate functions of a module, not closures: traces are kept with the function, and under `vmap` outside
-    `jit`, where every call would compile a new one.
+    Decorate functions of a module, not closures. Traces are kept with the function; under a `vmap` outside
+    `jit` a function that is made anew in every call would be compiled in every call.
 
     Args:
         results: How many results the function returns.

@@ -25,8 +25,6 @@ HAS_TORCH = importlib.util.find_spec("torch") is not None
 # What a contender goes round is larger than the caches of the machines of interest (50 MiB on an H200), as is
 # what a network computes between two updates.
 ROTATED_BYTES = 128 * 2**20
-
-
 SEEDS = {"gradients": "the number of the set, from 0"}
 
 
@@ -136,6 +134,11 @@ def preparation(steps: dict[str, Step], repeats: int) -> dict[str, dict[str, flo
         name: {part: statistics.median(run[name][part] for run in runs) for part in runs[0][name]}
         for name in steps
     }
+
+
+def preparation_sum(row: dict[str, Any], name: str) -> float:
+    """Returns the seconds of tracing, lowering and compiling together, from a row of results."""
+    return sum(row["preparation_s"][name].values())
 
 
 _NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier"}

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 import adaptive_optax as ao
 from adaptive_optax._drawing import PALETTE, THEMES, dress, set_range, set_ticks
 from benchmarks import trees
-from benchmarks.contenders import ROTATED_BYTES, SEEDS, Step, gradient_sets, preparation
+from benchmarks.contenders import ROTATED_BYTES, SEEDS, Step, gradient_sets, preparation, preparation_sum
 from benchmarks.tables import Table, digits, ratio
 from benchmarks.timing import against, alternate
 
@@ -62,7 +62,7 @@ def _curves(rows: list[dict[str, Any]]) -> dict[str, dict[str, tuple[np.ndarray,
             ms = np.array([row["timed"][name]["ms"] for row in chosen])
             curves.setdefault(f"step against {grows}", {})[name] = x, ms
             if grows == "leaves":
-                seconds = [sum(row["preparation_s"][name].values()) for row in chosen]
+                seconds = [preparation_sum(row, name) for row in chosen]
                 curves.setdefault("trace + compile against leaves", {})[name] = x, np.array(seconds)
     return curves
 
@@ -86,8 +86,8 @@ def tables(result: dict[str, Any]) -> dict[str, Table]:
     for row in result["rows"]:
         prepared = ""
         if "preparation_s" in row:
-            ours, theirs = (sum(row["preparation_s"][name].values()) for name in ("ours", "optax"))
-            prepared = f"{digits(ours, 2)} s, {digits(theirs, 2)} s"
+            ours, theirs = (digits(preparation_sum(row, name), 2) for name in ("ours", "optax"))
+            prepared = f"{ours} s, {theirs} s"
         timed = row["timed"]
         ms = (digits(timed[name]["ms"]) for name in ("ours", "optax"))
         times.add(f"{row['leaves']:,}", f"{row['parameters']:,}", *ms, ratio(timed["ours"]), prepared)

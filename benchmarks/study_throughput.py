@@ -9,6 +9,7 @@ timed apart. They alternate in one process; the study uses as many devices as th
 from __future__ import annotations
 
 import functools
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -100,8 +101,7 @@ class TorchLoop:
     def __init__(self, task: study.Task):
         """Puts the data on the device."""
         torch = torch_module()
-        # With matrices of 64 x 128 a second thread costs more than it does.
-        torch.set_num_threads(1)
+        torch.set_num_threads(os.cpu_count() or 1)
         self._torch, self._device = torch, "cuda" if torch.cuda.is_available() else "cpu"
         self._task = task
         (x, y), validation = task.train, task.validation

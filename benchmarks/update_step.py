@@ -24,6 +24,7 @@ from benchmarks.contenders import (
     TorchStep,
     gradient_sets,
     preparation,
+    preparation_sum,
     torch_module,
 )
 from benchmarks.tables import Table, digits, ratio
@@ -104,8 +105,6 @@ WRAPPED = {
         second=lambda: optax.apply_if_finite(optax.adamw(RATE), max_consecutive_errors=100),
     ),
 }
-
-_MAIN = ["adam", "adamw", "clip + adamw", "rmsprop", "global_rmsprop"]
 
 
 def _on_cpu() -> bool:
@@ -201,8 +200,7 @@ def _measure_row(
 
 
 def _preparation(row: dict[str, Any]) -> str:
-    ours, theirs = (sum(row["preparation_s"][name].values()) for name in ("ours", "optax"))
-    return f"{ours / theirs:.2f}"
+    return f"{preparation_sum(row, 'ours') / preparation_sum(row, 'optax'):.2f}"
 
 
 def tables(result: dict[str, Any]) -> dict[str, Table]:

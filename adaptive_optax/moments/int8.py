@@ -206,7 +206,7 @@ def _decode(block_size: Any, codes: jax.Array, scale: jax.Array) -> tuple[jax.Ar
 def _encode(
     step: tuple[jax.Array, Role, Int8], old: jax.Array, _: jax.Array, x: jax.Array, number: Any
 ) -> tuple[jax.Array, jax.Array]:
-    count, role, storage = step
+    count, role, storage = step  # the old scale is an argument as the new one has its place in the tree
     if not _is_code(old):
         return x.astype(old.dtype), jnp.ones((), x.real.dtype)
     largest = storage.largest(x)

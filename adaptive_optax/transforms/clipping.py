@@ -65,8 +65,8 @@ def global_norm(tree: Any) -> jax.Array:
 
 
 @by_leaf(results=1)
-def _sum_of_squares(at: tuple[Any, Any], x: jax.Array) -> tuple[jax.Array]:
-    factor, dtype = at
+def _sum_of_squares(scalars: tuple[Any, Any], x: jax.Array) -> tuple[jax.Array]:
+    factor, dtype = scalars
     return (jnp.sum(abs_square(scaled(x, factor))).astype(dtype),)
 
 

@@ -17,8 +17,8 @@ from adaptive_optax.moments.storage import Storage
 def divide_by_root(numerator: Any, second: Any, granularity: Granularity, *, eps: Any, eps_root: Any) -> Any:
     """Returns numerator / (sqrt(second + eps_root) + eps); `second` has a value a group, which is spread.
 
-    Where the divisor is 0 the result is 0: with eps = 0, a coordinate
-    whose gradient was 0 so far does not move. A NaN stays a NaN.
+    Where the divisor is 0 the result is 0: with eps = 0, a coordinate whose gradient was 0 so far does not
+    move. A NaN stays a NaN.
     """
     tiny = float(jnp.finfo(jnp.float32).tiny)
     positive = any((concrete(e) or 0.0) > tiny for e in (eps, eps_root))
