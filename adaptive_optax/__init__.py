@@ -1,41 +1,24 @@
 """Adaptive learning rates for JAX, as composable optax transformations."""
 
-# Control: what a chain did, how it is steered, low precision, states of other formats and libraries
-from adaptive_optax.control.accumulation import AccumulateGradientsState as AccumulateGradientsState
-from adaptive_optax.control.accumulation import accumulate_gradients as accumulate_gradients
-from adaptive_optax.control.accumulation import noise_scale as noise_scale
-from adaptive_optax.control.conversion import convert_storage as convert_storage
-from adaptive_optax.control.conversion import state_bytes as state_bytes
-from adaptive_optax.control.hyperparams import InjectHyperparamsState as InjectHyperparamsState
-from adaptive_optax.control.hyperparams import get_hyperparams as get_hyperparams
-from adaptive_optax.control.hyperparams import inject_hyperparams as inject_hyperparams
-from adaptive_optax.control.hyperparams import set_hyperparams as set_hyperparams
-from adaptive_optax.control.paths import decay_mask as decay_mask
-from adaptive_optax.control.paths import describe_partition as describe_partition
-from adaptive_optax.control.paths import mask_by_path as mask_by_path
-from adaptive_optax.control.paths import partition_by_path as partition_by_path
-from adaptive_optax.control.plateau import ReduceOnPlateauState as ReduceOnPlateauState
-from adaptive_optax.control.plateau import reduce_on_plateau as reduce_on_plateau
-from adaptive_optax.control.reject_nonfinite import Rejections as Rejections
-from adaptive_optax.control.reject_nonfinite import RejectNonfiniteState as RejectNonfiniteState
-from adaptive_optax.control.reject_nonfinite import get_rejections as get_rejections
-from adaptive_optax.control.reject_nonfinite import reject_nonfinite as reject_nonfinite
-from adaptive_optax.control.rounding import KahanSummationState as KahanSummationState
-from adaptive_optax.control.rounding import MasterWeightsState as MasterWeightsState
-from adaptive_optax.control.rounding import StochasticRoundingState as StochasticRoundingState
-from adaptive_optax.control.rounding import kahan_summation as kahan_summation
-from adaptive_optax.control.rounding import master_weights as master_weights
-from adaptive_optax.control.rounding import stochastic_rounding as stochastic_rounding
-from adaptive_optax.control.telemetry import Telemetry as Telemetry
-from adaptive_optax.control.telemetry import TelemetryState as TelemetryState
-from adaptive_optax.control.telemetry import get_telemetry as get_telemetry
-from adaptive_optax.control.telemetry import telemetry as telemetry
-from adaptive_optax.control.telemetry_log import TelemetryLog as TelemetryLog
-from adaptive_optax.integrations.adam_states import from_optax as from_optax
-from adaptive_optax.integrations.adam_states import from_torch as from_torch
-from adaptive_optax.integrations.adam_states import to_optax as to_optax
-from adaptive_optax.integrations.adam_states import to_torch as to_torch
-from adaptive_optax.invariants import verified as verified
+from typing import TYPE_CHECKING
+
+from adaptive_optax import typing as typing
+
+# Control: hyperparameters, telemetry, low precision, and conversion of states
+from adaptive_optax.hyperparams import InjectHyperparamsState as InjectHyperparamsState
+from adaptive_optax.hyperparams import get_hyperparams as get_hyperparams
+from adaptive_optax.hyperparams import inject_hyperparams as inject_hyperparams
+from adaptive_optax.hyperparams import set_hyperparams as set_hyperparams
+from adaptive_optax.interop.adam_states import from_optax as from_optax
+from adaptive_optax.interop.adam_states import to_optax as to_optax
+from adaptive_optax.interop.storage import convert_storage as convert_storage
+from adaptive_optax.interop.storage import state_bytes as state_bytes
+from adaptive_optax.interop.torch_states import describe_from_torch as describe_from_torch
+from adaptive_optax.interop.torch_states import from_torch as from_torch
+from adaptive_optax.interop.torch_states import to_torch as to_torch
+from adaptive_optax.interop.transfer import TransferRow as TransferRow
+from adaptive_optax.interop.transfer import TransferTable as TransferTable
+from adaptive_optax.interop.transfer import transfer_state as transfer_state
 
 # Granularity and storage of a moment
 from adaptive_optax.moments.adam_mini import FLAX_LAYOUT as FLAX_LAYOUT
@@ -53,6 +36,11 @@ from adaptive_optax.moments.int8 import Int8 as Int8
 from adaptive_optax.moments.int8 import Int8Moment as Int8Moment
 from adaptive_optax.moments.storage import Float32 as Float32
 from adaptive_optax.moments.storage import Storage as Storage
+from adaptive_optax.monitoring.log import TelemetryLog as TelemetryLog
+from adaptive_optax.monitoring.telemetry import Telemetry as Telemetry
+from adaptive_optax.monitoring.telemetry import TelemetryState as TelemetryState
+from adaptive_optax.monitoring.telemetry import get_telemetry as get_telemetry
+from adaptive_optax.monitoring.telemetry import telemetry as telemetry
 
 # Optimizers
 from adaptive_optax.optimizers import adam as adam
@@ -65,6 +53,7 @@ from adaptive_optax.optimizers import sgd as sgd
 # Schedules
 from adaptive_optax.schedules import BatchGrowth as BatchGrowth
 from adaptive_optax.schedules import OneCycle as OneCycle
+from adaptive_optax.schedules import cosine_restarts as cosine_restarts
 from adaptive_optax.schedules import cyclical as cyclical
 from adaptive_optax.schedules import exponential_decay as exponential_decay
 from adaptive_optax.schedules import grow_batch as grow_batch
@@ -80,8 +69,10 @@ from adaptive_optax.transforms.adam import ScaleByAdamState as ScaleByAdamState
 from adaptive_optax.transforms.adam import adam_bound as adam_bound
 from adaptive_optax.transforms.adam import scale_by_adam as scale_by_adam
 from adaptive_optax.transforms.averaging import AverageParametersState as AverageParametersState
+from adaptive_optax.transforms.averaging import EmaParametersState as EmaParametersState
 from adaptive_optax.transforms.averaging import average_parameters as average_parameters
 from adaptive_optax.transforms.averaging import averaged_parameters as averaged_parameters
+from adaptive_optax.transforms.averaging import swap_averaged as swap_averaged
 from adaptive_optax.transforms.clipping import clip_by_global_norm as clip_by_global_norm
 from adaptive_optax.transforms.clipping import global_norm as global_norm
 from adaptive_optax.transforms.learning_rate import ScaleByLearningRateState as ScaleByLearningRateState
@@ -95,14 +86,53 @@ from adaptive_optax.transforms.weight_decay import (
     AddDecoupledWeightDecayState as AddDecoupledWeightDecayState,
 )
 from adaptive_optax.transforms.weight_decay import add_decoupled_weight_decay as add_decoupled_weight_decay
+from adaptive_optax.wrappers.accumulation import AccumulateGradientsState as AccumulateGradientsState
+from adaptive_optax.wrappers.accumulation import accumulate_gradients as accumulate_gradients
+from adaptive_optax.wrappers.accumulation import noise_scale as noise_scale
+from adaptive_optax.wrappers.freezing import FreezeState as FreezeState
+from adaptive_optax.wrappers.freezing import freeze as freeze
+from adaptive_optax.wrappers.loss_scale import DynamicLossScaleState as DynamicLossScaleState
+from adaptive_optax.wrappers.loss_scale import dynamic_loss_scale as dynamic_loss_scale
+from adaptive_optax.wrappers.loss_scale import get_loss_scale as get_loss_scale
+from adaptive_optax.wrappers.loss_scale import scale_loss as scale_loss
+from adaptive_optax.wrappers.low_precision_parameters import KahanSummationState as KahanSummationState
+from adaptive_optax.wrappers.low_precision_parameters import MasterWeightsState as MasterWeightsState
+from adaptive_optax.wrappers.low_precision_parameters import (
+    StochasticRoundingState as StochasticRoundingState,
+)
+from adaptive_optax.wrappers.low_precision_parameters import kahan_summation as kahan_summation
+from adaptive_optax.wrappers.low_precision_parameters import master_weights as master_weights
+from adaptive_optax.wrappers.low_precision_parameters import stochastic_rounding as stochastic_rounding
+from adaptive_optax.wrappers.parameter_dtype import MatchParameterDtypeState as MatchParameterDtypeState
+from adaptive_optax.wrappers.parameter_dtype import match_parameter_dtype as match_parameter_dtype
+from adaptive_optax.wrappers.partition import decay_mask as decay_mask
+from adaptive_optax.wrappers.partition import describe_partition as describe_partition
+from adaptive_optax.wrappers.partition import mask_by_path as mask_by_path
+from adaptive_optax.wrappers.partition import partition_by_path as partition_by_path
+from adaptive_optax.wrappers.plateau import ReduceOnPlateauState as ReduceOnPlateauState
+from adaptive_optax.wrappers.plateau import reduce_on_plateau as reduce_on_plateau
+from adaptive_optax.wrappers.reject_nonfinite import RejectNonfiniteState as RejectNonfiniteState
+from adaptive_optax.wrappers.reject_nonfinite import reject_nonfinite as reject_nonfinite
+from adaptive_optax.wrappers.rejections import Rejections as Rejections
+from adaptive_optax.wrappers.rejections import get_rejections as get_rejections
+from adaptive_optax.wrappers.rejections import keep_if_rejected as keep_if_rejected
+from adaptive_optax.wrappers.verified import verified as verified
 
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str):
-    # The study needs pandas and matplotlib, so it is imported when it is used.
-    if name == "study":
-        import importlib
+# The study needs pandas and matplotlib, so it is imported on first use. Type checkers see the import and
+# not `__getattr__`, which would make any name an attribute.
+if TYPE_CHECKING:
+    from adaptive_optax import study as study
+else:
 
-        return importlib.import_module("adaptive_optax.study")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name):
+        if name == "study":
+            import importlib
+
+            return importlib.import_module("adaptive_optax.study")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+    def __dir__():
+        return sorted({*globals(), "study"})

@@ -1,7 +1,8 @@
-"""Hyperparameters in the state: what the last step used, and values that replace the given ones."""
+"""Hyperparameters in the state: read what the last step used, and override it."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -15,32 +16,55 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
+from optax.schedules import StatefulSchedule
 
-from adaptive_optax._checks import check_scalar, check_state
-from adaptive_optax._precision import incremented, value_at
-from adaptive_optax._rounding import is_low_precision
-from adaptive_optax._states import unwrapped
-from adaptive_optax.control.plateau import ReduceOnPlateauState
-from adaptive_optax.transforms.learning_rate import ScaleByLearningRateState
+from adaptive_optax._core.checks import check_state
+from adaptive_optax._core.hyperparameters import assigned, in_effect, replacement
+from adaptive_optax._core.precision import incremented, value_at
+from adaptive_optax._core.random_bits import is_low_precision
+from adaptive_optax._core.states import carries_hyperparameters, hyperparameters_of, unwrapped
+from adaptive_optax._core.transformation import transformation, with_array_state
+from adaptive_optax._core.trees import PyTree
 
 
+def _set_injected(state: Any, name: str, value: Any) -> Any:
+    new, flag = replacement(name, value, state.given[name], state.overridden[name])
+    flags = state.overridden | {name: flag}
+    return state._replace(hyperparams=state.hyperparams | {name: new}, overrides=tuple(flags.values()))
+
+
+@carries_hyperparameters(set_value=_set_injected)  # the names are the keys of `hyperparams`
 class InjectHyperparamsState(NamedTuple):
     """State of `inject_hyperparams`.
 
     Attributes:
         count: Number of steps taken, int32 scalar.
-        hyperparams: Name to the value that the last step used, or the next one is to use.
-        given: Name to the value that the number or schedule that was given had in the last step.
-        overridden: Name to whether the value in `hyperparams` was set from outside, bool scalars.
-        inner_state: The inner transformation's.
+        hyperparams: Maps each name to the value used by the last step, or to be used by the next one. A value
+            assigned here is used from then on.
+        given_values: What the number or schedule gave in the last step, in the order of the sorted names.
+        overrides: Whether the value in `hyperparams` was set by the user, bool scalars, in the same order.
+        schedule_states: States of optax's stateful schedules, in the order of their sorted names.
+        inner_state: State of the inner transformation.
+
+    Only `hyperparams` is keyed by name, so that `optax.tree_utils.tree_get` finds each name once.
     """
 
     count: jax.Array
     hyperparams: dict[str, jax.Array]
-    given: dict[str, jax.Array]
-    overridden: dict[str, jax.Array]
-    inner_state: Any
+    given_values: tuple[jax.Array, ...]
+    overrides: tuple[jax.Array, ...]
+    schedule_states: tuple[Any, ...]
+    inner_state: PyTree
+
+    @property
+    def given(self) -> dict[str, jax.Array]:
+        """`given_values` by name."""
+        return dict(zip(sorted(self.hyperparams), self.given_values, strict=True))
+
+    @property
+    def overridden(self) -> dict[str, jax.Array]:
+        """`overrides` by name."""
+        return dict(zip(sorted(self.hyperparams), self.overrides, strict=True))
 
 
 Factory = Callable[..., optax.GradientTransformation]
@@ -51,34 +75,40 @@ def inject_hyperparams(
 ) -> Callable[..., optax.GradientTransformationExtraArgs]:
     """Puts the hyperparameters of a factory into the state, where they can be read, set and swept.
 
-    optax's function of the same name, for every factory of this library and of optax. A value in the state
-    is data, so changing it costs no compilation: sweep it, anneal it by hand, or `vmap` over states with a
-    value for each member. Read values with `get_hyperparams`, set them with `set_hyperparams`.
+    Like optax's function of the same name; it works with every factory of this library and of optax. Values
+    in the state are data, so changing one does not recompile: sweep it, anneal it by hand, or `vmap` over
+    states with one value per member. Read values with `get_hyperparams` and set them with `set_hyperparams`.
 
-    Which arguments are in the state: real numbers (not bools; not where the annotation says `int`), and
-    schedules. A callable is a schedule where the parameter's default is a number or its annotation has a
-    number beside the callable (`optax.ScalarOrSchedule`); everything else, masks, label functions, dtypes,
-    goes to the factory as it is. Differences from optax: values are float32 whatever the parameters' dtype
-    (in bfloat16 a b2 of 0.999 is 1), a mask is not taken for a schedule, and a value set from outside stays,
-    also in place of a schedule and by assignment to `state.hyperparams[name]`.
+    The state holds real numbers (but not bools, nor arguments annotated as `int`) and schedules. A callable
+    counts as a schedule if the parameter's default is a number, or if its annotation allows a number as well
+    as a callable (`optax.ScalarOrSchedule`). Everything else (masks, label functions, dtypes) goes to the
+    factory unchanged. Integers whose default is an integer too stay int32. optax's stateful schedules are
+    supported.
 
-    Where parameters are bfloat16 or float16, the inner state has from the start the dtypes that its first
-    update gives it (optax's states widen then), unless that update needs extra arguments.
+    Differences from optax: values are float32 whatever the parameters' dtype (in bfloat16 a b2 of 0.999
+    is 1); a mask is never mistaken for a schedule; and a value that you set stays, even in place of a
+    schedule, whether by assignment to `state.hyperparams[name]` or by
+    `optax.tree_utils.tree_set(state, name=value)`.
+
+    A NaN or a huge gradient has the same effect as on the factory's transformation.
+
+    With bfloat16 or float16 parameters, the inner state has from the start the dtypes that its first update
+    gives it (optax's states would widen at that point), unless that update needs extra arguments.
 
     Args:
         factory: Returns a transformation; its signature names the hyperparameters.
-        static_args: Names of arguments that go to the factory as they are, whatever they are.
+        static_args: Names of arguments that are passed to the factory unchanged, whatever they are.
         hyperparam_dtype: The dtype of the values in the state.
 
     Returns:
-        A function with the factory's signature that returns the transformation. Its `update` passes extra
-        arguments on.
+        A function with the factory's signature that returns the transformation. Its `update` forwards extra
+        arguments.
 
     Raises:
-        ValueError: If `factory` is not callable, `static_args` names no parameter of it, or
-            `hyperparam_dtype` is not floating; what the factory raises for the values given, at once.
+        ValueError: If `factory` is not callable, `static_args` names a parameter it does not have, or
+            `hyperparam_dtype` is not floating. Errors of the factory for the given values are raised at once.
 
-    State cost: the inner state, and three scalars a hyperparameter.
+    State cost: the inner state, plus two scalars and a flag per hyperparameter.
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp
@@ -95,7 +125,7 @@ def inject_hyperparams(
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in signature.parameters.values())
     if (unknown := static - signature.parameters.keys()) and not takes_any:
         raise ValueError(f"static_args must be names of {list(signature.parameters)}, got {sorted(unknown)}.")
-    try:  # None would be NumPy's float64
+    try:  # NumPy reads None as float64
         is_floating = hyperparam_dtype is not None and jnp.issubdtype(hyperparam_dtype, jnp.floating)
     except TypeError:
         is_floating = False
@@ -106,74 +136,119 @@ def inject_hyperparams(
     def is_hyperparameter(name, value):
         return _is_hyperparameter(value, signature.parameters[name].default, hints.get(name))
 
+    def dtype_of(name, value):
+        default = signature.parameters[name].default if name in signature.parameters else None
+        return jnp.dtype(jnp.int32) if _stays_integer(value, default, hints.get(name)) else dtype
+
     @functools.wraps(factory)
     def wrapped(*args, **kwargs) -> optax.GradientTransformationExtraArgs:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        values = {}
-        for name, value in bound.arguments.items():
+        arguments, values = dict(bound.arguments), {}
+        for name, value in arguments.items():
             if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
                 values |= {key: x for key, x in value.items() if key not in static and _is_number(x)}
             elif name not in static and is_hyperparameter(name, value):
                 values[name] = value
+        # Tuples rather than dictionaries, because Equinox hashes what the closures below hold.
+        names = tuple(sorted(values))
+        hyperparameters = tuple((name, values[name], dtype_of(name, values[name])) for name in names)
+        all_arguments = tuple(arguments.items())
 
         def build(numbers):
             """The inner transformation with numbers for the hyperparameters."""
-            arguments = inspect.BoundArguments(signature, dict(bound.arguments))
-            for name, value in bound.arguments.items():
+            new = {}
+            for name, value in all_arguments:
                 if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-                    arguments.arguments[name] = value | {key: numbers[key] for key in value if key in numbers}
-                elif name in numbers:
-                    arguments.arguments[name] = numbers[name]
-            return optax.with_extra_args_support(factory(*arguments.args, **arguments.kwargs))
+                    new[name] = value | {key: numbers[key] for key in value if key in numbers}
+                else:
+                    new[name] = numbers.get(name, value)
+            call = inspect.BoundArguments(signature, new)  # pyright: ignore[reportArgumentType]
+            return with_array_state(factory(*call.args, **call.kwargs))
 
-        def given_at(count):
-            return {name: value_at(value, count, dtype) for name, value in values.items()}
+        def given_at(count, schedule_states, **extra_args):
+            given, states = {}, iter(schedule_states)
+            for name, value, dtype in hyperparameters:
+                if isinstance(value, StatefulSchedule):
+                    value = value(next(states), **extra_args)
+                given[name] = value_at(value, count, dtype)
+            return given
 
-        build(given_at(jnp.zeros((), jnp.int32)))  # so that the factory refuses what it refuses now
+        def stateful():
+            return [value for _, value, _ in hyperparameters if isinstance(value, StatefulSchedule)]
 
-        def init_fn(params):
+        def start():
+            schedule_states = tuple(schedule.init() for schedule in stateful())
             count = jnp.zeros((), jnp.int32)
-            given = given_at(count)
-            inner = build(given)
+            return count, given_at(count, schedule_states), schedule_states
+
+        build(start()[1])  # so that the factory raises its errors now
+
+        def own_init(params):
+            del params
+            count, _, schedule_states = start()
             return InjectHyperparamsState(
                 count=count,
-                hyperparams=given,
-                given=given_at(count),  # arrays of its own, so that the state can be donated
-                overridden={name: jnp.zeros((), bool) for name in values},
-                inner_state=_settled(inner, inner.init(params), params),
+                hyperparams={},
+                # Fresh arrays, so that the state can be donated.
+                given_values=tuple(given_at(count, schedule_states).values()),
+                overrides=tuple(jnp.zeros((), bool) for _ in names),
+                schedule_states=schedule_states,
+                inner_state=None,
             )
 
-        def update_fn(updates, state, params=None, **extra_args):
-            check_state("inject_hyperparams", state, InjectHyperparamsState)
-            given = given_at(state.count)
-            used, overridden = {}, {}
-            for name, value in given.items():
-                current, before = jnp.asarray(state.hyperparams[name], dtype), state.given[name]
-                # What was assigned to the dictionary without the flag differs from what was given; a NaN that
-                # a schedule gave is no assignment.
-                changed = (current != before) & ~(jnp.isnan(current) & jnp.isnan(before))
-                overridden[name] = state.overridden[name] | changed
-                used[name] = jnp.where(overridden[name], current, value)
-            updates, inner_state = build(used).update(updates, state.inner_state, params, **extra_args)
-            count = incremented(state.count)
-            return updates, InjectHyperparamsState(count, used, given, overridden, inner_state)
+        def init_fn(params):
+            given = start()[1]
+            inner = build(given)
+            inner_state = _with_stable_dtypes(inner, inner.init(params), params)
+            return own_init(params)._replace(hyperparams=given, inner_state=inner_state)
 
-        return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+        def update_fn(updates, state, params=None, **extra_args):
+            # Values set in `hyperparams` are checked where they are used.
+            own = state._replace(hyperparams={}) if isinstance(state, InjectHyperparamsState) else state
+            check_state("inject_hyperparams", own, own_init, "updates", updates)
+            if state.hyperparams.keys() != set(names):
+                raise ValueError(
+                    f"inject_hyperparams: hyperparams must have the keys {', '.join(names)}, "
+                    f"got {', '.join(sorted(state.hyperparams))}."
+                )
+            given = given_at(state.count, state.schedule_states, **extra_args)
+            used, overrides = {}, []
+            for name, before, overridden in zip(names, state.given_values, state.overrides, strict=True):
+                current = assigned(name, state.hyperparams[name], before)
+                used[name], overridden = in_effect(current, before, overridden, given[name])
+                overrides.append(overridden)
+            updates, inner_state = build(used).update(updates, state.inner_state, params, **extra_args)
+            schedules = zip(stateful(), state.schedule_states, strict=True)
+            state = InjectHyperparamsState(
+                count=incremented(state.count),
+                hyperparams=used,
+                given_values=tuple(given.values()),
+                overrides=tuple(overrides),
+                schedule_states=tuple(schedule.update(s, **extra_args) for schedule, s in schedules),
+                inner_state=inner_state,
+            )
+            return updates, state
+
+        return transformation(None, init_fn, update_fn)
 
     return wrapped
 
 
 def _hints(factory: Factory) -> dict[str, Any]:
+    """The types in the annotations of a factory.
+
+    They distinguish a schedule from a mask or a label function where an argument has no default, as in
+    `adam(schedule)`. Factories of optax and of users declare nothing else.
+    """
     target = factory.func if isinstance(factory, functools.partial) else factory
     target = target if inspect.isroutine(target) else type(target).__call__
     hints, names = {}, getattr(inspect.unwrap(target), "__globals__", {})
-    # One by one: an annotation that only a type checker can resolve leaves the others as they are.
+    # One by one, so that an annotation that only a type checker can resolve does not affect the others.
     for name, annotation in inspect.get_annotations(target).items():
-        try:
-            hints[name] = eval(annotation, names) if isinstance(annotation, str) else annotation
-        except (NameError, AttributeError, TypeError, SyntaxError):
-            continue
+        holder = types.SimpleNamespace(__annotations__={name: annotation})
+        with contextlib.suppress(NameError, AttributeError, TypeError, SyntaxError):
+            hints |= typing.get_type_hints(holder, names)
     return hints
 
 
@@ -183,46 +258,60 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
+def _is_integer(value: Any) -> bool:
+    return _is_number(value) and jnp.issubdtype(jnp.result_type(value), jnp.integer)
+
+
 def _is_hyperparameter(value: Any, default: Any, hint: Any) -> bool:
     union = typing.get_origin(hint) in (typing.Union, types.UnionType)
     members = set(typing.get_args(hint)) if union else {hint}
     takes_real = float in members
+    if isinstance(value, StatefulSchedule):
+        return True
     if callable(value):
         return takes_real or _is_number(default)
     return _is_number(value) and (takes_real or int not in members)
 
 
-def _settled(inner: optax.GradientTransformationExtraArgs, state: Any, params: Any) -> Any:
-    """A fresh state in the dtypes that its first update gives it.
+def _stays_integer(value: Any, default: Any, hint: Any) -> bool:
+    """Whether the default and the annotation say that a number is a count, such as of iterations."""
+    members = set(typing.get_args(hint)) or {hint}
+    is_real = float in members and int not in members
+    return not is_real and _is_integer(value) and _is_integer(default)
 
-    States of optax are made in the parameters' dtype and then follow float32 hyperparameters.
+
+def _with_stable_dtypes(inner: optax.GradientTransformationExtraArgs, state: Any, params: Any) -> Any:
+    """Casts a fresh state to the dtypes that its first update gives it.
+
+    optax creates states in the parameters' dtype, and float32 hyperparameters then widen them.
     """
     if not any(is_low_precision(x) for x in jax.tree.leaves(params)):
         return state
     try:
         _, later = jax.eval_shape(inner.update, params, state, params)
-    except TypeError:  # an extra argument is missing, which only the caller of update has
+    except TypeError:  # update needs an extra argument that only its caller has
         return state
     return jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), state, later)
 
 
-def get_hyperparams(opt_state: Any) -> dict[str, jax.Array]:
+def get_hyperparams(opt_state: PyTree) -> dict[str, jax.Array]:
     """Returns the hyperparameters that the last step used.
 
-    Every state of this library carries the values that may move: learning rate, decays, eps, momentum,
-    weight decay. Before the first step they are those of the first step; a value that was set is shown at
-    once. Values that `inject_hyperparams` holds hide those of the same name inside it.
+    Every state of this library carries the values that may change: learning rate, decays, eps, momentum,
+    weight decay. Before the first step they are the values that step will use; a value that was set shows
+    immediately. Values held by `inject_hyperparams` hide inner ones of the same name.
 
     Args:
         opt_state: The state of any transformation, at any depth of `optax.chain`, `optax.partition` and
             wrappers; also `nnx.Optimizer(...).opt_state`.
 
     Returns:
-        Name to scalar array. A name that occurs once stands bare; one that occurs more often has before it
-        what tells its occurrences apart, a chain index or a partition label: `"0/decay"`, `"head/b1"`.
+        A dictionary from names to scalar arrays. A name that occurs more than once is prefixed with a chain
+        index or a partition label that makes it unique: `"0/decay"`, `"head/b1"`.
 
     Raises:
-        ValueError: If there is none, as in an optimizer in place of its state.
+        ValueError: If there are no hyperparameters, for instance if you pass an optimizer instead of its
+            state.
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp
@@ -233,34 +322,34 @@ def get_hyperparams(opt_state: Any) -> dict[str, jax.Array]:
     return {key: unwrapped(found.value) for key, found in _found(opt_state).items()}
 
 
-def learning_rates(opt_state: Any) -> list[jax.Array]:
-    """Returns the learning rates that the last step used, those that injected ones hide left out."""
+def learning_rates(opt_state: PyTree) -> list[jax.Array]:
+    """Returns the learning rates that the last step used, except those hidden by injected ones."""
     return [found.value for found in _walk(opt_state, (), frozenset()) if found.name == "learning_rate"]
 
 
 T = TypeVar("T")
-_SETTABLE = (InjectHyperparamsState, ScaleByLearningRateState, ReduceOnPlateauState)
 
 
 def set_hyperparams(opt_state: T, **values: Any) -> T:
-    """Sets hyperparameters, in place of the numbers or schedules that were given, until released with None.
+    """Overrides hyperparameters, replacing the given numbers or schedules until released with None.
 
-    Settable are those of `inject_hyperparams`, the learning rate of `scale_by_learning_rate`, which every
-    optimizer of this library ends in, and the scale of `reduce_on_plateau`, which goes on from there (None
-    puts it to 1).
+    You can set the hyperparameters of `inject_hyperparams`, the learning rate of `scale_by_learning_rate`
+    (part of every optimizer of this library), and the scale of `reduce_on_plateau`, which continues from the
+    new value (None resets it to 1).
 
     Args:
         opt_state: The state of any transformation, at any depth.
-        **values: Name, as `get_hyperparams` has it, to a scalar, or None to release it to what was given.
-            Names with a slash go in a dictionary: `set_hyperparams(state, **{"head/learning_rate": 1e-4})`.
-            A state that was made under `vmap` takes one value for all members or an array of them.
+        **values: Names, as in `get_hyperparams`, with a scalar each, or None to go back to what was given.
+            Pass names with a slash in a dictionary: `set_hyperparams(state, **{"head/learning_rate": 1e-4})`.
+            A state that was made under `vmap` takes one value for all members, or an array with one for each.
 
     Returns:
-        The state; the one given stays as it is.
+        The new state; the given one is unchanged.
 
     Raises:
-        ValueError: If a name is unknown, has several places, or can only be read (listing the keys), or a
-            value is no real scalar or, for a learning rate, negative.
+        ValueError: If a name is unknown, ambiguous or read-only (the message lists the keys). Also if a
+            value, once rounded to the state's dtype, is not a real scalar in the range that the constructors
+            accept; for a name that this library does not use, if it is not finite.
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp
@@ -274,54 +363,17 @@ def set_hyperparams(opt_state: T, **values: Any) -> T:
         found = _found(opt_state)
         if key not in found:
             same = [k for k in found if k.rpartition("/")[2] == key]
-            problem = f"stands for {same}" if same else "is unknown"
+            problem = f"is ambiguous: {same}" if same else "is unknown"
             raise ValueError(f"set_hyperparams: {key!r} {problem}; the keys are {', '.join(found)}.")
         place = found[key]
-        if not isinstance(place.owner, _SETTABLE):
+        set_value = hyperparameters_of(type(place.owner)).set_value
+        if set_value is None:
             raise ValueError(
-                f"set_hyperparams: {key!r} of {type(place.owner).__name__} can only be read; wrap the "
+                f"set_hyperparams: {key!r} of {type(place.owner).__name__} is read-only; wrap the "
                 f"factory in inject_hyperparams to set it. The keys are {', '.join(found)}."
             )
-        opt_state = _replaced(opt_state, place.path, _with_value(place.owner, place.name, value))
+        opt_state = _replaced(opt_state, place.path, set_value(place.owner, place.name, value))
     return opt_state
-
-
-def _with_value(owner: Any, name: str, value: Any) -> Any:
-    """The state that holds a hyperparameter, with a value for it or, for None, released."""
-    if isinstance(owner, ScaleByLearningRateState):
-        if value is None:
-            return owner._replace(override=_filled(owner.override, -1.0))
-        _check_value(name, value, owner.override, "[0, inf)")
-        return owner._replace(
-            learning_rate=_filled(owner.learning_rate, value), override=_filled(owner.override, value)
-        )
-    if isinstance(owner, ReduceOnPlateauState):
-        scale = 1.0 if value is None else value
-        _check_value(name, scale, owner.scale, "[0, inf)")
-        return owner._replace(scale=_filled(owner.scale, scale))
-    if value is not None:
-        interval = "[0, inf)" if name == "learning_rate" else "(-inf, inf)"
-        _check_value(name, value, owner.given[name], interval)
-    new = unwrapped(owner.given[name]) if value is None else value
-    return owner._replace(
-        hyperparams=owner.hyperparams | {name: _filled(owner.given[name], new)},  # it may hold a plain float
-        overridden=owner.overridden | {name: _filled(owner.overridden[name], value is not None)},
-    )
-
-
-def _check_value(name: str, value: Any, like: Any, interval: str) -> None:
-    """Refuses a value that is no scalar, or an array of them where a vmapped state has one a member."""
-    shape, members = unwrapped(like).shape, [value]
-    if shape and np.shape(value) == shape:
-        members = [jnp.ravel(value)[0]] if isinstance(value, Tracer) else np.ravel(value)
-    for member in members:
-        check_scalar(name, member, interval)
-
-
-def _filled(like: Any, value: Any) -> Any:
-    array = unwrapped(like)
-    new = jnp.broadcast_to(jnp.asarray(value, array.dtype), array.shape) + jnp.zeros_like(array)
-    return like.replace(new) if hasattr(like, "get_value") else new
 
 
 class _Found(NamedTuple):
@@ -332,7 +384,7 @@ class _Found(NamedTuple):
 
 
 def _found(opt_state: Any) -> dict[str, _Found]:
-    """The hyperparameters by the shortest key that tells them apart."""
+    """The hyperparameters, keyed by the shortest unique name."""
     found = list(_walk(opt_state, (), frozenset()))
     if not found:
         raise ValueError(
@@ -343,7 +395,7 @@ def _found(opt_state: Any) -> dict[str, _Found]:
     for one in found:
         place = _place(one.path)
         others = [_place(p.path) for p in found if p.name == one.name and p is not one]
-        result["/".join([*_telling(place, others), one.name])] = one
+        result["/".join([*_shortest_unique_key(place, others), one.name])] = one
     return result
 
 
@@ -352,13 +404,13 @@ def _place(path: tuple[Any, ...]) -> tuple[str, ...]:
 
 
 def _walk(state: Any, path: tuple[Any, ...], hidden: frozenset[str]) -> Iterator[_Found]:
-    # Variables of nnx: OptVariable and OptArray wrap arrays, never containers that hold hyperparameters.
+    # nnx's OptVariable and OptArray wrap arrays, never containers that hold hyperparameters.
     if isinstance(state, InjectHyperparamsState):
         own = state.hyperparams
         yield from (_Found(state, path, name, own[name]) for name in own if name not in hidden)
         yield from _walk(state.inner_state, (*path, "inner_state"), hidden | own.keys())
         return
-    for name in getattr(state, "hyperparameters", ()):
+    for name in hyperparameters_of(type(state)).names:
         if name not in hidden:
             yield _Found(state, path, name, getattr(state, name))
     for key, child in _children(state):
@@ -374,7 +426,7 @@ def _children(state: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def _replaced(state: Any, path: tuple[Any, ...], new: Any) -> Any:
-    """The state with a part of it replaced."""
+    """Returns the state with the part at `path` replaced."""
     if not path:
         return new
     key, *rest = path
@@ -386,8 +438,8 @@ def _replaced(state: Any, path: tuple[Any, ...], new: Any) -> Any:
     return type(state)([*state[:key], child, *state[key + 1 :]])
 
 
-def _telling(place: tuple[str, ...], others: list[tuple[str, ...]]) -> tuple[str, ...]:
-    """The shortest part of a place that tells it from the others, without what all of them begin with."""
+def _shortest_unique_key(place: tuple[str, ...], others: list[tuple[str, ...]]) -> tuple[str, ...]:
+    """The shortest part of a place that makes it unique, without the prefix that all places share."""
     if not others:
         return ()
     together = zip(place, *others, strict=False)

@@ -1,64 +1,73 @@
-"""Ready-made optimizers: chains of this library's transformations, to be read at a glance.
+"""Ready-made optimizers: short chains of this library's transformations.
 
-Every one keeps its last learning rate in its state (`get_hyperparams`), accepts a number, a scalar array, a
-tracer or a schedule for it, and hands out updates for `optax.apply_updates`.
+Each accepts a number, a scalar array, a tracer or a schedule as its learning rate, keeps the last value in
+its state (`get_hyperparams`), and returns updates for `optax.apply_updates`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, Unpack
 
 import optax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from adaptive_optax._checks import check_bool, check_choice, check_scalar
+from adaptive_optax._core.checks import check_bool, check_choice
+from adaptive_optax._core.hyperparameters import as_hyperparameter
 from adaptive_optax.moments.adam_mini import AdamMiniBlocks
 from adaptive_optax.moments.formats import as_storage
 from adaptive_optax.moments.granularity import Granularity
 from adaptive_optax.moments.storage import Storage, as_nearest
-from adaptive_optax.transforms.adam import EpsForm, scale_by_adam
+from adaptive_optax.transforms.adam import AdamVariants, scale_by_adam
 from adaptive_optax.transforms.learning_rate import scale_by_learning_rate
 from adaptive_optax.transforms.momentum import trace
 from adaptive_optax.transforms.rms import scale_by_rms
 from adaptive_optax.transforms.weight_decay import Coupling, add_decoupled_weight_decay
 
+Factory = TypeVar("Factory", bound=Callable[..., Any])
 
+
+def _with_keywords_of(factory: Callable[..., Any]) -> Callable[[Factory], Factory]:
+    """Shows the keywords of `factory` in the signature of a function that forwards them as `**variants`.
+
+    The signature is what `help`, notebooks and both `inject_hyperparams` (ours and optax's) read.
+    """
+
+    def decorate(function):
+        own = inspect.signature(function)
+        named = [p for p in own.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+        forwarded = [
+            p
+            for p in inspect.signature(factory).parameters.values()
+            if p.kind is inspect.Parameter.KEYWORD_ONLY
+        ]
+        vars(function)["__signature__"] = own.replace(parameters=[*named, *forwarded])
+        return function
+
+    return decorate
+
+
+@_with_keywords_of(scale_by_adam)
 def adam(
     learning_rate: optax.ScalarOrSchedule,
     b1: optax.ScalarOrSchedule = 0.9,
     b2: optax.ScalarOrSchedule = 0.999,
     eps: optax.ScalarOrSchedule = 1e-8,
     eps_root: ArrayLike = 0.0,
-    mu_dtype: Any = None,
-    *,
-    eps_form: EpsForm = "paper",
-    nesterov: bool = False,
-    amsgrad: bool = False,
-    bias_correction: bool = True,
-    granularity: Granularity | str = "coordinate",
-    mu_storage: Storage | str = "float32",
-    nu_storage: Storage | str = "float32",
+    mu_dtype: DTypeLike | None = None,
+    **variants: Unpack[AdamVariants],
 ) -> optax.GradientTransformationExtraArgs:
     """Builds Adam: `scale_by_adam`, then the learning rate.
 
-    The default where nothing is known of the problem. Whether its learning rate should decay depends on the
-    problem too; measure it.
+    The default choice when nothing is known about the problem. Whether the learning rate should decay depends
+    on the problem; measure it. A NaN or a huge gradient stays in the moments; see `scale_by_adam`.
 
     Args:
-        learning_rate: At least 0, a number or a schedule; 1e-3 is where to begin.
-        b1: See `scale_by_adam`, which has the equations, for this and all that follow.
-        b2: As there.
-        eps: As there.
-        eps_root: As there.
-        mu_dtype: As there.
-        eps_form: As there.
-        nesterov: As there.
-        amsgrad: As there.
-        bias_correction: As there.
-        granularity: As there.
-        mu_storage: As there.
-        nu_storage: As there.
+        learning_rate: At least 0, a number or a schedule; 1e-3 is a good start.
+        b1, b2, eps, eps_root, mu_dtype: See `scale_by_adam`, which also has the equations.
+        **variants: The keywords of `scale_by_adam`: `eps_form`, `nesterov`, `amsgrad`, `bias_correction`,
+            `granularity`, `mu_storage`, `nu_storage`.
 
     Returns:
         The chain.
@@ -66,7 +75,7 @@ def adam(
     Raises:
         ValueError: If an argument is out of range, naming it.
 
-    State cost: two float32 copies of the parameters, with granularity "tensor" or "global" one.
+    State cost: two float32 copies of the parameters, or one with granularity "tensor" or "global".
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp, optax
@@ -81,67 +90,40 @@ def adam(
 
     Source: Kingma and Ba 2015, algorithm 1.
     """
-    direction = scale_by_adam(
-        b1,
-        b2,
-        eps,
-        eps_root,
-        mu_dtype,
-        eps_form=eps_form,
-        nesterov=nesterov,
-        amsgrad=amsgrad,
-        bias_correction=bias_correction,
-        granularity=granularity,
-        mu_storage=mu_storage,
-        nu_storage=nu_storage,
-    )
+    direction = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, **variants)
     return optax.chain(direction, scale_by_learning_rate(learning_rate))
 
 
+@_with_keywords_of(scale_by_adam)
 def adamw(
     learning_rate: optax.ScalarOrSchedule,
     b1: optax.ScalarOrSchedule = 0.9,
     b2: optax.ScalarOrSchedule = 0.999,
     eps: optax.ScalarOrSchedule = 1e-8,
     eps_root: ArrayLike = 0.0,
-    mu_dtype: Any = None,
+    mu_dtype: DTypeLike | None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
     mask: Any = None,
     *,
     decay_coupling: Coupling = "learning_rate",
     decay_schedule: optax.ScalarOrSchedule | None = None,
-    eps_form: EpsForm = "paper",
-    nesterov: bool = False,
-    amsgrad: bool = False,
-    bias_correction: bool = True,
-    granularity: Granularity | str = "coordinate",
-    mu_storage: Storage | str = "float32",
-    nu_storage: Storage | str = "float32",
+    **variants: Unpack[AdamVariants],
 ) -> optax.GradientTransformationExtraArgs:
     """Builds AdamW: Adam with decoupled weight decay.
 
-    Use it where large weights are to be discouraged: an L2 term in Adam's loss is scaled away by the second
-    moment. The equations are in `scale_by_adam` and `add_decoupled_weight_decay`.
+    Use it to discourage large weights: Adam's second moment would scale away an L2 term in the loss. The
+    equations are in `scale_by_adam` and `add_decoupled_weight_decay`. A NaN or a huge gradient stays in the
+    moments (see `scale_by_adam`), while the weights keep decaying.
 
     Args:
         learning_rate: At least 0, a number or a schedule.
-        b1: See `scale_by_adam`.
-        b2: As there.
-        eps: As there.
-        eps_root: As there.
-        mu_dtype: As there.
+        b1, b2, eps, eps_root, mu_dtype: See `scale_by_adam`.
         weight_decay: At least 0, a number or a schedule; see `add_decoupled_weight_decay`.
-        mask: Which leaves decay; as there.
-        decay_coupling: `coupling` there: "learning_rate" (default: PyTorch's and optax's), "schedule" or
-            "independent".
-        decay_schedule: `schedule` there, for `decay_coupling="schedule"`.
-        eps_form: See `scale_by_adam`.
-        nesterov: As there.
-        amsgrad: As there.
-        bias_correction: As there.
-        granularity: As there.
-        mu_storage: As there.
-        nu_storage: As there.
+        mask: Which leaves decay; see `add_decoupled_weight_decay`.
+        decay_coupling: The `coupling` of `add_decoupled_weight_decay`: "learning_rate" (default, as in
+            PyTorch and optax), "schedule" or "independent".
+        decay_schedule: Its `schedule`, for `decay_coupling="schedule"`.
+        **variants: The keywords of `scale_by_adam`, as in `adam`.
 
     Returns:
         The chain. `update` needs `params`.
@@ -149,7 +131,7 @@ def adamw(
     Raises:
         ValueError: If an argument is out of range, naming it.
 
-    State cost: that of `adam`.
+    State cost: the same as `adam`.
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp, optax
@@ -162,20 +144,7 @@ def adamw(
     Source: Loshchilov and Hutter 2019, algorithm 2.
     """
     check_choice("decay_coupling", decay_coupling, ("learning_rate", "schedule", "independent"))
-    direction = scale_by_adam(
-        b1,
-        b2,
-        eps,
-        eps_root,
-        mu_dtype,
-        eps_form=eps_form,
-        nesterov=nesterov,
-        amsgrad=amsgrad,
-        bias_correction=bias_correction,
-        granularity=granularity,
-        mu_storage=mu_storage,
-        nu_storage=nu_storage,
-    )
+    direction = scale_by_adam(b1, b2, eps, eps_root, mu_dtype, **variants)
     decay = add_decoupled_weight_decay(
         weight_decay, coupling=decay_coupling, schedule=decay_schedule, mask=mask
     )
@@ -192,7 +161,7 @@ def adam_mini(
     b2: optax.ScalarOrSchedule = 0.999,
     eps: optax.ScalarOrSchedule = 1e-8,
     eps_root: ArrayLike = 0.0,
-    mu_dtype: Any = None,
+    mu_dtype: DTypeLike | None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
     mask: Any = None,
     *,
@@ -201,35 +170,28 @@ def adam_mini(
     mu_storage: Storage | str = "float32",
     nu_storage: Storage | str = "float32",
 ) -> optax.GradientTransformationExtraArgs:
-    """Builds Adam-mini: AdamW with one second moment a head, an output neuron or a token.
+    """Builds Adam-mini: AdamW with one second moment per head, output neuron or token.
 
     Use it for transformers in place of AdamW, with AdamW's hyperparameters and half of its state. It is
-    `adamw` with `granularity=AdamMiniBlocks(params_layout)`.
+    `adamw` with `granularity=AdamMiniBlocks(params_layout)`. A NaN or a huge gradient stays in the moment of
+    its block.
 
     Args:
         learning_rate: At least 0, a number or a schedule.
-        params_layout: What the parameters are, by their paths; see `AdamMiniBlocks`. None is `FLAX_LAYOUT`,
-            for linen's and nnx's attention, dense and embedding layers.
-        b1: See `scale_by_adam`.
-        b2: As there.
-        eps: As there.
-        eps_root: As there.
-        mu_dtype: As there.
-        weight_decay: See `adamw`.
-        mask: As there.
-        decay_coupling: As there.
-        decay_schedule: As there.
-        mu_storage: See `scale_by_adam`.
-        nu_storage: As there.
+        params_layout: The roles of the parameters, by path; see `AdamMiniBlocks`. None means `FLAX_LAYOUT`,
+            for the attention, dense and embedding layers of linen and nnx.
+        b1, b2, eps, eps_root, mu_dtype: See `scale_by_adam`.
+        weight_decay, mask, decay_coupling, decay_schedule: See `adamw`.
+        mu_storage, nu_storage: See `scale_by_adam`.
 
     Returns:
         The chain. `update` needs `params`.
 
     Raises:
         ValueError: If an argument is out of range (at construction), or the layout finds no queries and keys
-            in the parameters, listing their paths (at init).
+            in the parameters (at init; the message lists their paths).
 
-    State cost: one float32 copy of the parameters and a value a block: about half of `adamw`'s.
+    State cost: one float32 copy of the parameters, plus one value per block: about half of `adamw`'s.
 
     Example:
         >>> import adaptive_optax as ao, jax, jax.numpy as jnp
@@ -273,32 +235,29 @@ def rmsprop(
     granularity: Granularity | str = "coordinate",
     storage: Storage | str = "float32",
 ) -> optax.GradientTransformationExtraArgs:
-    """Builds RMSprop: `scale_by_rms`, the learning rate, then momentum if asked for.
+    """Builds RMSprop: `scale_by_rms`, the learning rate, then optional momentum.
 
     Use it where gradients change too fast for Adam's first moment, or with a coarser granularity as gradient
-    descent with an adaptive step. Momentum accumulates updates with their learning rates, as in optax and
-    TensorFlow; PyTorch applies the learning rate last, which differs while it moves.
+    descent with an adaptive step size. Momentum accumulates updates that already include the learning rate,
+    as in optax and TensorFlow; PyTorch applies the learning rate last, which differs while the rate changes.
+    A NaN or a huge gradient stays in the moment; see `scale_by_rms`.
 
     Args:
         learning_rate: At least 0, a number or a schedule.
-        decay: See `scale_by_rms`, which has the equations. PyTorch's is 0.99.
-        eps: As there. PyTorch's stands beside the root.
-        initial_scale: As there.
-        eps_in_sqrt: As there.
-        centered: As there.
+        decay: See `scale_by_rms`, which also has the equations. PyTorch's default is 0.99.
+        eps: See `scale_by_rms`. PyTorch adds it outside the root.
+        initial_scale, eps_in_sqrt, centered: See `scale_by_rms`.
         momentum: In [0, 1), a number or a schedule; None for none. See `trace`.
-        nesterov: Whether the momentum looks ahead.
-        bias_correction: See `scale_by_rms`.
-        granularity: As there.
-        storage: As there.
+        nesterov: Whether to use Nesterov momentum.
+        bias_correction, granularity, storage: See `scale_by_rms`.
 
     Returns:
         The chain.
 
     Raises:
-        ValueError: If an argument is out of range, or `nesterov` comes without `momentum`.
+        ValueError: If an argument is out of range, or `nesterov` is given without `momentum`.
 
-    State cost: one float32 a group; `centered` and `momentum` add one copy of the parameters each.
+    State cost: one float32 per group; `centered` and `momentum` add one copy of the parameters each.
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp, optax
@@ -339,9 +298,10 @@ def global_rmsprop(
     *,
     storage: Storage | str = "float32",
 ) -> optax.GradientTransformationExtraArgs:
-    """Builds RMSprop in its global form: the step adapts its length and keeps the gradient's direction.
+    """Builds global RMSprop: the step adapts its length and keeps the gradient's direction.
 
-    `rmsprop` with `granularity="global"`; arguments, returns and errors are those of `rmsprop`.
+    `rmsprop` with `granularity="global"`; arguments, returns and errors are the same. A NaN or a huge
+    gradient in one coordinate stops all of them for good: wrap it in `reject_nonfinite`.
 
     State cost: one float32.
 
@@ -372,26 +332,27 @@ def sgd(
     learning_rate: optax.ScalarOrSchedule,
     momentum: optax.ScalarOrSchedule | None = None,
     nesterov: bool = False,
-    accumulator_dtype: Any = None,
+    accumulator_dtype: DTypeLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """Builds stochastic gradient descent: momentum if asked for, then the learning rate.
+    """Builds stochastic gradient descent: optional momentum, then the learning rate.
 
-    The baseline that an adaptive method has to beat.
+    The baseline that an adaptive method has to beat. A NaN or a huge gradient passes into the update.
+    Momentum forgets a huge gradient but keeps a NaN; see `trace`.
 
     Args:
         learning_rate: At least 0, a number or a schedule.
-        momentum: In [0, 1), a number or a schedule (one-cycle has one); None for none. See `trace`.
-        nesterov: Whether the momentum looks ahead.
-        accumulator_dtype: The dtype in which the momentum is kept; None for float32.
+        momentum: In [0, 1), a number or a schedule (`one_cycle` returns one); None for none. See `trace`.
+        nesterov: Whether to use Nesterov momentum.
+        accumulator_dtype: The dtype in which the momentum is stored; None for float32.
 
     Returns:
         The chain.
 
     Raises:
-        ValueError: If an argument is out of range, or `nesterov` or `accumulator_dtype` comes without
+        ValueError: If an argument is out of range, or `nesterov` or `accumulator_dtype` is given without
             `momentum`.
 
-    State cost: none without momentum, else one float32 copy of the parameters.
+    State cost: one float32 copy of the parameters with momentum, else none.
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp
@@ -415,6 +376,6 @@ def _momentum(momentum: Any, nesterov: bool, accumulator_dtype: Any = None):
         if nesterov:
             raise ValueError("nesterov=True needs momentum=.")
         return ()
-    check_scalar("momentum", momentum, "[0, 1)", schedule=True)
+    momentum = as_hyperparameter("momentum", momentum)
     as_storage("accumulator_dtype", as_nearest("accumulator_dtype", accumulator_dtype), momentum=momentum)
     return (trace(momentum, nesterov, accumulator_dtype),)

@@ -1,1 +1,1 @@
-"""Benchmarks; run one with `python -m benchmarks.<name>`."""
+"""Benchmarks; run one with `python -m benchmarks --suite NAME`."""

@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: measures, writes JSON, and draws the README's tables and pictures from it."""
+"""`python -m benchmarks`: measures, writes JSON, and generates the README's tables and pictures from it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ MOST_CORES_BUSY = 0.2
 
 
 class Suite(enum.StrEnum):
-    """What can be measured."""
+    """The available benchmarks."""
 
     update_step = "update_step"
     scaling = "scaling"
@@ -42,7 +42,7 @@ DEFAULT = [Suite.update_step, Suite.scaling, Suite.study_throughput, Suite.end_t
 
 
 def module(suite: str) -> Any:
-    """Returns a suite's module: `measure(quick, advance)`, `tables(result)` and perhaps `figures(result)`."""
+    """Returns a suite's module: `measure(quick, advance)`, `tables(result)`, perhaps `figures(result)`."""
     return importlib.import_module(f"benchmarks.{suite}")
 
 
@@ -53,7 +53,7 @@ def stored(folder: Path = RESULTS) -> dict[str, dict[str, dict[str, Any]]]:
         for path in sorted(folder.glob(f"{suite}_*.json")):
             result = json.loads(path.read_text())
             if "hardware" not in result:
-                raise ValueError(f"{path} does not say where it comes from; run --suite {suite.value} again.")
+                raise ValueError(f"{path} does not record its origin; run --suite {suite.value} again.")
             found.setdefault(suite, {})[result["hardware"]] = result
     return found
 
@@ -68,7 +68,7 @@ def draw(results: dict[str, dict[str, dict[str, Any]]], folder: Path) -> None:
 
 
 def rendered(text: str) -> str:
-    """Returns the README's text with the tables of the committed results."""
+    """Returns the README's text with tables generated from the committed results."""
     return render_readme(text, stored(), {suite: module(suite).tables for suite in Suite})
 
 
@@ -76,10 +76,10 @@ def run_here(suite: Suite, out: Path, quick: bool) -> None:
     """Measures one suite in this process and writes its result."""
     busy = cores_busy_elsewhere()
     if not quick and busy > MOST_CORES_BUSY:
-        raise ValueError(f"Other programs keep {busy:.1f} cores busy; timings need a machine of their own.")
-    # PyTorch's contenders need a part of a GPU's memory.
+        raise ValueError(f"Other programs keep {busy:.1f} cores busy; timings need an idle machine.")
+    # PyTorch's contenders need some of a GPU's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    # The study splits a CPU into as many devices as it has cores; a step of the others has all cores.
+    # The study splits a CPU into one device per core; in the other suites a step uses all cores.
     if suite in (Suite.study_throughput, Suite.low_precision):
         jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
     began = time.perf_counter()
@@ -102,7 +102,7 @@ def run_here(suite: Suite, out: Path, quick: bool) -> None:
 
 @contextlib.contextmanager
 def plain_errors() -> Iterator[None]:
-    """Turns what is wrong with a machine, a result or the README into one line and exit code 2."""
+    """Turns problems with the machine, a result or the README into one line and exit code 2."""
     try:
         yield
     except ValueError as error:
@@ -115,20 +115,20 @@ def main(
         list[Suite] | None, typer.Option(help="What to measure.", show_default="the first four")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = RESULTS,
-    quick: Annotated[bool, typer.Option(help="Tiny sizes: shows that it runs, measures nothing.")] = False,
-    readme: Annotated[bool, typer.Option(help="Whether to draw README and pictures after it.")] = True,
-    render: Annotated[bool, typer.Option(help="Measure nothing; draw README and pictures again.")] = False,
+    quick: Annotated[bool, typer.Option(help="Tiny sizes: a test that it runs, not a measurement.")] = False,
+    readme: Annotated[bool, typer.Option(help="Whether to update README and pictures afterwards.")] = True,
+    render: Annotated[bool, typer.Option(help="Measure nothing; only update README and pictures.")] = False,
 ) -> None:
-    """Times update steps, their scaling, the study and a training step, and publishes them."""
-    out = out.resolve()  # the processes below run elsewhere
+    """Times update steps, their scaling, the study and a training step, and publishes the results."""
+    out = out.resolve()  # the processes below have another working directory
     if quick and out == RESULTS:
-        raise typer.BadParameter("--quick measures nothing to be published; give it another --out.")
+        raise typer.BadParameter("--quick measures nothing worth publishing; choose another --out.")
     suites = [] if render else suite or DEFAULT
     if len(suites) == 1:
         with plain_errors():
             run_here(suites[0], out, quick)
     for one in suites if len(suites) > 1 else []:
-        # A process each, so that none has another's memory, caches and devices, and none takes another down.
+        # One process per suite, so that they share no memory, caches or devices, and a crash stops only one.
         arguments = ["--suite", one.value, "--out", str(out), "--no-readme", *(["--quick"] if quick else [])]
         if subprocess.run([sys.executable, "-m", "benchmarks", *arguments], cwd=PROJECT).returncode:
             raise typer.Exit(1)

@@ -1,4 +1,4 @@
-"""What takes part in a comparison of update steps: optimizers of optax's interface, and of PyTorch."""
+"""The contenders in a comparison of update steps: optimizers with optax's interface, and PyTorch's."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ import adaptive_optax as ao
 from benchmarks.trees import Shapes, constant, normal, on_device, size
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
-# What a contender goes round is larger than the caches of the machines of interest (50 MiB on an H200), as is
-# what a network computes between two updates.
+# The sets that a contender cycles through together exceed the caches of the relevant machines (50 MiB
+# on an H200), as is what a network computes between two updates.
 ROTATED_BYTES = 128 * 2**20
 SEEDS = {"gradients": "the number of the set, from 0"}
 
 
 def number_of_sets(shapes: Shapes, rotated_bytes: int = ROTATED_BYTES) -> int:
-    """How many sets of parameters, gradients and Adam's state a contender goes round."""
-    return math.ceil(rotated_bytes / (16 * size(shapes)))  # 4 bytes each of the four
+    """How many sets of parameters, gradients and Adam's state a contender cycles through."""
+    return math.ceil(rotated_bytes / (16 * size(shapes)))  # four values of 4 bytes per parameter
 
 
 def gradient_sets(shapes: Shapes, rotated_bytes: int = ROTATED_BYTES) -> list[dict[str, jax.Array]]:
-    """Draws the gradients that all contenders share, a tree a set."""
+    """Draws the gradients that all contenders share, one tree per set."""
     return [
         on_device(normal(shapes, seed), "float32") for seed in range(number_of_sets(shapes, rotated_bytes))
     ]
@@ -58,10 +58,10 @@ class Step:
         Args:
             make: Makes the optimizer.
             shapes: The tree.
-            gradients: The trees of gradients to go round.
-            dtype: Of the parameters.
-            options: What `jax.jit` takes as `compiler_options`.
-            body: `body(params, state, gradients)` in place of the update.
+            gradients: The trees of gradients to cycle through.
+            dtype: The dtype of the parameters.
+            options: `compiler_options` for `jax.jit`.
+            body: `body(params, state, gradients)`, replacing the update.
         """
         params = on_device(constant(shapes, 0.1), dtype)
         gradient, state = gradients[0], make().init(params)
@@ -72,7 +72,7 @@ class Step:
         self._sets = [(first, gradient)]
         self._sets += [(jax.tree.map(jnp.copy, first), gradient) for gradient in gradients[1:]]
         self._turns = itertools.cycle(self._sets)
-        for _ in self._sets:  # a set's first step takes over buffers that a step has not made
+        for _ in self._sets:  # a set's first step gets buffers that no step has made
             jax.block_until_ready(self())
         self._parameters, self._leaves = size(shapes), len(shapes)
         self._state_bytes = ao.state_bytes(state)
@@ -84,7 +84,7 @@ class Step:
         return carry
 
     def prepare(self) -> tuple[Any, dict[str, float]]:
-        """Traces, lowers and compiles anew, as in a fresh process; gives the seconds of each, too."""
+        """Traces, lowers and compiles from scratch; returns the program and the seconds of each stage."""
         jax.clear_caches()
         began = time.perf_counter()
         traced = self._jit().trace(*self._arguments)
@@ -101,18 +101,16 @@ class Step:
         return compiled, seconds
 
     def properties(self) -> dict[str, float]:
-        """Kernels a leaf; bytes of state, and at the peak of a step, for each parameter."""
+        """Kernels per leaf; bytes per parameter of state, and at the peak of a step."""
         memory = self._compiled.memory_analysis()
         if memory is None:
-            raise RuntimeError(
-                f"The backend {jax.default_backend()!r} does not say what memory a step takes."
-            )
+            raise RuntimeError(f"The backend {jax.default_backend()!r} does not report the memory of a step.")
         peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
         return {
-            "kernels_a_leaf": kernels(self._compiled.as_text()) / self._leaves,
-            "state_bytes_a_parameter": self._state_bytes / self._parameters,
-            "temp_bytes_a_parameter": memory.temp_size_in_bytes / self._parameters,
-            "peak_bytes_a_parameter": (peak - memory.alias_size_in_bytes) / self._parameters,
+            "kernels_per_leaf": kernels(self._compiled.as_text()) / self._leaves,
+            "state_bytes_per_parameter": self._state_bytes / self._parameters,
+            "temp_bytes_per_parameter": memory.temp_size_in_bytes / self._parameters,
+            "peak_bytes_per_parameter": (peak - memory.alias_size_in_bytes) / self._parameters,
         }
 
 
@@ -127,7 +125,7 @@ def _jitted(tx: Any, body: Any, options: dict[str, Any] | None) -> Any:
 
 
 def preparation(steps: dict[str, Step], repeats: int) -> dict[str, dict[str, float]]:
-    """Returns the medians of the seconds that tracing, lowering and compiling take, the steps in turn."""
+    """Returns median seconds of tracing, lowering and compiling, with the steps interleaved."""
     runs = [{name: step.preparation for name, step in steps.items()}]
     runs += [{name: step.prepare()[1] for name, step in steps.items()} for _ in range(repeats - 1)]
     return {
@@ -137,7 +135,7 @@ def preparation(steps: dict[str, Step], repeats: int) -> dict[str, dict[str, flo
 
 
 def preparation_sum(row: dict[str, Any], name: str) -> float:
-    """Returns the seconds of tracing, lowering and compiling together, from a row of results."""
+    """Returns the total seconds of tracing, lowering and compiling, from a row of results."""
     return sum(row["preparation_s"][name].values())
 
 
@@ -145,21 +143,21 @@ _NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", 
 
 
 def kernels(hlo: str) -> int:
-    """Counts what the entry computation of an optimized module runs: fusions, reductions, copies, calls."""
+    """Counts the kernels in an optimized module's entry computation: fusions, reductions, copies, calls."""
     entry = hlo[hlo.index("\nENTRY ") :]
     entry = entry[: entry.index("\n}")]
     opcodes = re.findall(r"^\s+(?:ROOT )?%?\S+ = (?:\(.*?\)|\S+) ([a-z][\w-]*)\(", entry, re.MULTILINE)
-    # What is started and awaited runs once.
+    # A pair of start and done is one kernel.
     return sum(opcode not in _NO_KERNEL and not opcode.endswith("-done") for opcode in opcodes)
 
 
 def torch_module() -> Any:
-    """Imports PyTorch, which need not be installed."""
+    """Imports PyTorch, an optional dependency."""
     return importlib.import_module("torch")
 
 
 class TorchStep:
-    """PyTorch's optimizer on the same tree, its gradients already there."""
+    """PyTorch's optimizer on the same tree, with gradients already set."""
 
     def __init__(
         self,
@@ -169,13 +167,13 @@ class TorchStep:
         *,
         max_norm: float | None = None,
     ):
-        """Makes an optimizer a set, and its state in a first step.
+        """Makes one optimizer per set, and creates its state by a first step.
 
         Args:
-            make: Makes the optimizer of a list of parameters.
+            make: Makes an optimizer for a list of parameters.
             shapes: The tree.
-            gradients: The trees of gradients to go round.
-            max_norm: The norm to clip at first, if any.
+            gradients: The trees of gradients to cycle through.
+            max_norm: If given, gradients are first clipped to this norm.
         """
         torch = torch_module()
         torch.set_num_threads(os.cpu_count() or 1)

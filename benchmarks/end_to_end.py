@@ -1,6 +1,7 @@
 """A training step of a small transformer, with optax's optimizer, with this library's, and with none.
 
-What share of a step the optimizer has, so that nobody takes a ratio of update steps for one of training.
+Measures the optimizer's share of a step, so that ratios of update steps are not mistaken for ratios of
+training time.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from benchmarks.timing import against, alternate
 
 
 class Transformer(linen.Module):
-    """A decoder of pre-norm blocks; gives the logits of tokens [sample, position]."""
+    """A decoder of pre-norm blocks, from tokens [sample, position] to logits."""
 
     vocabulary: int = 4096
     width: int = 256
@@ -29,7 +30,7 @@ class Transformer(linen.Module):
 
     @linen.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
-        """Gives logits [sample, position, token]."""
+        """Returns logits [sample, position, token]."""
         embed = linen.Embed(self.vocabulary, self.width)
         x = embed(tokens) + self.param(
             "positions", linen.initializers.normal(0.02), (tokens.shape[1], self.width)
@@ -50,7 +51,7 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
 
 
 class Training:
-    """A compiled step; without an optimizer it hands out the gradients."""
+    """A compiled step; without an optimizer it returns the gradients."""
 
     def __init__(self, model: Transformer, tx: Any, tokens: jax.Array):
         """Compiles the step."""
@@ -80,7 +81,7 @@ class Training:
 
 
 def measure(quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
-    """Measures the three."""
+    """Measures all three."""
     model, samples, length = Transformer(), 8, 128
     if quick:
         model, samples, length = Transformer(vocabulary=64, width=16, layers=1, heads=2), 2, 8
@@ -103,7 +104,7 @@ def measure(quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
 
 
 def tables(result: dict[str, Any]) -> dict[str, Table]:
-    """Returns the one table."""
+    """Returns the table."""
     title = f"A transformer of {result['parameters']:,} parameters: {result['model']}; clip + adamw"
     table = Table(title, ["step with", "ms", "over optax's", "the optimizer's share"])
     for name, timed in result["timed"].items():

@@ -1,9 +1,9 @@
-"""What training loses to low-precision state and low-precision parameters, on the two built-in tasks.
+"""The cost in training loss of low-precision state and parameters, on the two built-in tasks.
 
-Every arm is Adam with a one-cycle rate, at one peak, on the same seeds: the same initial parameters and
-batches. The metric is the final loss on training data. The tasks are as wide as `Int8` needs (64), and it
-compresses every matrix that wide, embeddings included. Low-precision parameters are bfloat16; the model
-computes in float32, so that only what is kept differs.
+Every arm is Adam with a one-cycle rate, at one peak, on the same seeds, with the same initial parameters and
+batches. The metric is the final loss on training data. The tasks have the width that `Int8` needs (64), so
+that it compresses every matrix, including embeddings. Low-precision parameters are bfloat16; the model
+computes in float32, so that only the storage differs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 
 import adaptive_optax as ao
 from adaptive_optax import study
-from adaptive_optax._drawing import PALETTE, THEMES, dress
+from adaptive_optax._core.drawing import PALETTE, THEMES, dress
 from adaptive_optax.study import tasks
 from benchmarks.tables import Table
 
@@ -32,7 +32,7 @@ BASELINE = "float32"
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """A task at the size and the rate at which it is trained."""
+    """A task with the peak rate and the number of steps of its training."""
 
     task: Callable[[], study.Task]
     peak: float
@@ -72,7 +72,7 @@ PARAMETER_ARMS = {
 
 
 def on_training_data(task: study.Task, count: int = 1024) -> study.Task:
-    """The task judged by its loss on (evenly spaced) training samples."""
+    """The task, judged by its loss on evenly spaced training samples."""
 
     def some(x):
         return x[np.linspace(0, len(x) - 1, min(count, len(x))).astype(int)]
@@ -99,8 +99,8 @@ def with_bfloat16_parameters(task: study.Task) -> study.Task:
     return dataclasses.replace(task, init=init, loss=loss, metric=metric, has_model_state=True)
 
 
-def bytes_a_parameter(task: study.Task, arm: Any) -> float:
-    """Bytes of moments, copies and compensations for each parameter."""
+def bytes_per_parameter(task: study.Task, arm: Any) -> float:
+    """Bytes of moments, copies and compensations per parameter."""
     params, _ = jax.eval_shape(task.start, jax.random.key(0))
     state = jax.eval_shape(arm(1e-3, 10).init, params)
     return ao.state_bytes(state) / sum(x.size for x in jax.tree.leaves(params))
@@ -127,7 +127,7 @@ def _rows(name: str, setting: Setting, seeds: int) -> list[dict[str, Any]]:
             tuning_seeds=1, growth=0, validation_points=2,
         )  # fmt: skip
         tables.append(comparison.table)
-        sizes |= {arm: bytes_a_parameter(version, make) for arm, make in arms.items()}
+        sizes |= {arm: bytes_per_parameter(version, make) for arm, make in arms.items()}
     table = pd.concat([t[t["phase"] == "verdict"] for t in tables])
     losses = table.pivot(index="seed", columns="arm", values="final_metric")
     rows = []
@@ -136,7 +136,7 @@ def _rows(name: str, setting: Setting, seeds: int) -> list[dict[str, Any]]:
         row = {
             "task": name,
             "arm": arm,
-            "bytes_a_parameter": size,
+            "bytes_per_parameter": size,
             "final_loss": losses[arm].mean(),
             "final_loss_error": losses[arm].sem(),
             "difference": difference.mean(),
@@ -150,15 +150,15 @@ def _rows(name: str, setting: Setting, seeds: int) -> list[dict[str, Any]]:
 
 
 def tables(result: dict[str, Any]) -> dict[str, Table]:
-    """Returns a row an arm with both tasks' differences from float32."""
+    """Returns a table with one row per arm, with the differences from float32 on both tasks."""
     rows = {(row["task"], row["arm"]): row for row in result["rows"]}
     names, arms = (list(dict.fromkeys(key[i] for key in rows)) for i in (0, 1))
     bases = [f"{name}: loss minus float32's {rows[name, BASELINE]['final_loss']:.4f}" for name in names]
-    table = Table("What low precision loses", ["kept", "bytes of state a parameter", *bases])
+    table = Table("What low precision loses", ["stored", "bytes of state per parameter", *bases])
     for arm in arms:
         if arm == BASELINE:
             continue
-        sizes = dict.fromkeys(f"{rows[name, arm]['bytes_a_parameter']:.2f}" for name in names)
+        sizes = dict.fromkeys(f"{rows[name, arm]['bytes_per_parameter']:.2f}" for name in names)
         cells = [
             f"{row['difference']:+.4f} ± {row['difference_error']:.4f} (p = {row['p_value']:.2g})".replace(
                 "-", "−"
@@ -170,7 +170,7 @@ def tables(result: dict[str, Any]) -> dict[str, Table]:
 
 
 def figures(result: dict[str, Any]) -> dict[str, Figure]:
-    """Draws the differences from float32 with 95 % intervals, a panel a task, for light and dark."""
+    """Draws the differences from float32 with 95 % intervals, one panel per task, for light and dark."""
     return {f"low_precision_{theme}": _figure(result["rows"], theme) for theme in THEMES}
 
 

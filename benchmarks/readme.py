@@ -1,4 +1,4 @@
-"""Writes the README's tables from the results, between `<!-- benchmark:SUITE TABLE -->` and its end mark."""
+"""Generates the README's tables from results, between `<!-- benchmark:SUITE TABLE -->` and its end mark."""
 
 from __future__ import annotations
 
@@ -20,26 +20,28 @@ def render(
     results: Mapping[str, Mapping[str, dict[str, Any]]],
     tables: Mapping[str, Callable[[dict[str, Any]], dict[str, Table]]],
 ) -> str:
-    """Returns the README with its blocks made anew.
+    """Returns the README with regenerated blocks.
 
     Args:
         text: The README.
-        results: By suite and hardware, what was measured.
-        tables: By suite, what makes tables of a result.
+        results: The results, by suite and hardware.
+        tables: For each suite, the function that makes tables from a result.
 
     Raises:
-        ValueError: If a block names a suite or a table that there is not, or if a mark is not one of a block.
+        ValueError: If a block names an unknown suite or table, or if a mark does not belong to a block.
     """
     if stray := _MARK.search(_BLOCK.sub("", text)):
         raise ValueError(
-            f"{stray[0]!r} is not a block of the README; one is <!-- benchmark:SUITE TABLE -->, "
+            f"{stray[0]!r} is not a block of the README; a block is <!-- benchmark:SUITE TABLE -->, "
             "its text, and <!-- /benchmark -->."
         )
 
     def block(found: re.Match[str]) -> str:
         suite, name, _ = found.groups()
         if suite not in tables:
-            raise ValueError(f"The README has a block of the suite {suite!r}; there are {', '.join(tables)}.")
+            raise ValueError(
+                f"The README has a block of the suite {suite!r}; the suites are {', '.join(tables)}."
+            )
         parts = []
         for hardware, result in results.get(suite, {}).items():
             made = tables[suite](result)

@@ -1,4 +1,4 @@
-"""How the time of an AdamW step grows with the number of parameters, and of leaves."""
+"""How the time of an AdamW step grows with the number of parameters, and with the number of leaves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import optax
 from matplotlib.figure import Figure
 
 import adaptive_optax as ao
-from adaptive_optax._drawing import PALETTE, THEMES, dress, set_range, set_ticks
+from adaptive_optax._core.drawing import PALETTE, THEMES, dress, set_range, set_ticks
 from benchmarks import trees
 from benchmarks.contenders import ROTATED_BYTES, SEEDS, Step, gradient_sets, preparation, preparation_sum
 from benchmarks.tables import Table, digits, ratio
@@ -21,11 +21,11 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "ours": lambda: ao.adamw(1e-3),
     "optax": lambda: optax.adamw(1e-3),
 }
-_FITTED = 4  # the largest trees, through whose times the power law is laid
+_FITTED = 4  # the number of largest trees to which the power law is fitted
 
 
 def measure(quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
-    """Measures eight leaves of growing size, and growing numbers of small leaves."""
+    """Measures eight leaves of increasing size, and increasing numbers of small leaves."""
     largest = 8 if jax.default_backend() == "cpu" else 9
     sizes = [1e3, 1e4] if quick else [10**e for e in np.arange(5, largest + 0.1, 0.5)]
     counts = [2, 4] if quick else [10, 30, 100, 300, 1000, 3000]
@@ -53,7 +53,7 @@ def _row(grows: str, shapes: trees.Shapes, quick: bool, advance: Callable[[str],
 
 
 def _curves(rows: list[dict[str, Any]]) -> dict[str, dict[str, tuple[np.ndarray, np.ndarray]]]:
-    """Returns x and y, by what is shown and by whom."""
+    """Returns x and y, by curve title and optimizer."""
     curves: dict[str, dict[str, Any]] = {}
     for name in OPTIMIZERS:
         for grows in ("parameters", "leaves"):
@@ -79,7 +79,7 @@ def _exponents(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def tables(result: dict[str, Any]) -> dict[str, Table]:
-    """Returns the times, and the exponents."""
+    """Returns the tables of times and of exponents."""
     times = Table(
         "AdamW against optax's", ["leaves", "parameters", "ms", "optax, ms", "ratio", "trace + compile"]
     )

@@ -1,4 +1,4 @@
-"""Where and with what a benchmark ran: what a number means nothing without."""
+"""The machine and versions with which a benchmark ran, without which its numbers mean nothing."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VERSIONED = ("adaptive_optax", "jax", "jaxlib", "optax", "flax", "torch")
 
 
 def hardware() -> str:
-    """Names the accelerator, or the CPU by its cores, as in a file's name: "cpu_2_cores", "nvidia_h200"."""
+    """Names the accelerator, or the CPU by its cores, for file names: "cpu_2_cores", "nvidia_h200"."""
     device = jax.devices()[0]
     name = f"cpu {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind
     return re.sub(r"\W+", "_", name.lower()).strip("_")
@@ -33,7 +33,7 @@ def setting(command: str) -> dict[str, Any]:
     return {
         "command": command,
         "commit": _git("rev-parse", "--short", "HEAD"),
-        # Of what is measured and what measures; not of the results that a run writes.
+        # Only changes to the library and the benchmarks count, not the results that a run writes.
         "uncommitted_changes": _git("status", "--porcelain", "--", "../adaptive_optax", "*.py") != "",
         "date": datetime.date.today().isoformat(),
         "hardware": hardware(),
@@ -50,10 +50,10 @@ def setting(command: str) -> dict[str, Any]:
 
 
 def cores_busy_elsewhere(seconds: float = 1.0) -> float:
-    """Returns how many cores other programs keep busy, seen while this one sleeps (Linux); else NaN.
+    """Returns how many cores other programs keep busy, measured while this one sleeps (Linux); else NaN.
 
-    A busy core falsifies ratios, too: PyTorch's threads spin where they wait for each other, and lose a slice
-    of the scheduler's time at every wait; XLA's sleep.
+    A busy core distorts ratios too: PyTorch's threads spin while they wait for each other, and lose a time
+    slice of the scheduler at every wait; XLA's threads sleep.
     """
     stat = Path("/proc/stat")
     if not stat.exists():
@@ -70,7 +70,7 @@ def cores_busy_elsewhere(seconds: float = 1.0) -> float:
 
 
 def described(result: dict[str, Any]) -> str:
-    """Says in one line where a result comes from."""
+    """Describes the origin of a result in one line."""
     versions, commit = result["versions"], result["commit"]
     named = ["jax", "optax"] + (["torch"] if result.get("uses_torch") else [])
     parts = [

@@ -1,9 +1,9 @@
-"""Trials a second of the study, against the Python loops that people write over optax and over PyTorch.
+"""Trials per second of the study, compared with typical Python loops over optax and over PyTorch.
 
 The task is a digits MLP (64-128-128-10) with batches of 64. All train the same trials (rates x seeds) with
-Adam and evaluate on the validation set at the same points. The loops are kind to themselves: one optax step,
+Adam and evaluate on the validation set at the same points. The loops are efficient ones: one optax step,
 jitted once, with the rate as an argument, and the batches of an epoch indexed with NumPy. Compilation is
-timed apart. They alternate in one process; the study uses as many devices as there are cores.
+timed separately. They alternate in one process; the study uses one device per core.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import optax
 from sklearn.datasets import load_digits
 
 from adaptive_optax import study
-from adaptive_optax.study.layout import settle_layout
-from adaptive_optax.study.progress import TrialProgress
-from adaptive_optax.study.runner import ArmSpec, Runner
-from adaptive_optax.study.store import Key
-from adaptive_optax.study.trials import Plan
+from adaptive_optax.study.engine.chunks import Key
+from adaptive_optax.study.engine.placement import settle_placement
+from adaptive_optax.study.engine.progress import TrialProgress
+from adaptive_optax.study.engine.runner import ArmSpec, Runner
+from adaptive_optax.study.engine.trials import Plan
 from benchmarks.contenders import HAS_TORCH, torch_module
 from benchmarks.tables import Table, digits, ratio
 from benchmarks.timing import median_and_quartiles
@@ -63,10 +63,10 @@ def make_task() -> study.Task:
 
 
 class PythonLoop:
-    """What people write: a jitted step, called in a loop for every trial."""
+    """A typical loop: a jitted step, called in a loop for every trial."""
 
     def __init__(self, task: study.Task):
-        """Jits the step; it is compiled when it is first called."""
+        """Jits the step, which compiles at its first call."""
         self.task = task
         self.init = jax.jit(init)
         self.evaluate = jax.jit(loss)
@@ -80,7 +80,7 @@ class PythonLoop:
         self.step = step
 
     def train(self, rate: float, seed: int) -> float:
-        """Runs one trial; gives its final validation loss."""
+        """Runs one trial; returns its final validation loss."""
         x, y = self.task.train
         params = self.init(jax.random.key(seed))
         state, order = optax.adam(rate).init(params), np.random.default_rng(seed)
@@ -109,7 +109,7 @@ class TorchLoop:
         self._validation = tuple(torch.tensor(a, device=self._device) for a in validation)
 
     def train(self, rate: float, seed: int) -> float:
-        """Runs one trial; gives its final validation loss."""
+        """Runs one trial; returns its final validation loss."""
         torch = self._torch
         torch.manual_seed(seed)
         layers: list[Any] = []
@@ -158,15 +158,15 @@ def _row(
     task: study.Task, plan: Plan, arms: dict[str, ArmSpec], loops: dict[str, Any], trials: int, rounds: int
 ) -> dict[str, Any]:
     began = time.perf_counter()
-    layout, _ = settle_layout(task, arms, plan, trials=trials, example_rate=RATES[0])
+    placement, _ = settle_placement(task, arms, plan, trials=trials, example_rate=RATES[0])
     keys = [Key("adam", RATES[i % len(RATES)], i // len(RATES)) for i in range(trials)]
 
     def run_study():
-        runner = Runner(task, arms, plan, layout, None, TrialProgress(trials, show=False))
+        runner = Runner(task, arms, plan, placement, None, TrialProgress(trials, show=False))
         runner.run(keys, "")
         return runner.results
 
-    losses = {"study": [record.validation[-1] for record in run_study().values()]}
+    losses = {"study": [curves.validation[-1] for curves in run_study().values()]}
     first_call = time.perf_counter() - began
     looped = keys[:8]  # a loop's time is the same for every trial
     speeds: dict[str, list[float]] = {name: [] for name in ("study", *loops)}
@@ -180,8 +180,8 @@ def _row(
             speeds[name].append(len(looped) / (time.perf_counter() - began))
     return {
         "trials": trials,
-        "layout": layout._asdict(),
-        "trials_a_second": {name: float(np.median(values)) for name, values in speeds.items()},
+        "layout": placement._asdict(),
+        "trials_per_second": {name: float(np.median(values)) for name, values in speeds.items()},
         "over": {
             name: {"ratio": median_and_quartiles(np.divide(speeds["study"], speeds[name]))} for name in loops
         },
@@ -192,16 +192,16 @@ def _row(
 
 
 def tables(result: dict[str, Any]) -> dict[str, Table]:
-    """Returns the one table; the first calls of study and loop compile."""
+    """Returns the table; the first calls of study and loop include compilation."""
     table = Table(
-        "Trials a second of a digits MLP",
-        ["trials", "layout", "study", "optax loop", "ratio", "torch loop", "ratio", "first calls, s"],
+        "Trials per second of a digits MLP",
+        ["trials", "placement", "study", "optax loop", "ratio", "torch loop", "ratio", "first calls, s"],
     )
     for row in result["rows"]:
-        speed, layout = row["trials_a_second"], row["layout"]
+        speed, placement = row["trials_per_second"], row["layout"]
         table.add(
             str(row["trials"]),
-            f"{layout['mode']}, {layout['width']} on {layout['devices']}",
+            f"{placement['mode']}, {placement['width']} on {placement['devices']}",
             digits(speed["study"]),
             digits(speed["loop"]),
             ratio(row["over"]["loop"]),

@@ -1,4 +1,4 @@
-"""Tables of results, for the screen and for the README, and how their numbers are written."""
+"""Tables of results for the screen and the README, and the formatting of their numbers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Table:
 
 
 def digits(number: float | None, significant: int = 3) -> str:
-    """Writes a number with that many significant digits at least; nothing for None."""
+    """Formats a number with at least that many significant digits; None as an empty string."""
     if number is None:
         return ""
     before = math.floor(math.log10(abs(number))) + 1 if number else 1
@@ -46,7 +46,7 @@ def digits(number: float | None, significant: int = 3) -> str:
 
 
 def ratio(timed: Mapping[str, Any] | None) -> str:
-    """Writes a median ratio with its quartiles; nothing for None."""
+    """Formats a median ratio with its quartiles; None as an empty string."""
     if timed is None:
         return ""
     found = timed["ratio"]

@@ -1,9 +1,9 @@
-"""What telemetry costs: a jitted training step with it and without.
+"""The cost of telemetry: a jitted training step with and without it.
 
-On two networks that find a digit: the example's, whose step takes a quarter of a millisecond, and a small
-convolutional one. The four run in turn in one process, ten steps at a time, as `every=10` works on one step
-of ten. The ratios of times of one round, over the step without telemetry, have a median and its 95 % interval
-(bootstrap).
+Uses two networks that find a digit: the example's, whose step takes a quarter of a millisecond, and a small
+convolutional one. The four variants are interleaved in one process, ten steps at a time, because `every=10`
+measures one step in ten. Reports the median of per-round ratios to the step without telemetry, with its 95 %
+interval (bootstrap).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from adaptive_optax.study.tasks import localization
 from benchmarks.tables import Table, digits
 from benchmarks.timing import alternate
 
-STEPS = 10  # a block
+STEPS = 10  # per block
 OPTIMIZERS = {
     "without": lambda: ao.adam(1e-3),
     "every=10": lambda: ao.telemetry(ao.adam(1e-3), every=10),
@@ -43,14 +43,14 @@ class ConvNet(nnx.Module):
         self.box = nnx.Linear(64, 4, rngs=rngs)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Gives the boxes of images [image, row, column, 1]."""
+        """Returns the boxes for images [image, row, column, 1]."""
         x = nnx.max_pool(nnx.relu(self.first(images)), (2, 2), (2, 2))
         x = nnx.max_pool(nnx.relu(self.second(x)), (2, 2), (2, 2)).reshape(len(x), -1)
         return self.box(nnx.relu(self.hidden(x)))
 
 
 def convolutional() -> study.Task:
-    """The convolutional network on noise: only its time is looked at."""
+    """The convolutional network on noise, since only its time matters."""
     rng = np.random.default_rng(0)
     data = {"x": rng.normal(size=(64, 28, 28, 1)), "y": rng.normal(size=(64, 4))}
     data = {name: values.astype(np.float32) for name, values in data.items()}
@@ -121,7 +121,7 @@ def _rows(task: study.Task, rounds: int) -> list[dict[str, Any]]:
 
 
 def tables(result: dict[str, Any]) -> dict[str, Table]:
-    """Returns the one table."""
+    """Returns the table."""
     table = Table(
         "A training step with telemetry over one without",
         ["network", "ms without", *(f"`{name}`" for name in OPTIMIZERS if name != "without")],

@@ -1,4 +1,4 @@
-"""Times of contenders that take turns in one process, and the bandwidth that bounds them."""
+"""Times of contenders interleaved in one process, and the bandwidth that bounds them."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-WARM_UP, FEWEST_ROUNDS = 2, 15  # not counted, and counted whatever time it takes
+WARM_UP, FEWEST_ROUNDS = 2, 15  # rounds that do not count, and rounds that always run
 
 
 def alternate(
     contenders: Mapping[str, Callable[[], Any]], rounds: int, seconds: float = np.inf
 ) -> dict[str, np.ndarray]:
-    """Calls the contenders in turn, in an order drawn for each round; gives their times in seconds.
+    """Calls the contenders in turn, in a random order for each round; returns their times in seconds.
 
-    Each is called twice and timed the second time: what the one before left behind, such as threads that spin
-    while they wait and pages that were given back, is not charged to the next.
+    Each is called twice and timed the second time, so that it does not pay for what the previous one left
+    behind, such as spinning threads and freed pages.
 
     Args:
         contenders: Functions that return something to wait for.
-        rounds: How often each is timed at most, after the warm-up.
-        seconds: From when on no further round is begun, unless there are fewer than `FEWEST_ROUNDS`.
+        rounds: The largest number of timed rounds, after the warm-up.
+        seconds: After this time no further round begins, unless there were fewer than `FEWEST_ROUNDS`.
     """
     names = list(contenders)
     times: dict[str, list[float]] = {name: [] for name in names}
@@ -47,7 +47,7 @@ def median_and_quartiles(values: np.ndarray) -> dict[str, float]:
 
 
 def against(times: Mapping[str, np.ndarray], reference: str) -> dict[str, dict[str, Any]]:
-    """Returns each contender's median in ms and its ratio to the reference's time of the same round."""
+    """Returns each contender's median in ms, and its ratios to the reference's time in the same round."""
     return {
         name: {
             "ms": 1e3 * float(np.median(values)),
@@ -59,7 +59,7 @@ def against(times: Mapping[str, np.ndarray], reference: str) -> dict[str, dict[s
 
 
 def copy_bandwidth(size_bytes: int, rounds: int = 30) -> float:
-    """Returns the bytes a second that a compiled x + 1 in place reads and writes together, at its best."""
+    """Returns the best rate, in bytes per second, at which a compiled in-place x + 1 reads and writes."""
     x = jnp.ones(size_bytes // 4, jnp.float32)
     add = jax.jit(lambda x: x + 1, donate_argnums=0)
     best = np.inf

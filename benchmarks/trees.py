@@ -1,4 +1,4 @@
-"""The trees of parameters that the steps are measured on."""
+"""The parameter trees on which steps are measured."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def gpt2_small() -> Shapes:
 
 
 def small_leaves(count: int) -> Shapes:
-    """Biases of 64 and matrices of 64 x 64, in turn."""
+    """Alternating biases of 64 and matrices of 64 x 64."""
     return {str(i): (64, 64) if i % 2 else (64,) for i in range(count)}
 
 
@@ -50,7 +50,7 @@ def like_square(leaves: int, side: int) -> Shapes:
 
 
 def size(shapes: Shapes) -> int:
-    """How many parameters a tree has."""
+    """The number of parameters of a tree."""
     return sum(map(math.prod, shapes.values()))
 
 

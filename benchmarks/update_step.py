@@ -1,7 +1,7 @@
-"""Time of a jitted update + apply against optax and PyTorch on the same chain and tree.
+"""Time of a jitted update + apply, compared with optax and PyTorch on the same chain and tree.
 
-All of a row take turns in one process, after a warm-up, each going round sets of parameters, state and
-gradients that together are larger than any cache.
+Contenders in a row are interleaved in one process, after a warm-up. Each cycles through sets of parameters,
+state and gradients that together are larger than any cache.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ from benchmarks.tables import Table, digits, ratio
 from benchmarks.timing import against, alternate, copy_bandwidth
 
 RATE = 1e-3
-# With it XLA's CPU backend sees that a moment can be overwritten in place after its last reader.
+# Lets XLA's CPU backend recognize that a moment can be overwritten in place after its last reader.
 REGION_ANALYSIS = {"xla_cpu_copy_insertion_use_region_analysis": True}
 
 
 @dataclasses.dataclass(frozen=True)
 class Chain:
-    """An optimizer of this library, what it is compared to, and the fewest bytes a parameter in a step.
+    """An optimizer of this library, what it is compared with, and the least bytes per parameter in a step.
 
-    The bytes are those of gradients, parameters and state, each read and written once; a gradient twice where
-    a norm must be known first.
+    The bytes are those of gradients, parameters and state, each read and written once; gradients are read
+    twice if a norm is needed first.
     """
 
     ours: Callable[[], Any]
     optax: Callable[[], Any]
     least_bytes: float
     dtype: str = "float32"
-    second: Callable[[], Any] | None = None  # another that does the same with optax alone
+    second: Callable[[], Any] | None = None  # another optimizer that does the same with optax alone
     torch: str = ""
     torch_kinds: tuple[str, ...] = ("fused", "foreach")
     max_norm: float | None = None
@@ -71,12 +71,12 @@ CHAINS = {
     "rmsprop": Chain(
         lambda: ao.rmsprop(RATE), lambda: optax.rmsprop(RATE), 20, torch="RMSprop", torch_kinds=("foreach",)
     ),
-    # optax has no global form: its rmsprop stands beside both.
+    # optax has no global form, so both are compared with its rmsprop.
     "global_rmsprop": Chain(lambda: ao.global_rmsprop(RATE), lambda: optax.rmsprop(RATE), 16),
     "adam per tensor": Chain(lambda: ao.adam(RATE, granularity="tensor"), lambda: optax.adam(RATE), 24),
 }
-# Against optax's AdamW on the same parameters, whatever the state is kept in; it keeps its moments in the
-# parameters' dtype.
+# Compared with optax's AdamW on the same parameters, whatever the state's format; optax keeps its moments
+# in the parameters' dtype.
 LOW_PRECISION = {
     "adamw, bfloat16 state": Chain(
         lambda: _adamw_kept_as("bfloat16"),
@@ -92,7 +92,7 @@ LOW_PRECISION = {
         dtype="bfloat16",
     ),
 }
-# Against the same without.
+# Compared with the same optimizer without the wrapper.
 WRAPPED = {
     "telemetry(adamw), every=10": Chain(
         lambda: ao.telemetry(ao.adamw(RATE), every=10), lambda: ao.adamw(RATE), 28
@@ -112,7 +112,7 @@ def _on_cpu() -> bool:
 
 
 def _rows(quick: bool) -> Iterator[tuple[str, trees.Shapes, str, Chain, int]]:
-    """Yields tree, shapes, chain and how often its preparation is timed."""
+    """Yields tree, shapes, chain, and how often its preparation is timed."""
     if quick:
         tiny = trees.small_leaves(6)
         chains = CHAINS | LOW_PRECISION | WRAPPED
@@ -141,19 +141,19 @@ def _rows(quick: bool) -> Iterator[tuple[str, trees.Shapes, str, Chain, int]]:
 
 
 def measure(quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
-    """Measures all rows; `advance` is told what comes next."""
+    """Measures all rows; `advance` receives the name of the next."""
     rows, of_tree, gradients, bandwidth = [], "", [], 0.0
     for tree, shapes, name, chain, repeats in _rows(quick):
         advance(f"{tree}: {name}")
         if tree != of_tree:
             of_tree, gradients = tree, []
-            # The best of all, as other machines on the same host slow some.
+            # The best measurement of all, since other machines on the same host slow down some.
             copied = 2**22 if quick else 2**28 if _on_cpu() else 2**31
             bandwidth = max(bandwidth, copy_bandwidth(copied))
             gradients = gradient_sets(shapes, 2**20 if quick else ROTATED_BYTES)
         rows.append(_measure_row(tree, shapes, name, chain, gradients, repeats, quick))
     for row in rows:
-        floor_ms = 1e3 * row["least_bytes_a_parameter"] * row["parameters"] / bandwidth
+        floor_ms = 1e3 * row["least_bytes_per_parameter"] * row["parameters"] / bandwidth
         row["of_the_floor"] = floor_ms / row["timed"]["ours"]["ms"]
     return {"rows": rows, "copy_bandwidth_gb_s": bandwidth / 1e9, "uses_torch": HAS_TORCH, "seeds": SEEDS}
 
@@ -175,7 +175,7 @@ def _measure_row(
     if chain.second is not None:
         contenders["second"] = Step(chain.second, shapes, gradients, dtype=chain.dtype)
     if name == "adamw" and len(shapes) <= 400:
-        # What remains of a step that returns its arguments: handing buffers over.
+        # A step that only returns its arguments: what remains is handing buffers over.
         contenders["hand-over"] = Step(
             chain.ours, shapes, gradients, body=lambda params, state, _: (params, state)
         )
@@ -192,7 +192,7 @@ def _measure_row(
         "leaves": len(shapes),
         "parameters": trees.size(shapes),
         "timed": timed,
-        "least_bytes_a_parameter": chain.least_bytes,
+        "least_bytes_per_parameter": chain.least_bytes,
         "preparation_s": preparation({"ours": ours, "optax": reference}, repeats),
         "ours": ours.properties(),
         "optax": reference.properties(),
@@ -204,10 +204,10 @@ def _preparation(row: dict[str, Any]) -> str:
 
 
 def tables(result: dict[str, Any]) -> dict[str, Table]:
-    """Returns the tables: of the main chains, of PyTorch, of what low precision and wrappers cost."""
+    """Returns the tables: main chains, PyTorch, and the costs of low precision, wrappers and handing over."""
     main = Table(
         "Update and apply against optax",
-        ["tree", "chain", "ms", "optax, ms", "ratio", "of the floor", "trace + compile", "kernels a leaf"],
+        ["tree", "chain", "ms", "optax, ms", "ratio", "of the floor", "trace + compile", "kernels per leaf"],
     )
     low = Table(
         "Low-precision state and parameters",
@@ -225,10 +225,11 @@ def tables(result: dict[str, Any]) -> dict[str, Table]:
         ],
     )
     wrapped = Table(
-        "Around adamw", ["step", "ms", "without, ms", "ratio", "kernels a leaf, without", "optax's own, ms"]
+        "Wrappers around adamw",
+        ["step", "ms", "without, ms", "ratio", "kernels per leaf, without", "optax's own, ms"],
     )
     torch = Table(
-        "PyTorch's on the same tree" + ("" if result["uses_torch"] else ", which was not installed"),
+        "PyTorch on the same tree" + ("" if result["uses_torch"] else ", which was not installed"),
         ["tree", "chain", "ms", "torch fused, ms", "torch foreach, ms"],
     )
     spare = Table("Handing the buffers over", ["tree", "adamw, ms", "no arithmetic, ms", "share"])
@@ -238,13 +239,13 @@ def tables(result: dict[str, Any]) -> dict[str, Table]:
         second = digits(timed["second"]["ms"] if "second" in timed else None)
         of_floor = f"{100 * row['of_the_floor']:.0f} %"
         if name in CHAINS:
-            fusions = f"{ours['kernels_a_leaf']:.1f}, {row['optax']['kernels_a_leaf']:.1f}"
+            fusions = f"{ours['kernels_per_leaf']:.1f}, {row['optax']['kernels_per_leaf']:.1f}"
             main.add(row["tree"], name, *both, ratio(timed["ours"]), of_floor, _preparation(row), fusions)
         elif name in WRAPPED:
-            fusions = f"{ours['kernels_a_leaf']:.0f}, {row['optax']['kernels_a_leaf']:.0f}"
+            fusions = f"{ours['kernels_per_leaf']:.0f}, {row['optax']['kernels_per_leaf']:.0f}"
             wrapped.add(name, *both, ratio(timed["ours"]), fusions, second)
         else:
-            size, peak = (f"{ours[f'{kind}_bytes_a_parameter']:.2f}" for kind in ("state", "peak"))
+            size, peak = (f"{ours[f'{kind}_bytes_per_parameter']:.2f}" for kind in ("state", "peak"))
             kept = name.removeprefix("adamw, ")
             times = *both, ratio(timed["ours"]), second
             low.add(row["tree"], kept, *times, of_floor, size, peak, _preparation(row))

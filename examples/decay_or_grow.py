@@ -1,23 +1,24 @@
 """Should the learning rate decay, or the batch grow? The same noise in fewer updates, measured.
 
 Smith et al. (2018): "Don't decay the learning rate, increase the batch size". Here a network that puts boxes
-around handwritten digits on noisy canvases is trained in ways that see the same samples:
+around handwritten digits on noisy canvases is trained in four ways that see the same samples:
 
-    decayed            the learning rate times 0.8 every eighth of the run (by default that is 5 epochs)
-    grown              that decay spent on the batch first, up to 8 batches in one update (`ao.grow_batch`)
-    grown, b1 kept     the same but for Adam's b1, whose scaling takes the damping that allows high rates
-    large throughout   8 batches in every update, with the decayed rate: what fewer updates cost by themselves
+    decayed            the learning rate times 0.8 every eighth of the run (by default every 5 epochs)
+    grown              grows the batch instead of decaying, up to 8 batches per update (`ao.grow_batch`)
+    grown, b1 kept     the same without scaling Adam's b1, since that removes the damping that high rates need
+    large throughout   8 batches in every update, with the decayed rate: the cost of fewer updates alone
 
-Each is tuned over peak learning rates on a few seeds, and at its best rate compared with the decay on fresh
-seeds, seed by seed. Steps are micro-batches, so all arms see as many samples; the updates are fewer.
+Each is tuned over peak learning rates on a few seeds. At its best rate it is then compared with the decay on
+fresh seeds, paired by seed. Steps are micro-batches, so all arms see equally many samples; only the number of
+updates differs.
 
     pip install -e .[examples]
     python examples/decay_or_grow.py
 
-It takes about two minutes on two CPU cores, ends in a table and a sentence, and writes into `--out`:
-report.html, comparison.png, results.csv (one row a run), summary.json and comparison.npz (for `study.load`).
-Stopped, it goes on where it was; with more `--seeds` it adds to them. `--optimizer momentum` asks the same of
-SGD with momentum, whose rule is linear where Adam's is a square root.
+It takes about two minutes on two CPU cores, ends with a table and a sentence, and writes to `--out`:
+report.html, comparison.png, results.csv (one row per trial), summary.json, comparison.npz (for `study.load`).
+If stopped, it resumes when run again; a larger `--seeds` adds seeds. `--optimizer momentum` asks the same
+about SGD with momentum, whose scaling rule is linear; Adam's is a square root.
 """
 
 from __future__ import annotations
@@ -40,28 +41,29 @@ from rich.table import Table
 
 import adaptive_optax as ao
 from adaptive_optax import study
-from adaptive_optax.study import report, tasks
+from adaptive_optax.study import tasks
+from adaptive_optax.study.report import page as report
 
 SETTINGS: dict[str, Any] = {"steps": 2560, "seeds": 24, "tuning_seeds": 4, "validation_points": 20}
 SMOKE: dict[str, Any] = {"steps": 48, "seeds": 5, "tuning_seeds": 1, "validation_points": 4, "growth": 0}
 SMOKE_SIZES = {"train_count": 256, "validation_count": 64, "batch_size": 32}
-# A grid grows where its best rate is on an edge.
+# A grid grows if its best rate is on an edge.
 RATES = {"adam": (1e-3, 2e-3, 5e-3, 1e-2), "momentum": (2e-3, 5e-3, 1e-2, 2e-2)}
 SMOKE_RATES = (1e-3, 3e-3)
 B1, B2, EPS, MOMENTUM = 0.9, 0.999, 1e-8, 0.9
 LIMITS = """This does not show
-- that it is so elsewhere: it is one small network, one split of the data and one length of training
-- that it is faster: that depends on how much faster the hardware runs larger batches
-- that more can be gained: past the noise scale larger batches cost samples"""
+- that the result holds elsewhere: it is one small network, one split of the data and one length of training
+- that growing is faster: that depends on how much faster the hardware runs larger batches
+- that more can be gained: beyond the noise scale, larger batches cost samples"""
 
 
 def decay(peak: Any, steps: int) -> optax.Schedule:
-    """The decay that is to be spent: eight stairs, down to 21 % of the peak."""
+    """The decay that the batch growth replaces: eight stairs, down to 21 % of the peak."""
     return ao.step_decay(peak, 0.8, max(1, steps // 8))
 
 
 def growth_of(steps: int, optimizer: str, factor: int) -> ao.BatchGrowth:
-    """The growth in place of it, for a peak of 1."""
+    """The batch growth that replaces the decay, for a peak of 1."""
     adams: dict[str, Any] = {"kind": "adam", "b1": B1, "b2": B2, "eps": EPS}
     rules = adams if optimizer == "adam" else {}
     return ao.grow_batch(decay(1.0, steps), total_steps=steps, max_factor=factor, **rules)
@@ -95,7 +97,7 @@ def make_arms(optimizer: str, factor: int) -> dict[str, Any]:
 
 
 def updates_of(info: dict[str, Any], optimizer: str, factor: int) -> dict[str, int]:
-    """How many updates each arm takes."""
+    """The number of updates of each arm."""
     steps = info["steps"]
     grown = growth_of(steps, optimizer, factor).emissions
     known = {"decayed": steps, "large throughout": steps // factor}
@@ -116,7 +118,7 @@ def answer(comparison: study.Comparison, updates: dict[str, int], optimizer: str
     saved = 1 - updates["grown"] / updates["decayed"]
     return (
         f"Decay or grow? On {info['task']} with {optimizer}, on {info['seeds']} fresh seeds and at equal "
-        f"samples, growing the batch up to {factor}-fold in place of decaying the learning rate is "
+        f"samples, growing the batch up to {factor}-fold instead of decaying the learning rate is "
         f"{say('grown')}{kept}, in {updates['grown']:,} updates instead of {updates['decayed']:,}: "
         f"{100 * saved:.0f} % fewer."
     )
@@ -139,7 +141,7 @@ def save(comparison: study.Comparison, found: str, updates: dict[str, int], out:
     """Writes the report, the picture, the table and the findings."""
     comparison.to_html(out / "report.html")
     comparison.save(out / "comparison.npz")
-    comparison.table.to_csv(out / "results.csv", index=False)
+    comparison.to_csv(out / "results.csv")
     comparison.plot().savefig(out / "comparison.png", dpi=160)
     summary = {
         "answer": found,
@@ -156,13 +158,13 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the comparison."""
     parser = argparse.ArgumentParser(description="Measures decaying the rate against growing the batch.")
     parser.add_argument("--optimizer", choices=RATES, default="adam", help="default: %(default)s")
-    parser.add_argument("--steps", type=int, help="micro-batches of a run (default: 2560)")
+    parser.add_argument("--steps", type=int, help="micro-batches per trial (default: 2560)")
     parser.add_argument("--seeds", type=int, help="fresh seeds, at least 5 (default: 24)")
     parser.add_argument("--max-factor", type=int, default=8, help="largest growth (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="where to write (default: out/decay_or_grow/OPTIMIZER)")
-    parser.add_argument("--smoke", action="store_true", help="a tiny run, only to see that everything works")
+    parser.add_argument("--smoke", action="store_true", help="a tiny run to check that everything works")
     values = parser.parse_args(arguments)
-    with contextlib.suppress(RuntimeError):  # raised where JAX is in use already
+    with contextlib.suppress(RuntimeError):  # raised if JAX is already in use
         jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
 
     given = {name: getattr(values, name) for name in ("steps", "seeds") if getattr(values, name) is not None}
@@ -170,7 +172,7 @@ def main(arguments: list[str] | None = None) -> None:
     optimizer, factor = values.optimizer, values.max_factor
     out = values.out or Path("out/decay_or_grow") / (optimizer + "-smoke" * values.smoke)
     if jax.default_backend() == "cpu":
-        settings["mode"] = "scan"  # what timing finds when nothing else is running
+        settings["mode"] = "scan"  # the mode that timing chooses on an idle machine
     try:
         comparison = study.compare(
             tasks.localization(**(SMOKE_SIZES if values.smoke else {})),
@@ -182,7 +184,7 @@ def main(arguments: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        print(f"Stopped. What had finished is in {out}; the same command goes on from there.")
+        print(f"Stopped. The finished trials are in {out}; run the same command again to resume.")
         sys.exit(130)
 
     console, updates = Console(highlight=False), updates_of(comparison.info, optimizer, factor)

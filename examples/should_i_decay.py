@@ -1,19 +1,20 @@
 """Should I decay Adam's learning rate? Asked of two small networks, and answered by measurement.
 
-The question as it was first asked in public: somebody trains an image-localization network with Adam, is told
-to add exponential decay, and wonders. Some answered that Adam needs none, others that it helped.
+The question as first asked in public: someone trains an image-localization network with Adam, is told to add
+exponential decay, and wonders whether to. Some answered that Adam needs none, others that it helped.
 
 `--task localization` is such a network: it puts boxes around handwritten digits on noisy canvases. `--task
 text` is a character-level transformer on the prose of Python's manual. Eight ways to train are tuned over
-peak learning rates on a few seeds; each at its best rate then runs on fresh seeds, and is compared with
-constant Adam seed by seed. Averaging the parameters of constant Adam is the rival that a decay has to beat.
+peak learning rates on a few seeds. Each then runs at its best rate on fresh seeds and is compared with
+constant Adam, paired by seed. Averaging the parameters of constant Adam is the alternative that a decay has
+to beat.
 
     pip install -e .[examples]
     python examples/should_i_decay.py
 
-It takes two to three minutes on two CPU cores, ends in an answer, and writes into `--out`: report.html,
-rates.png, differences.png, curves.png, results.csv (one row a run), summary.json (the findings) and
-comparison.npz (for `study.load`). Stopped, it goes on where it was; with more `--seeds` it adds to them.
+It takes two to three minutes on two CPU cores, ends with an answer, and writes to `--out`: report.html,
+rates.png, differences.png, curves.png, results.csv (one row per trial), summary.json (the findings) and
+comparison.npz (for `study.load`). If stopped, it resumes when run again; a larger `--seeds` adds seeds.
 """
 
 from __future__ import annotations
@@ -33,8 +34,10 @@ from rich.console import Console
 
 import adaptive_optax as ao
 from adaptive_optax import study
-from adaptive_optax.study import figures, report, tasks
-from adaptive_optax.study.result import tuning_means
+from adaptive_optax.study import tasks
+from adaptive_optax.study.report import figures
+from adaptive_optax.study.report import page as report
+from adaptive_optax.study.statistics.tuning import tuning_means
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "localization": {"steps": 2560, "seeds": 12, "tuning_seeds": 4, "validation_points": 20},
@@ -45,25 +48,25 @@ SMOKE_SIZES = {
     "localization": {"train_count": 256, "validation_count": 64, "batch_size": 32},
     "text": {"validation_count": 16, "width": 16, "layers": 1},
 }
-# The second grid is the global-norm form's: one step size for all weights wants other rates. A grid
-# grows where its best rate is on an edge.
+# The second grid is for the global-norm form, which needs other rates for its single step size. A grid grows
+# if its best rate is on an edge.
 RATES = {
     "localization": ((1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2), (1e-4, 2e-4, 5e-4, 1e-3)),
     "text": ((2e-3, 5e-3, 1e-2), (2e-3, 5e-3, 1e-2)),
     "smoke": ((1e-3, 3e-3), (1e-3, 3e-3)),
 }
 LIMITS = """This does not show
-- that it is so elsewhere: it is one small network, one split of the data and one length of training
+- that the result holds elsewhere: it is one small network, one split of the data and one length of training
 - which part of one-cycle matters: it also warms up and cycles the momentum
-- a ranking of the arms among themselves: all but one comparison are with constant Adam
+- a ranking of the arms: all but one comparison are with constant Adam
 - anything between the rates tried, or for settings that were not tuned"""
 
 
 def make_arms(task: study.Task, task_name: str, steps: int) -> dict[str, Any]:
     """Makes the arms, functions of (peak learning rate, total steps); the first is the baseline.
 
-    0.8 every 5 epochs is meant literally on localization, where it comes to 40 epochs. The text is seen about
-    once, so there the rate falls as often: every eighth of the run.
+    On localization, which trains for 40 epochs, "0.8 every 5 epochs" is literal. The text is seen about once,
+    so there the rate falls equally often: every eighth of the run.
     """
     every, words = 5 * task.steps_per_epoch, "5 epochs"
     if task_name == "text":
@@ -87,7 +90,7 @@ def make_arms(task: study.Task, task_name: str, steps: int) -> dict[str, Any]:
 
 
 def answer(comparison: study.Comparison) -> str:
-    """Answers in one sentence; the decay that did best in tuning is also judged against averaging."""
+    """Answers in one sentence; also judges the decay that did best in tuning against averaging."""
     info, verdicts, table = comparison.info, comparison.verdicts, comparison.table
     decays, averaged = info["arms"][1:4], "Adam, averaged"
     decisions = [verdicts[arm].decision for arm in decays]
@@ -113,7 +116,7 @@ def answer(comparison: study.Comparison) -> str:
         f"{info['seeds']} fresh seeds, each at its own best peak rate, "
         f"{'; '.join(say(arm, verdicts[arm]) for arm in decays)}; "
         f"{say('averaging the parameters without decay', verdicts[averaged])}, "
-        f"and against that {say(best, against_averaging)}."
+        f"and compared with that {say(best, against_averaging)}."
     )
 
 
@@ -121,12 +124,12 @@ def save(comparison: study.Comparison, found: str, out: Path) -> None:
     """Writes the report, the pictures, the table and the findings."""
     comparison.to_html(out / "report.html")
     comparison.save(out / "comparison.npz")
-    comparison.table.to_csv(out / "results.csv", index=False)
+    comparison.to_csv(out / "results.csv")
     for name, draw in figures.PICTURES.items():
         figure = Figure(figsize=(6.4, 6.0), layout="constrained")
         axes = figure.subplots()
         draw(comparison, axes)
-        if name != "differences":  # which names the arms itself
+        if name != "differences":  # it names the arms itself
             figure.legend(
                 *axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False
             )
@@ -145,12 +148,12 @@ def main(arguments: list[str] | None = None) -> None:
     """Runs the comparison."""
     parser = argparse.ArgumentParser(description="Measures whether Adam's learning rate should decay.")
     parser.add_argument("--task", choices=SMOKE_SIZES, default="localization", help="default: %(default)s")
-    parser.add_argument("--steps", type=int, help="training steps of a run (default: 2560; text: 1000)")
+    parser.add_argument("--steps", type=int, help="training steps per trial (default: 2560; text: 1000)")
     parser.add_argument("--seeds", type=int, help="fresh seeds, at least 5 (default: 12; text: 8)")
     parser.add_argument("--out", type=Path, help="where to write (default: out/should_i_decay/TASK)")
-    parser.add_argument("--smoke", action="store_true", help="a tiny run, only to see that everything works")
+    parser.add_argument("--smoke", action="store_true", help="a tiny run to check that everything works")
     values = parser.parse_args(arguments)
-    with contextlib.suppress(RuntimeError):  # raised where JAX is in use already
+    with contextlib.suppress(RuntimeError):  # raised if JAX is already in use
         jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
 
     size = "smoke" if values.smoke else values.task
@@ -161,15 +164,13 @@ def main(arguments: list[str] | None = None) -> None:
     arms = make_arms(task, values.task, settings["steps"])
     rates = {arm: RATES[size]["global" in arm] for arm in arms}
     if jax.default_backend() == "cpu":
-        settings["mode"] = "scan"  # what timing finds for both tasks when nothing else is running
+        settings["mode"] = "scan"  # the mode that timing chooses for both tasks on an idle machine
     try:
-        comparison = study.compare(
-            task, arms, learning_rates=rates, evaluate=ao.averaged_parameters, out=out, **settings
-        )
+        comparison = study.compare(task, arms, learning_rates=rates, out=out, **settings)
     except ValueError as error:
         parser.error(str(error))
     except KeyboardInterrupt:
-        print(f"Stopped. What had finished is in {out}; the same command goes on from there.")
+        print(f"Stopped. The finished trials are in {out}; run the same command again to resume.")
         sys.exit(130)
 
     console, found = Console(highlight=False), answer(comparison)

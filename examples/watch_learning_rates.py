@@ -1,14 +1,14 @@
 """Does Adam lower the learning rate by itself? Watch it while a small network trains.
 
 Trains the network of `should_i_decay.py`, which puts boxes around handwritten digits, with Adam at a constant
-rate. `ao.telemetry` measures every tensor every few steps, `ao.TelemetryLog` collects it and draws the
-effective learning rate of every layer: the rate of the gradient step that comes nearest to what Adam did.
+rate. `ao.telemetry` measures every tensor every few steps. `ao.TelemetryLog` collects the measurements and
+draws the effective learning rate of every layer: the rate of the gradient step nearest to Adam's step.
 
     pip install -e .[examples]
     python examples/watch_learning_rates.py
 
-It takes a few seconds on a CPU and writes into `--out`: effective_rates.png (and for dark pages
-effective_rates_dark.png), telemetry.csv (one row a tensor and measurement) and, with `--tensorboard`, event
+It takes a few seconds on a CPU and writes to `--out`: effective_rates.png (and, for dark pages,
+effective_rates_dark.png), telemetry.csv (one row per tensor and measurement) and, with `--tensorboard`, event
 files.
 """
 
@@ -28,7 +28,7 @@ EPOCHS, LEARNING_RATE, EVERY = 40, 5e-3, 8
 
 
 def train(epochs: int, learning_rate: float) -> tuple[ao.TelemetryLog, float]:
-    """Trains, and gives the log and the last epoch's mean loss."""
+    """Trains; returns the log and the mean loss of the last epoch."""
     task = tasks.localization()
     params, model_state = task.start(jax.random.key(0))
     tx = ao.telemetry(ao.adam(learning_rate), every=EVERY, per="tensor")
@@ -61,7 +61,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Shows the effective learning rates of Adam's steps.")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="default: %(default)s")
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="default: %(default)s")
-    parser.add_argument("--tensorboard", action="store_true", help="write event files too")
+    parser.add_argument("--tensorboard", action="store_true", help="also write event files")
     parser.add_argument("--out", type=Path, default=Path("out/watch_learning_rates"), help="where to write")
     values = parser.parse_args(arguments)
     if values.epochs < 1:

@@ -5,48 +5,94 @@ An exception from a contract is declared here with its reason, never by name ins
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from halves import Halves
 from lossy import Lossy
 
 import adaptive_optax as ao
 
 
+class Rounding(NamedTuple):
+    """The largest relative step between neighbouring values of what is kept, and what rounds to it."""
+
+    level: float
+    reason: str
+
+
+class After(NamedTuple):
+    """What an unusual gradient does to the steps from it on.
+
+    Kinds, as `test_contract.py` asserts them:
+        recovers: That step and all later ones are finite, and so is the state.
+        passes: It goes into the update of that step. Later updates, and the state, are those of a run that
+            had an ordinary gradient in its place.
+        fades: The state stays finite, and what it holds of the gradient shrinks with every step.
+        kept: It is in the state for good. Updates are as with "passes".
+        poisoned: The state is not finite, for good. The coordinate's updates are NaN, or 0 but for what dies
+            away (momentum) and does not come from gradients (weight decay). Leaves that share no moment with
+            it do not notice.
+        rejects: The updates are 0, the state stays but for counters, and the run goes on as if the gradient
+            had not been there.
+        raises: The step raises an AssertionError.
+    """
+
+    kind: str
+    reason: str
+
+
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A factory with arguments.
+    """A factory with arguments, and what it is exempt from, with the reason.
 
     Attributes:
         name: Test id.
         factory: The public name.
-        make: Builds the transformation; keyword arguments override scalar hyperparameters.
+        make: Builds the transformation; keyword arguments override those of the case.
         sweep: Two values for each scalar hyperparameter.
-        shares: Whether coordinates share a moment (the range of gradients is then 1e15, not 1e18).
-        rounding: Relative rounding of the stored state. Two correct runs may differ by one level of it.
-        zero_moves: Whether a zero gradient gives a non-zero update (weight decay).
-        not_traceable: Why contract 1 does not hold, if it does not.
         arguments: What `make` gives to the factory.
-        raises_at_nan: Whether a NaN gradient raises, instead of going through.
+        period: Calls of `update` for one step, with the same gradient: contracts about what a step does look
+            at the last of them.
+        given_to_update: Turns gradients of the loss, with the state, into those that the caller passes.
+        after_zero: What a zero gradient does.
+        after_spike: What 1e20 in one coordinate does.
+        after_nan: What a NaN in one coordinate does.
+        shares: Why the range of gradients ends at 1e15 and not at 1e18, if it does.
+        rounds: What is rounded, and how coarsely. Two correct runs may differ by a level of it.
+        zero_moves: Why a zero gradient gives a non-zero update, if it does.
+        not_traceable: Why contract 1 does not hold, if it does not.
         hides_nan: Why a NaN gradient does not reach the updates, if it does not.
-        scalars_follow: Whether the state's scalars take the widest dtype of the tree (a scalar moment takes
-            its own leaf's).
+        own_scalars: Why the state's scalars do not all take the widest dtype of the tree, if they do not.
+        updates_dtype: What dtype updates leave in, with the reason, if not float32 at least.
+        untracked: Why contract 9 does not hold, if it does not.
     """
 
     name: str
     factory: str
     make: Callable[..., optax.GradientTransformationExtraArgs]
     sweep: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
-    shares: bool = False
-    rounding: float = 0.0
-    zero_moves: bool = False
-    not_traceable: str = ""
     arguments: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    raises_at_nan: bool = False
+    period: int = 1
+    given_to_update: Callable[[Any, Any], Any] = lambda gradients, state: gradients
+    after_zero: After = After("recovers", "a zero is a gradient like others")
+    after_spike: After = After("poisoned", "its square overflows in v")
+    after_nan: After = After("poisoned", "it stays in the moments")
+    shares: str = ""
+    rounds: Rounding | None = None
+    zero_moves: str = ""
+    not_traceable: str = ""
     hides_nan: str = ""
-    scalars_follow: bool = True
+    own_scalars: str = ""
+    updates_dtype: str = ""
+    untracked: str = ""
+
+    @property
+    def rounding(self) -> float:
+        """The level of `rounds`, 0 where nothing is rounded."""
+        return self.rounds.level if self.rounds else 0.0
 
 
 DECLARED = {field.name for field in dataclasses.fields(Case)}
@@ -60,8 +106,26 @@ def _case(name, factory, sweep=None, **keywords):
     def make(**overrides):
         return getattr(ao, factory)(**(arguments | overrides))
 
-    return Case(name, factory, make, sweep or {}, arguments=arguments, **declared)
+    return Case(name, factory, make, sweep or {}, arguments, **declared)
 
+
+SUMS = "squares are summed before they are averaged, and the sum overflows first"
+DECAYS = "the parameters decay whatever the gradient is"
+OWN = "a moment of one value per leaf has its leaf's dtype"
+LEVELS = Rounding(1 / 15, "Lossy has 15 levels per leaf")
+LOST = "Lossy rounds small values to 0 on purpose, so that what is divided by their root has no bound"
+NEAREST = Rounding(2**-8, "bfloat16, to nearest")
+
+PASSES = After("passes", "no gradient is kept")
+MOMENTUM = After("fades", "the momentum holds it and decays")
+STATELESS = {"after_spike": PASSES, "after_nan": PASSES}
+WITH_MOMENTUM = {"after_spike": MOMENTUM, "after_nan": After("poisoned", "it stays in the momentum")}
+AVERAGES = {
+    "after_spike": After("fades", "its weight in the average shrinks"),
+    "after_nan": After("kept", "it is in the average for good, which no update is made from"),
+}
+REJECTED = After("rejects", "a step that is not finite, or would make the state so, is not taken")
+REJECTS = {"after_spike": REJECTED, "after_nan": REJECTED}
 
 RATE = {"learning_rate": (0.1, 0.003)}
 RMS = {"decay": (0.9, 0.5), "eps": (1e-8, 1e-3)}
@@ -78,6 +142,7 @@ COARSE = {
     "tensor": ao.Tensor(),
     "labels": ao.Labels(_by_name),
     "global_sum": ao.Global("sum"),
+    "halves": Halves(),  # a user's own
 }
 
 BY_PATH = ao.ByPath({"kernel|wide": ao.Axis(-1), "bias|half": "global"}, default="tensor", strict=False)
@@ -93,11 +158,12 @@ def given(tx: Any, **arguments: Any) -> optax.GradientTransformationExtraArgs:
 
 
 # On leaves as small as these, so that they are compressed.
+CODES = "int8 codes, to either neighbour"
 INT8 = ao.Int8(block_size=64, min_size=1)
 FORMATS = [
-    ("bfloat16", ao.BFloat16(), 2**-7),
-    ("bfloat16_to_nearest", ao.BFloat16("nearest"), 2**-8),
-    ("int8", INT8, 1 / 8),
+    ("bfloat16", ao.BFloat16(), Rounding(2**-7, "bfloat16, to either neighbour")),
+    ("bfloat16_to_nearest", ao.BFloat16("nearest"), NEAREST),
+    ("int8", INT8, Rounding(1 / 8, CODES)),
 ]
 
 CASES = [
@@ -107,7 +173,9 @@ CASES = [
     _case("rms_centered_corrected", "scale_by_rms", RMS, centered=True, bias_correction=True),
     _case("rms_scheduled", "scale_by_rms", decay=optax.linear_schedule(0.5, 0.9, 3), bias_correction=True),
     *(
-        _case(f"rms_{n}", "scale_by_rms", granularity=g, shares=True, scalars_follow=n != "tensor")
+        _case(
+            f"rms_{n}", "scale_by_rms", granularity=g, shares=SUMS, own_scalars=OWN if n == "tensor" else ""
+        )
         for n, g in COARSE.items()
     ),
     _case(
@@ -115,53 +183,83 @@ CASES = [
         "scale_by_rms",
         centered=True,
         granularity="tensor",
-        shares=True,
-        scalars_follow=False,
+        shares=SUMS,
+        own_scalars=OWN,
     ),
-    _case("rms_lossy", "scale_by_rms", storage=Lossy(), rounding=1 / 15),
-    _case("rms_lossy_centered", "scale_by_rms", centered=True, storage=Lossy(), rounding=1 / 15),
+    _case("rms_lossy", "scale_by_rms", storage=Lossy(), rounds=LEVELS, untracked=LOST),
+    _case(
+        "rms_lossy_centered",
+        "scale_by_rms",
+        centered=True,
+        storage=Lossy(),
+        rounds=LEVELS,
+        untracked=LOST,
+    ),
     _case(
         "rms_lossy_global",
         "scale_by_rms",
         storage=Lossy(),
         granularity="global",
-        rounding=1 / 15,
-        shares=True,
+        rounds=LEVELS,
+        shares=SUMS,
     ),
-    _case("global_rms", "scale_by_global_rms", RMS, shares=True),
+    _case("global_rms", "scale_by_global_rms", RMS, shares=SUMS),
     _case("adam", "scale_by_adam", ADAM),
     _case("adam_tensorflow", "scale_by_adam", ADAM, eps_form="tensorflow"),
     _case("adam_nesterov", "scale_by_adam", ADAM, nesterov=True),
     _case("adam_amsgrad", "scale_by_adam", ADAM, amsgrad=True),
     _case("adam_uncorrected", "scale_by_adam", ADAM, bias_correction=False),
-    _case("adam_bfloat16", "scale_by_adam", mu_dtype=jnp.bfloat16, rounding=2**-8),
+    _case("adam_mu_dtype", "scale_by_adam", mu_dtype=jnp.bfloat16, rounds=NEAREST),
     _case("adam_scheduled", "scale_by_adam", b1=optax.linear_schedule(0.95, 0.85, 3)),
     *(
-        _case(f"adam_{n}", "scale_by_adam", granularity=g, shares=True, scalars_follow=n != "tensor")
+        _case(
+            f"adam_{n}", "scale_by_adam", granularity=g, shares=SUMS, own_scalars=OWN if n == "tensor" else ""
+        )
         for n, g in COARSE.items()
     ),
-    _case("adam_lossy", "scale_by_adam", mu_storage=Lossy(), nu_storage=Lossy(), rounding=1 / 15),
-    _case("adam_lossy_mu", "scale_by_adam", mu_storage=Lossy(), rounding=1 / 15),
-    _case("adam_lossy_amsgrad", "scale_by_adam", nu_storage=Lossy(), amsgrad=True, rounding=1 / 15),
+    _case(
+        "adam_lossy",
+        "scale_by_adam",
+        mu_storage=Lossy(),
+        nu_storage=Lossy(),
+        rounds=LEVELS,
+        untracked=LOST,
+    ),
+    _case("adam_lossy_mu", "scale_by_adam", mu_storage=Lossy(), rounds=LEVELS, untracked=LOST),
+    _case(
+        "adam_lossy_amsgrad",
+        "scale_by_adam",
+        nu_storage=Lossy(),
+        amsgrad=True,
+        rounds=LEVELS,
+        untracked=LOST,
+    ),
     *(
         _case(
             f"adam_lossy_{n}",
             "scale_by_adam",
             nu_storage=Lossy(),
             granularity=g,
-            rounding=1 / 15,
-            shares=True,
+            rounds=LEVELS,
+            untracked="" if n in ("tensor", "global_sum") else LOST,  # a single value is its scale
+            shares=SUMS,
         )
         for n, g in COARSE.items()
     ),
-    _case("learning_rate", "scale_by_learning_rate", RATE, learning_rate=0.1),
-    _case("learning_rate_scheduled", "scale_by_learning_rate", learning_rate=ao.step_decay(0.1, 0.8, 2)),
+    _case("learning_rate", "scale_by_learning_rate", RATE, learning_rate=0.1, **STATELESS),
+    _case(
+        "learning_rate_scheduled",
+        "scale_by_learning_rate",
+        learning_rate=ao.step_decay(0.1, 0.8, 2),
+        **STATELESS,
+    ),
     _case(
         "weight_decay",
         "add_decoupled_weight_decay",
         {"weight_decay": (0.1, 0.0)},
         weight_decay=0.1,
-        zero_moves=True,
+        zero_moves=DECAYS,
+        **STATELESS,
     ),
     _case(
         "weight_decay_scheduled",
@@ -170,15 +268,26 @@ CASES = [
         weight_decay=0.1,
         coupling="schedule",
         schedule=ao.step_decay(1.0, 0.8, 2),
-        zero_moves=True,
+        zero_moves=DECAYS,
+        **STATELESS,
     ),
-    _case("clip", "clip_by_global_norm", {"max_norm": (1.0, 1e-3)}, max_norm=1.0, shares=True),
-    _case("trace", "trace", {"decay": (0.9, 0.0)}, decay=0.9, nesterov=True),
-    _case("trace_bfloat16", "trace", decay=0.9, accumulator_dtype=jnp.bfloat16, rounding=2**-8),
-    _case("average_parameters", "average_parameters", {"power": (8.0, 0.0)}),
+    _case(
+        "clip",
+        "clip_by_global_norm",
+        {"max_norm": (1.0, 1e-3)},
+        max_norm=1.0,
+        after_spike=After("recovers", "the norm is right up to 1e30, and the step is clipped"),
+        after_nan=PASSES,
+    ),
+    _case("trace", "trace", {"decay": (0.9, 0.0)}, decay=0.9, nesterov=True, **WITH_MOMENTUM),
+    _case(
+        "trace_bfloat16", "trace", decay=0.9, accumulator_dtype=jnp.bfloat16, rounds=NEAREST, **WITH_MOMENTUM
+    ),
+    _case("average_parameters", "average_parameters", {"power": (8.0, 0.0)}, **AVERAGES),
+    _case("average_parameters_decay", "average_parameters", {"decay": (0.9, 0.0)}, decay=0.9, **AVERAGES),
     _case("optimizer_adam", "adam", RATE, learning_rate=0.1),
     _case(
-        "optimizer_adamw", "adamw", RATE | {"weight_decay": (0.1, 0.0)}, learning_rate=0.1, zero_moves=True
+        "optimizer_adamw", "adamw", RATE | {"weight_decay": (0.1, 0.0)}, learning_rate=0.1, zero_moves=DECAYS
     ),
     _case(
         "optimizer_adamw_independent",
@@ -187,11 +296,18 @@ CASES = [
         learning_rate=ao.one_cycle(0.1, 20).learning_rate,
         b1=ao.one_cycle(0.1, 20).momentum,
         decay_coupling="independent",
-        zero_moves=True,
+        zero_moves=DECAYS,
     ),
     _case("optimizer_rmsprop", "rmsprop", RATE, learning_rate=0.1, momentum=0.9, centered=True),
-    _case("optimizer_global_rmsprop", "global_rmsprop", RATE, learning_rate=0.1, shares=True),
-    _case("optimizer_sgd", "sgd", RATE | {"momentum": (0.9, 0.0)}, learning_rate=0.1, momentum=0.9),
+    _case("optimizer_global_rmsprop", "global_rmsprop", RATE, learning_rate=0.1, shares=SUMS),
+    _case(
+        "optimizer_sgd",
+        "sgd",
+        RATE | {"momentum": (0.9, 0.0)},
+        learning_rate=0.1,
+        momentum=0.9,
+        **WITH_MOMENTUM,
+    ),
     *(
         _case(
             f"adam_{name}",
@@ -199,12 +315,18 @@ CASES = [
             b2=0.99,
             mu_storage=storage,
             nu_storage=storage,
-            rounding=rounding,
+            rounds=rounding,
         )
         for name, storage, rounding in FORMATS
     ),
-    _case("adam_int8_bfloat16", "scale_by_adam", mu_storage=INT8, nu_storage="bfloat16", rounding=1 / 8),
-    _case("adam_float32_int8", "scale_by_adam", nu_storage=INT8, amsgrad=True, rounding=1 / 8),
+    _case(
+        "adam_int8_bfloat16",
+        "scale_by_adam",
+        mu_storage=INT8,
+        nu_storage="bfloat16",
+        rounds=Rounding(1 / 8, CODES),
+    ),
+    _case("adam_float32_int8", "scale_by_adam", nu_storage=INT8, amsgrad=True, rounds=Rounding(1 / 8, CODES)),
     *(
         _case(
             f"adam_{name}_{n}",
@@ -212,27 +334,40 @@ CASES = [
             mu_storage=storage,
             nu_storage=storage,
             granularity=g,
-            rounding=rounding,
-            shares=True,
+            rounds=rounding,
+            shares=SUMS,
         )
         for name, storage, rounding in FORMATS[::2]
         for n, g in COARSE.items()
     ),
     *(
-        _case(f"rms_{name}", "scale_by_rms", RMS, storage=storage, centered=True, rounding=rounding)
+        _case(f"rms_{name}", "scale_by_rms", RMS, storage=storage, centered=True, rounds=rounding)
         for name, storage, rounding in FORMATS
     ),
-    _case("stochastic_rounding", "stochastic_rounding", rounding=2**-7),
-    Case("kahan_summation", "kahan_summation", lambda: ao.kahan_summation(ao.adam(0.1)), rounding=2**-8),
-    Case("master_weights", "master_weights", lambda: ao.master_weights(ao.adam(0.1)), rounding=2**-8),
+    _case(
+        "stochastic_rounding",
+        "stochastic_rounding",
+        rounds=Rounding(2**-7, "the sum of parameter and update, to either neighbour"),
+        **STATELESS,
+    ),
+    _case(
+        "match_parameter_dtype",
+        "match_parameter_dtype",
+        rounds=Rounding(2**-7, "the parameter's own dtype, to nearest, twice"),
+        **STATELESS,
+        updates_dtype="the parameters' dtype, which is what it is for",
+    ),
+    Case("kahan_summation", "kahan_summation", lambda: ao.kahan_summation(ao.adam(0.1)), rounds=NEAREST),
+    Case("master_weights", "master_weights", lambda: ao.master_weights(ao.adam(0.1)), rounds=NEAREST),
     Case(
         "reject_nonfinite",
         "reject_nonfinite",
         lambda: ao.reject_nonfinite(ao.adam(0.1)),
         hides_nan="a step with a NaN is not taken",
+        **REJECTS,
     ),
     *(
-        _case(f"{n}_by_path", f"scale_by_{n}", granularity=BY_PATH, shares=True, scalars_follow=False)
+        _case(f"{n}_by_path", f"scale_by_{n}", granularity=BY_PATH, shares=SUMS, own_scalars=OWN)
         for n in ("rms", "adam")
     ),
     _case(
@@ -241,8 +376,8 @@ CASES = [
         mu_storage=INT8,
         nu_storage=INT8,
         granularity=BY_PATH,
-        rounding=1 / 8,
-        shares=True,
+        rounds=Rounding(1 / 8, CODES),
+        shares=SUMS,
     ),
     _case(
         "optimizer_adam_mini",
@@ -250,15 +385,15 @@ CASES = [
         RATE | {"weight_decay": (0.1, 0.0)},
         learning_rate=0.1,
         params_layout={p: role for p, role in ao.FLAX_LAYOUT.items() if role != "query_key"},
-        shares=True,
-        zero_moves=True,
-        scalars_follow=False,
+        shares=SUMS,
+        zero_moves=DECAYS,
+        own_scalars=OWN,
     ),
     Case(
         "partition_by_path",
         "partition_by_path",
         lambda: ao.partition_by_path({"kernel|a|steps|^$": ao.adam(0.1), "": ao.sgd(0.1, momentum=0.9)}),
-        scalars_follow=False,
+        own_scalars="a group's scalars go with the leaves of the group",
     ),
     Case(
         "telemetry",
@@ -269,9 +404,9 @@ CASES = [
         "telemetry_per_tensor",
         "telemetry",
         lambda: ao.telemetry(ao.adamw(0.1, granularity="tensor"), per="tensor"),
-        zero_moves=True,
-        shares=True,
-        scalars_follow=False,
+        zero_moves=DECAYS,
+        shares=SUMS,
+        own_scalars=OWN,
     ),
     Case("accumulate_gradients", "accumulate_gradients", lambda: ao.accumulate_gradients(ao.adam(0.1), 1)),
     Case(
@@ -281,14 +416,56 @@ CASES = [
             ao.reject_nonfinite(ao.adam(0.1)), optax.constant_schedule(1), drop_nonfinite=True
         ),
         hides_nan="a micro-batch with a NaN is dropped",
+        after_spike=After("rejects", "a micro-batch whose squared norm overflows is dropped"),
+        after_nan=After("rejects", "a micro-batch that is not finite is dropped"),
     ),
-    Case("reduce_on_plateau", "reduce_on_plateau", lambda: given(ao.reduce_on_plateau(), value=1.0)),
-    Case("injected", "adam", lambda: ao.inject_hyperparams(ao.adam)(0.1), scalars_follow=False),
+    Case(
+        "freeze",
+        "freeze",
+        # In the trees of the contracts this freezes what every contract lets stand still.
+        lambda: ao.freeze(ao.adam(0.1), lambda params: jax.tree.map(lambda x: x.size == 0, params)),
+    ),
+    Case(
+        "dynamic_loss_scale",
+        "dynamic_loss_scale",
+        lambda: ao.dynamic_loss_scale(ao.adam(0.1), init_scale=1.0),
+        given_to_update=ao.scale_loss,  # multiplies a tree
+        hides_nan="a step with an overflow is not taken",
+        **REJECTS,
+    ),
+    Case(
+        "accumulate_gradients_waiting",
+        "accumulate_gradients",
+        lambda: ao.accumulate_gradients(ao.adam(0.1), 3),
+        period=3,
+    ),
+    *(
+        Case(
+            f"accumulate_gradients_{every}",
+            "accumulate_gradients",
+            # Every call flushes, so that a window is cut short at each.
+            lambda every=every: given(ao.accumulate_gradients(ao.adam(0.1), every), emit=True),
+        )
+        for every in (2, 3)
+    ),
+    Case(
+        "reduce_on_plateau",
+        "reduce_on_plateau",
+        lambda: given(ao.reduce_on_plateau(), value=1.0),
+        **STATELESS,
+    ),
+    Case(
+        "injected",
+        "adam",
+        lambda **overrides: ao.inject_hyperparams(ao.adam)(0.1, **overrides),
+        own_scalars="values in the state are float32 whatever the parameters are",
+    ),
     Case(
         "verified",
         "verified",
         lambda: ao.verified(ao.scale_by_adam()),
-        raises_at_nan=True,
+        after_spike=After("raises", "the state becomes not finite, which is checked"),
+        after_nan=After("raises", "the update is not finite, which is checked"),
         not_traceable="checks values, which needs chex.chexify around the outermost jitted function",
     ),
 ]

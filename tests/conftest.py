@@ -1,6 +1,7 @@
-"""Test session set-up: eight CPU devices, an option for the number of random examples, x64 as a fixture."""
+"""Test session set-up: eight CPU devices, compiled programs kept between runs, x64 as a fixture."""
 
 import os
+from pathlib import Path
 
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
@@ -16,6 +17,56 @@ def pytest_addoption(parser):
     parser.addoption(
         "--random-examples", type=int, default=2000, help="how many test_random_chains.py draws in all"
     )
+    parser.addoption(
+        "--no-compilation-cache", action="store_true", help="compile everything again, and keep nothing"
+    )
+
+
+def pytest_configure(config):
+    """Keeps compiled programs under .pytest_cache: workers share them, and the next run finds them."""
+    if config.getoption("--no-compilation-cache"):
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
+    folder = jax.config.jax_compilation_cache_dir or str(Path(config.rootpath, ".pytest_cache", "compiled"))
+    settings = {
+        "jax_compilation_cache_dir": folder,
+        "jax_persistent_cache_min_compile_time_secs": 0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    for name, value in settings.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)  # for what tests start as processes of their own
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Keeps together what shares fixtures and compiled programs: a file, or a case of the contracts."""
+    from cases import CASES
+    from xdist.scheduler import LoadScopeScheduling
+
+    names = {case.name for case in CASES}
+
+    class ByFileOrCase(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file, _, test = nodeid.partition("::")
+            name = names.intersection(test.rpartition("[")[2].rstrip("]").split("-"))
+            return f"{file}::{name.pop()}" if name else file
+
+    if config.getoption("dist") == "load":  # what -n asks for
+        return ByFileOrCase(config, log)
+
+
+MOST_TESTS = 400  # whose programs a worker holds at a time: those of the whole suite are gigabytes
+_held = 0
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Forgets compiled programs from file to file, and within a long one; the next tests read them back."""
+    global _held
+    _held += 1
+    if nextitem is None or nextitem.path != item.path or _held >= MOST_TESTS:
+        jax.clear_caches()
+        _held = 0
 
 
 @pytest.fixture

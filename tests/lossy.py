@@ -20,6 +20,16 @@ class LossyMoment(NamedTuple):
     scale: Any
     format: jax.Array
 
+    def decoded(self):
+        return jax.tree.map(_decoded, self.codes, self.scale)
+
+    def encode_like(self, values, *, count, role):
+        return Lossy().encode(self, values, count=count, role=role)
+
+
+def _decoded(codes, scale):
+    return codes.astype(jnp.float32) * (scale / LEVELS) if scale.ndim == 0 else codes
+
 
 @dataclasses.dataclass(frozen=True)
 class Lossy(ao.Storage):
@@ -29,7 +39,7 @@ class Lossy(ao.Storage):
         def codes(x):
             if jnp.iscomplexobj(x) and role == "mu":
                 return jnp.zeros_like(x)
-            return jnp.zeros(x.shape, jnp.int8)
+            return jnp.zeros_like(x, dtype=jnp.int8)
 
         def scale(x):
             return jnp.zeros((0,) if jnp.iscomplexobj(x) and role == "mu" else (), jnp.float32)
@@ -39,10 +49,7 @@ class Lossy(ao.Storage):
         )
 
     def decode(self, moment, *, lower=None):
-        def leaf(codes, scale):
-            return codes.astype(jnp.float32) * (scale / LEVELS) if scale.ndim == 0 else codes
-
-        values = jax.tree.map(leaf, moment.codes, moment.scale)
+        values = moment.decoded()
         if lower is None:
             return values
         self.floors_called.append("decode")

@@ -25,7 +25,7 @@ def main():
     from quadratic import constant, decayed, quadratic_task
 
     from adaptive_optax import study
-    from adaptive_optax.study import trials
+    from adaptive_optax.study.engine import trials
 
     if values.slow:  # so that there is time to kill it
         run = trials.Program.run

@@ -246,6 +246,12 @@ BAD = {
 }
 
 
+def uncounted(state):
+    """The state without what tells of micro-batches that were left out."""
+    zero = np.zeros((), np.int32)
+    return state._replace(took_part=np.True_, dropped=zero, dropped_in_a_row=zero)
+
+
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_micro_batch_is_dropped_alone(name):
     value, weight = BAD[name]
@@ -259,7 +265,8 @@ def test_a_bad_micro_batch_is_dropped_alone(name):
     sizes = (1, 2, 1)
     rest = ao.accumulate_gradients(ao.adam(rate), lambda n: jnp.asarray(sizes, jnp.int32)[n])
     expected, expected_state = run(rest, PARAMS, good, [1, 3, 5, 2])
-    same((params, state), (expected, expected_state))
+    same((params, uncounted(state)), (expected, uncounted(expected_state)))
+    assert (state.dropped, state.dropped_in_a_row) == (0 if "weight 0" in name else 2, 0)
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -269,9 +276,14 @@ def test_if_none_has_a_part_nothing_is_emitted(name):
     step, good = stepper(tx), random(PARAMS, 4)
     once = run(tx, PARAMS, good[:2], step=step)
     bad = [spoiled(good[0], value)] * 2
-    same(run(tx, once[0], bad, [weight] * 2, once[1], step), once)
-    later = run(tx, once[0], [*bad, *good[2:]], [weight] * 2 + [1] * 2, once[1], step)
-    same(later, run(tx, once[0], good[2:], None, once[1], step))
+    params, state = run(tx, once[0], bad, [weight] * 2, once[1], step)
+    same((params, uncounted(state)), (once[0], uncounted(once[1])))
+    dropped = 0 if "weight 0" in name else 2
+    assert (state.took_part, state.dropped, state.dropped_in_a_row) == (False, dropped, dropped)
+    params, state = run(tx, params, good[2:], None, state, step)
+    expected, expected_state = run(tx, once[0], good[2:], None, once[1], step)
+    same((params, uncounted(state)), (expected, uncounted(expected_state)))
+    assert (state.took_part, state.dropped, state.dropped_in_a_row) == (True, dropped, 0)
 
 
 def test_what_is_not_dropped_is_not_hidden_and_the_noise_scale_recovers():
@@ -289,6 +301,60 @@ def test_what_is_not_dropped_is_not_hidden_and_the_noise_scale_recovers():
     close(ao.noise_scale(state), before)
 
 
+def test_nans_can_be_debugged():
+    tx = ao.accumulate_gradients(ao.sgd(0.1), 2)
+    with jax.debug_nans(True), jax.debug_infs(True):
+        state = tx.init(PARAMS)
+        assert np.isnan(ao.noise_scale(state))
+        assert jax.jit(ao.noise_scale)(state) == np.finfo(np.float32).min  # no NaN can leave it
+        _, state = run(tx, PARAMS, random(PARAMS, 4))
+        shown = ao.noise_scale(state)
+    np.testing.assert_array_equal(shown, ao.noise_scale(state))
+
+
+# --- A partial window ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("traced", [False, True])
+def test_a_partial_window_is_flushed_as_a_window_of_its_own(traced):
+    tx, good = ao.accumulate_gradients(ao.adam(rate), 4), random(PARAMS, 10)
+    step = stepper(tx) if traced else stepper(tx, static_argnames="emit")
+    params, state = PARAMS, tx.init(PARAMS)
+    for i, (g, w) in enumerate(zip(good, [1, 2, 3, 1, 1, 2, 1, 1, 1, 3], strict=True)):
+        params, state, updates = step(params, state, g, np.float32(w), emit=i in (5, 9))
+        assert bool(np.any(updates["b"])) == (i in (3, 5, 9))
+    means = [(0, [1, 2, 3, 1]), (4, [1, 2]), (6, [1, 1, 1, 3])]
+    alone = ao.accumulate_gradients(ao.adam(rate), lambda count: jnp.array([4, 2, 4])[count])
+    expected, expected_state = run(alone, PARAMS, good, [w for _, weights in means for w in weights])
+    close((params, state), (expected, expected_state))  # the noise scale too
+    assert state.count == 3 and state.micro_step == 0 and state.signal != 0
+
+
+def test_with_nothing_accumulated_nothing_is_emitted():
+    tx = ao.accumulate_gradients(ao.adam(rate), 2, drop_nonfinite=True)
+    step, bad = stepper(tx), spoiled(PARAMS, NAN)
+    zeros = jax.tree.map(np.zeros_like, PARAMS)
+    start = tx.init(PARAMS)
+    for g, w in ((zeros, 0), (bad, 1), (bad, 0)):
+        _, state, updates = step(PARAMS, start, g, np.float32(w), emit=True)
+        assert not any(np.any(u) for u in jax.tree.leaves(updates))
+        same(uncounted(state), uncounted(start))
+    # After a good one the same calls are a flush of that one.
+    _, waiting, _ = step(PARAMS, start, PARAMS, np.float32(1))
+    expected, _ = ao.adam(rate).update(PARAMS, ao.adam(rate).init(PARAMS), PARAMS)
+    for g, w in ((zeros, 0), (bad, 1), (bad, 0)):
+        _, state, updates = step(PARAMS, waiting, g, np.float32(w), emit=True)
+        close(updates, expected)
+        assert (state.count, state.micro_step, state.contributing) == (1, 0, 0)
+
+
+@pytest.mark.parametrize("wrong", [1, 1.0, None, "yes", np.ones(2, bool), jnp.ones((), int)], ids=str)
+def test_emit_is_a_bool(wrong):
+    tx = ao.accumulate_gradients(ao.sgd(0.1), 2)
+    with pytest.raises(ValueError, match="emit must be True or False, or a traced bool, got"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, emit=wrong)
+
+
 # --- With reject_nonfinite ----------------------------------------------------------------------------------
 
 exponential = inner(lambda g, s, **_: (jax.tree.map(jnp.exp, g), s))
@@ -304,7 +370,7 @@ def test_inside_a_bad_micro_batch_is_dropped_alone_and_an_overflow_costs_its_emi
     pairs = ao.accumulate_gradients(ao.reject_nonfinite(bursting), 2)
     expected, expected_state = run(pairs, PARAMS, [*good[:2], *good[4:]])
     close((params, state.inner_state.inner_state), (expected, expected_state.inner_state.inner_state))
-    assert ao.get_rejections(state) == (1, 0)
+    assert ao.get_rejections(state) == (1, 0, 2, 0)
     assert (state.count, state.inner_state.inner_state[1][0].count) == (3, 2)
 
 
@@ -313,10 +379,10 @@ def test_outside_the_sum_that_overflows_is_not_got_rid_of():
     step, good = stepper(tx), random(PARAMS, 5)
     bad, spike, burst = (spoiled(good[0], value) for value in (NAN, 1e20, 300.0))
     once = run(tx, PARAMS, [good[0], bad, spike, good[1]], step=step)  # those two are dropped alone
-    assert ao.get_rejections(once[1]) == (2, 0) and once[1].inner_state.count == 1
+    assert ao.get_rejections(once[1]) == (2, 0, 0, 0) and once[1].inner_state.count == 1
     params, state = run(tx, once[0], [burst, *good[2:]], state=once[1], step=step)
     same(params, once[0])
-    assert ao.get_rejections(state) == (5, 3)
+    assert ao.get_rejections(state) == (5, 3, 0, 0)
 
 
 # --- The noise scale ----------------------------------------------------------------------------------------
@@ -525,7 +591,7 @@ def test_states_of_optax_keep_their_types_or_are_refused():
     low = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
     tx = ao.accumulate_gradients(optax.adam(0.1), 2)
     with pytest.raises(
-        ValueError, match=r"the state '0/mu/a' of inner went from bfloat16.* to float32.*master_w"
+        ValueError, match=r"the state '0/mu/a' of inner changed from bfloat16.* to float32.*master_w"
     ):
         jax.jit(tx.update)(low, tx.init(low), low)
     cured = ao.accumulate_gradients(ao.master_weights(optax.adam(0.1)), 2)
@@ -547,7 +613,8 @@ def test_its_state_can_be_donated():
     step, params = stepper(tx, donate_argnums=(0, 1)), jax.tree.map(jnp.array, PARAMS)
     state = tx.init(params)
     for g in gradients:
-        given = jax.tree.leaves((params, state))
+        # A step does not read what the last one wrote into `took_part`, so jit does not take it in.
+        given = jax.tree.leaves((params, state._replace(took_part=None)))
         params, state, _ = step(params, state, g, np.float32(1))
         assert all(x.is_deleted() for x in given)
     same((params, state), expected)
@@ -686,7 +753,7 @@ def test_other_wrong_arguments():
     state = tx.init(PARAMS)
     with pytest.raises(ValueError, match="the state must be a .*AccumulateGradientsState"):
         tx.update(PARAMS, ao.sgd(0.1).init(PARAMS))
-    with pytest.raises(ValueError, match="updates has a leaf 'c', the state has not"):
+    with pytest.raises(ValueError, match="the leaf 'c' of updates is not in the state"):
         tx.update(PARAMS | {"c": PARAMS["b"]}, state)
     with pytest.raises(ValueError, match="'block/steps'.*int32"):
         tx.init({"block": {"steps": jnp.ones(2, jnp.int32)}})

@@ -276,7 +276,7 @@ def test_a_layout_of_ones_own():
             {"body": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}},
             None,
             r"finds no queries and keys: no leaf matches '\(\^\|/\)\(query\|key\)/kernel\$'; the leaves are "
-            r"body/bias, body/kernel\. Give params_layout=",
+            r"body/bias, body/kernel\. Set params_layout=",
         ),
         (
             {"query": {"kernel": jnp.ones((6, 6))}},

@@ -159,7 +159,7 @@ def test_a_traced_peak_is_a_factor():
         np.testing.assert_allclose(
             jax.jit(rate)(np.float32(0.3), count), growth.learning_rate(count), rtol=1e-6
         )
-    sentence = "schedule must have values that are known, got a tracer: for a traced peak give grow_batch a"
+    sentence = "schedule must return concrete values, got a tracer: for a traced peak pass grow_batch a"
     for transformed in (jax.jit, jax.vmap, jax.grad):
         with pytest.raises(ValueError, match=sentence):
             transformed(
@@ -313,5 +313,5 @@ def test_it_is_five_schedules_that_can_be_pickled():
     assert growth.emissions == 8 and (b1, b2, eps) == (None, None, None)
     again = pickle.loads(pickle.dumps(growth))
     assert [int(again.accumulation_steps(n)) for n in range(9)] == [int(steps(n)) for n in range(9)]
-    with pytest.raises(ValueError, match="got a BatchGrowth: give its accumulation_steps"):
+    with pytest.raises(ValueError, match="got a BatchGrowth: pass its accumulation_steps"):
         ao.accumulate_gradients(ao.sgd(rate), growth)

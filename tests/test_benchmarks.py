@@ -94,8 +94,8 @@ def test_a_step_is_the_optimizer_s_and_goes_round_its_sets():
         np.testing.assert_allclose(x, params[name], rtol=1e-5, atol=1e-7)
     found = step.properties()
     parameters = trees.size(shapes)
-    assert found["state_bytes_a_parameter"] == pytest.approx(8, abs=100 / parameters)
-    assert found["peak_bytes_a_parameter"] >= 16
+    assert found["state_bytes_per_parameter"] == pytest.approx(8, abs=100 / parameters)
+    assert found["peak_bytes_per_parameter"] >= 16
     assert set(step.preparation) == {"trace", "lower", "compile"}
 
 
@@ -179,7 +179,7 @@ def test_a_block_of_the_readme_is_made_of_the_result():
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        ("speeed main", "suite 'speeed'; there are speed"),
+        ("speeed main", "suite 'speeed'; the suites are speed"),
         ("speed other", "no table 'other'; it has main"),
         ("empty main", "no result of the suite 'empty'"),
     ],

@@ -1,5 +1,6 @@
 """What is refused, and the sentence that says so: the argument or the leaf, its value, the accepted range."""
 
+import itertools
 import math
 import warnings
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from lossy import Lossy
 
 import adaptive_optax as ao
 
@@ -42,12 +44,14 @@ VALID = {
     ao.scale_by_learning_rate: {"learning_rate": 0.1},
     ao.add_decoupled_weight_decay: {"weight_decay": 0.1},
     ao.clip_by_global_norm: {"max_norm": 1.0},
+    ao.average_parameters: {},
     ao.adam_bound: {"b1": 0.9, "b2": 0.999},
     ao.exponential_decay: {"init_value": 0.1, "transition_steps": 10, "decay_rate": 0.5},
     ao.step_decay: {"init_value": 0.1, "factor": 0.5, "every": 10},
     ao.cyclical: {"base_value": 0.1, "peak_value": 0.2, "half_cycle": 10, "mode": "exp_range"},
     ao.warmup_stable_decay: {"peak_value": 0.1, "total_steps": 100, "warmup_steps": 10, "decay_steps": 10},
     ao.warmup_cosine: {"peak_value": 0.1, "total_steps": 100},
+    ao.cosine_restarts: {"peak_value": 0.1, "first_period": 10},
     ao.inverse_sqrt: {"peak_value": 0.1, "warmup_steps": 10},
     ao.one_cycle: {"peak_value": 0.1, "total_steps": 100, "base_momentum": 0.0},
 }
@@ -66,6 +70,7 @@ SCHEDULABLE = {
     ao.global_rmsprop: RATE | RMS | MOMENTUM,
     ao.sgd: RATE | MOMENTUM,
     ao.trace: {"decay": "[0, 1)"},
+    ao.average_parameters: {"decay": "[0, 1)"},
     ao.scale_by_learning_rate: RATE,
     ao.add_decoupled_weight_decay: {"weight_decay": "[0, inf)"},
 }
@@ -78,12 +83,19 @@ FIXED = {
     ao.rmsprop: {"initial_scale": "[0, inf)"},
     ao.global_rmsprop: {"initial_scale": "[0, inf)"},
     ao.clip_by_global_norm: {"max_norm": "(0, inf]"},
+    ao.average_parameters: {"power": "[0, inf)"},
     ao.adam_bound: {"b1": "[0, 1)", "b2": "[0, 1)"},
     ao.exponential_decay: {"init_value": "[0, inf)", "decay_rate": "(0, inf)", "end_value": "[0, inf)"},
     ao.step_decay: {"init_value": "[0, inf)", "factor": "(0, inf)"},
     ao.cyclical: {"base_value": "[0, inf)", "peak_value": "[0, inf)", "gamma": "(0, 1]"},
     ao.warmup_stable_decay: {"peak_value": "[0, inf)"},
     ao.warmup_cosine: {"peak_value": "[0, inf)", "init_value": "[0, inf)", "end_value": "[0, inf)"},
+    ao.cosine_restarts: {
+        "peak_value": "[0, inf)",
+        "init_value": "[0, inf)",
+        "end_value": "[0, inf)",
+        "peak_factor": "(0, inf)",
+    },
     ao.inverse_sqrt: {"peak_value": "[0, inf)"},
     ao.one_cycle: {
         "peak_value": "[0, inf)",
@@ -108,7 +120,7 @@ OUTSIDE = {
     "[1, inf)": (1 - 1e-9, 0, -2.0, math.inf),
 }
 INSIDE = {
-    "[0, 1)": (0, 0.0, 1 - 1e-9, np.float16(0.5)),
+    "[0, 1)": (0, 0.0, 1 - 1e-7, np.float16(0.5)),  # 1 - 1e-9 is 1 where float32 keeps it
     "[0, inf)": (0, 1e30, np.int32(3), 1e-30),
     "(0, inf)": (1e-30, 1e30, np.uint8(1), 0.5),
     "(0, inf]": (1e-30, math.inf, np.float64(3.0), 2),
@@ -184,6 +196,67 @@ def test_learning_rate_cannot_be_left_empty_or_wrong(wrong):
         )
 
 
+# What float32 makes of a number decides, not the number.
+ROUNDED = {
+    "a rate that is inf": (ao.adam, {"learning_rate": 1e300}, "1e+300, which is inf in float32."),
+    "an integer rate": (ao.sgd, {"learning_rate": 10**39}, "which is inf in float32."),
+    "an eps that is inf": (ao.scale_by_rms, {"eps": 1e39}, "1e+39, which is inf in float32."),
+    "a norm that is 0": (ao.clip_by_global_norm, {"max_norm": 1e-50}, "1e-50, which is 0.0 in float32."),
+    "a decay of schedules": (
+        ao.exponential_decay,
+        {"init_value": 0.1, "transition_steps": 3, "decay_rate": 1e-60},
+        "1e-60, which is 0.0 in float32.",
+    ),
+    "a peak": (ao.one_cycle, {"peak_value": 1e39, "total_steps": 9}, "1e+39, which is inf in float32."),
+}
+
+
+@pytest.mark.parametrize("kind", ROUNDED)
+def test_numbers_that_float32_puts_out_of_range(kind):
+    factory, arguments, sentence = ROUNDED[kind]
+    refused(lambda: factory(**arguments), "must be a number in ", sentence)
+
+
+def test_a_rate_that_the_parameters_dtype_has_not(x64):
+    tx = ao.sgd(1e300)  # float64 parameters have it
+    assert tx.update(jnp.ones(1), tx.init(jnp.ones(1)))[0].dtype == jnp.float64
+    refused(lambda: tx.init(jnp.ones(1, jnp.float32)), "must fit in float32, got 1e+300.")
+
+
+def test_a_decay_is_as_near_to_one_as_double_precision_has_it():
+    tx = ao.scale_by_adam(b1=0.0, b2=1 - 1e-9)
+    state = tx.init(jnp.zeros(1))
+    for _ in range(3):
+        direction, state = tx.update(jnp.full(1, 2.0), state)
+    np.testing.assert_allclose(direction, [1.0], rtol=1e-6)
+    np.testing.assert_allclose(state.nu, [3 * 4e-9], rtol=1e-6)
+
+
+CHECKED_SCHEDULES = {
+    "learning_rate": ao.sgd,
+    "b1": lambda value: ao.adam(0.1, b1=value),
+    "b2": lambda value: ao.scale_by_adam(b2=value),
+    "eps": lambda value: ao.scale_by_rms(eps=value),
+    "decay": ao.trace,
+    "momentum": lambda value: ao.sgd(0.1, value),
+    "weight_decay": ao.add_decoupled_weight_decay,
+}
+
+
+@pytest.mark.parametrize("name", CHECKED_SCHEDULES)
+def test_a_schedule_that_leaves_the_range_is_refused_where_that_is_known(name):
+    tx = CHECKED_SCHEDULES[name](lambda count: -1.0 if count == 1 else 0.25)
+    _, state = tx.update(ones(2), tx.init(ones(2)), ones(2))
+    refused(
+        lambda: tx.update(ones(2), state, ones(2)),
+        f"{name} must be a number in [0, ",
+        "got -1.0. From the schedule <function",
+        "at count 1.",
+    )
+    wrong = CHECKED_SCHEDULES[name](lambda count: np.nan)
+    refused(lambda: wrong.init(ones(2)), f"{name} must be a number in [0, ", "got nan. From the schedule")
+
+
 # --- Everything else that is chosen at construction ---------------------------------------------------------
 
 
@@ -202,7 +275,7 @@ GRANULARITY = (
     "granularity must be Coordinate(), Axis(...), Tensor(), Labels(...), Global(), ByPath(...) or one of "
     "'coordinate', 'tensor', 'global', got "
 )
-BAD_DTYPES = (jnp.int8, int, bool, jnp.complex64, "int4", "half precision")
+BAD_DTYPES = (jnp.int8, int, bool, "int4", "half precision")
 
 
 def dtypes(factory, name, **others):
@@ -318,7 +391,10 @@ GRANULARITIES = [
     (lambda: ao.Labels.by_path("w"), ("patterns must be a mapping {pattern: label}, got 'w'.",)),
     (lambda: ao.Labels.by_path(None), ("patterns must be a mapping {pattern: label}, got None.",)),
     (lambda: ao.Labels.by_path({"(": 0}), ("patterns must be regular expressions, got '(': ",)),
-    (lambda: ao.Labels.by_path({0: 0}), ("patterns must be regular expressions, got 0: ",)),
+    (
+        lambda: ao.Labels.by_path({0: 0}),
+        ("patterns must be regular expressions, got 0, which is not a str",),
+    ),
 ]
 
 
@@ -504,7 +580,7 @@ FIRST_LINK = {
 )
 def test_leaves_that_are_not_floating_are_named(build, owner, dtype):
     tx, wrong = build(), tree_with(ones(2, dtype=dtype))
-    sentence = f"{owner}: the leaf 'layer/steps' of {{}} is {dtype}; a floating or complex array is needed"
+    sentence = f"{owner}: the leaf 'layer/steps' of {{}} must be a floating or complex array, got {dtype} ("
     refused(lambda: tx.init(wrong), sentence.format("params"))
     state = tx.init(TREE)
     refused(lambda: tx.update(wrong, state, TREE), sentence.format("updates"))
@@ -520,13 +596,94 @@ def test_leaves_that_are_no_arrays_are_named(leaf, kind):
         ("params", ao.adam(0.1).init),
         ("params", ao.adamw(0.1).init),
     ):
-        refused(lambda call=call: call(tree_with(leaf)), f"the leaf 'layer/steps' of {name} is {kind}; ")
+        refused(
+            lambda call=call: call(tree_with(leaf)),
+            f"of {name} must be a floating or complex array, got {kind} (",
+        )
+
+
+NO_ARRAYS = {
+    "a function": (jax.nn.relu, "custom_jvp"),
+    "a lambda": (lambda x: x, "function"),
+    "an activation": (jax.nn.silu, "PjitFunction"),
+    "an object": (object(), "object"),
+    "strings in an array": (np.array(["a", "b"]), "ndarray"),
+    "objects in an array": (np.array([None, 1], object), "ndarray"),
+    "a dtype": (np.dtype("float32"), ""),
+}
+
+
+@pytest.mark.parametrize("kind", NO_ARRAYS)
+def test_leaves_without_a_dtype_are_named_and_equinox_users_told_what_to_do(kind):
+    leaf, name = NO_ARRAYS[kind]
+    for build, owner in [*((f, n) for n, f in TRANSFORMS.items()), *FIRST_LINK.values()]:
+        refused(
+            lambda build=build: build().init(tree_with(leaf)),
+            f"{owner}: the leaf 'layer/steps' of params must be a floating or complex array, got {name}",
+            "(for an Equinox model, pass eqx.filter(model, eqx.is_inexact_array)).",
+        )
+
+
+@pytest.mark.parametrize("leaf", [jax.random.key(0), np.zeros(2, jax.dtypes.float0)], ids=["key", "float0"])
+def test_leaves_of_other_dtypes_are_named(leaf):
+    refused(
+        lambda: ao.sgd(0.1).init(tree_with(leaf)),
+        "the leaf 'layer/steps' of params must be a floating or complex",
+    )
+
+
+EVERY = TRANSFORMS | {
+    "reduce_on_plateau": ao.reduce_on_plateau,
+    "average_parameters": ao.average_parameters,
+    "stochastic_rounding": ao.stochastic_rounding,
+    "kahan_summation": lambda: ao.kahan_summation(ao.sgd(0.1)),
+    "master_weights": lambda: ao.master_weights(ao.sgd(0.1)),
+    "telemetry": lambda: ao.telemetry(ao.sgd(0.1)),
+    "accumulate_gradients": lambda: ao.accumulate_gradients(ao.sgd(0.1), 1),
+}
+NO_GRADIENTS = {
+    "nothing": (None, "of params is not in updates."),
+    "an empty tree": ({}, "of params is not in updates."),
+    "None for a leaf": (TREE | {"bias": None}, "the leaf 'bias' of params is not in updates."),
+    "another leaf": (TREE | {"scale": ones(1)}, "the leaf 'scale' of updates is not in params."),
+    "another shape": (TREE | {"bias": ones(3)}, "'bias' has shape (3,) in updates and (2,) in params."),
+    "a complex one": (
+        TREE | {"bias": ones(2, dtype=np.complex64)},
+        "the leaf 'bias' is complex64 in updates and float32 in params; take the real part.",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", NO_GRADIENTS)
+@pytest.mark.parametrize("name", EVERY)
+def test_gradients_unlike_the_parameters_are_refused_by_all(name, kind):
+    wrong, sentence = NO_GRADIENTS[kind]
+    tx = EVERY[name]()
+    state = jax.eval_shape(tx.init, TREE)
+    refused(lambda: jax.eval_shape(tx.update, wrong, state, TREE, value=1.0), f"{name}: ", sentence)
+
+
+@pytest.mark.parametrize("build", [ao.scale_by_adam, lambda: ao.trace(0.9)], ids=["scale_by_adam", "trace"])
+def test_complex_gradients_of_real_parameters_are_refused_without_the_parameters_too(build):
+    tx = build()
+    wrong = TREE | {"bias": ones(2, dtype=np.complex64)}
+    refused(lambda: tx.update(wrong, tx.init(TREE)), "/bias' is float32[2] in the state and complex64[2]")
+
+
+def test_leaves_of_the_parameters_that_are_no_parameters_have_no_gradient():
+    params = TREE | {"activation": jax.nn.relu, "steps": np.int32(3)}
+    tx = ao.adamw(0.1)
+    updates, _ = tx.update(TREE | {"activation": None, "steps": None}, tx.init(TREE), TREE)
+    for transformation in (ao.adam(0.1), ao.sgd(0.1)):
+        again, _ = transformation.update(TREE, transformation.init(TREE), params)
+        assert jax.tree.structure(again) == jax.tree.structure(TREE)
+    assert updates["bias"].shape == (2,)
 
 
 SHAPE = "'layer/steps' has shape {shape} in {{ours}} and (2,) in {{theirs}}."
 ANOTHER_TREE = {
-    "missing": (tree_with(None), "{theirs} has a leaf 'layer/steps', {ours} has not."),
-    "extra": (TREE | {"scale": ones(1)}, "{ours} has a leaf 'scale', {theirs} has not."),
+    "missing": (tree_with(None), "the leaf 'layer/steps' of {theirs} is not in {ours}."),
+    "extra": (TREE | {"scale": ones(1)}, "the leaf 'scale' of {ours} is not in {theirs}."),
     "longer": (tree_with(ones(3)), SHAPE.format(shape="(3,)")),
     "shorter": (tree_with(ones(1)), SHAPE.format(shape="(1,)")),
     "another rank": (tree_with(ones(2, 1)), SHAPE.format(shape="(2, 1)")),
@@ -550,10 +707,15 @@ def test_another_tree_is_named(name, kind):
     tx = build()
     state = tx.init(TREE)
     owner = name.split(",")[0] + ": "
-    refused(
-        lambda: jax.eval_shape(tx.update, wrong, state, TREE if theirs == "params" else None),
-        owner + sentence.format(ours="updates", theirs=theirs),
-    )
+    fragments = [owner + sentence.format(ours="updates", theirs=theirs)]
+    if name == "scale_by_rms" and "has shape" in sentence:  # the state alone cannot tell
+        shape = list(np.shape(wrong["layer"]["steps"]))
+        fragments = [
+            owner,
+            f"'nu/layer/steps' is float32[2] in the state and float32{shape} here.",
+            "It was made with another granularity, or for other updates.",
+        ]
+    refused(lambda: jax.eval_shape(tx.update, wrong, state, TREE if theirs == "params" else None), *fragments)
     if theirs == "params" and "and (2,)" not in sentence:
         refused(
             lambda: jax.eval_shape(tx.update, TREE, state, wrong),
@@ -593,6 +755,150 @@ def test_another_transformations_state(name):
         )
 
 
+GRANULARITIES = {
+    "coordinate": "coordinate",
+    "axis 0": ao.Axis(0),
+    "axis -1": ao.Axis(-1),
+    "tensor": "tensor",
+    "labels": ao.Labels(lambda path, leaf: path),
+    "global": "global",
+    "by path": ao.ByPath({"w": ao.Axis(0)}, default="tensor"),
+}
+STORAGES = {
+    "float32": "float32",
+    "bfloat16": "bfloat16",
+    "int8": ao.Int8(block_size=32, min_size=1),
+    "int8, longer blocks": ao.Int8(block_size=64, min_size=1),
+    "int8, none compressed": ao.Int8(block_size=32, min_size=10**6),
+    "lossy": Lossy(),
+}
+WIDE = {"b": ones(3), "w": ones(2, 128)}
+WITH_MOMENTS = {
+    "scale_by_adam": (ao.scale_by_adam, "nu_storage"),
+    "scale_by_rms": (ao.scale_by_rms, "storage"),
+}
+each_with_moments = pytest.mark.parametrize("owner", WITH_MOMENTS)
+
+
+def restored(state):
+    """The state as `flax.serialization` gives it back: with NumPy arrays."""
+    return jax.tree.map(np.asarray, state)
+
+
+def refused_and_right_for(made_by, tx, tree, *fragments):
+    """Asserts that the state of `made_by` is refused by `tx`, traced or not, and not by itself."""
+    state = restored(made_by.init(tree))
+    refused(lambda: tx.update(tree, state, tree), *fragments)
+    refused(lambda: jax.eval_shape(tx.update, tree, state, tree), *fragments)
+    jax.eval_shape(made_by.update, tree, state, tree)
+
+
+@each_with_moments
+@pytest.mark.parametrize(("made", "here"), list(itertools.permutations(GRANULARITIES, 2)))
+def test_a_state_of_another_granularity(owner, made, here):
+    factory, _ = WITH_MOMENTS[owner]
+    refused_and_right_for(
+        factory(granularity=GRANULARITIES[made]),
+        factory(granularity=GRANULARITIES[here]),
+        {"b": ones(3), "w": ones(2, 3)},
+        f"{owner}: the state does not fit this transformation and these updates: 'nu",
+        " in the state and ",
+        " here. It was made with another granularity",
+        "Either build the transformation as it was when the state was made, or convert the state with",
+    )
+
+
+@each_with_moments
+@pytest.mark.parametrize(("made", "here"), list(itertools.permutations(STORAGES, 2)))
+def test_a_state_of_another_storage(owner, made, here):
+    factory, argument = WITH_MOMENTS[owner]
+    refused_and_right_for(
+        factory(**{argument: STORAGES[made]}),
+        factory(**{argument: STORAGES[here]}),
+        WIDE,
+        f"{owner}: the state does not fit this transformation and these updates: 'nu",
+        f"It was made with another {argument}. Either build the transformation as it was",
+        "or convert the state with convert_storage.",
+    )
+
+
+ANOTHER_SETTING = {
+    "amsgrad": (ao.scale_by_adam, {"amsgrad": True}, "'nu_max' is "),
+    "centered": (ao.scale_by_rms, {"centered": True}, "'mu' is "),
+    "mu_storage": (ao.scale_by_adam, {"mu_storage": "bfloat16"}, "'mu/b' is "),
+    "accumulator_dtype": (
+        lambda **arguments: ao.trace(0.9, **arguments),
+        {"accumulator_dtype": jnp.float16},
+        "'trace/b' is ",
+    ),
+    "per": (
+        lambda **arguments: ao.telemetry(ao.sgd(0.1), **arguments),
+        {"per": "tensor"},
+        "'values' is ",
+    ),
+}
+
+
+@pytest.mark.parametrize("setting", ANOTHER_SETTING)
+@pytest.mark.parametrize("granularity", ["coordinate", "global"])
+def test_a_state_of_another_setting(setting, granularity):
+    factory, arguments, place = ANOTHER_SETTING[setting]
+    shared = {} if setting in ("accumulator_dtype", "per") else {"granularity": granularity}
+    with_it, without = factory(**arguments, **shared), factory(**shared)
+    for made_by, tx in ((with_it, without), (without, with_it)):
+        refused_and_right_for(made_by, tx, WIDE, place, f"It was made with another {setting}")
+
+
+LOW = {"b": jnp.ones(3, jnp.bfloat16), "w": jnp.ones((2, 3), jnp.bfloat16)}
+OF_PARAMETERS = {
+    "average_parameters": (lambda: ao.average_parameters(), LOW, LOW | {"w": jnp.ones((2, 4))}),
+    "kahan_summation": (lambda: ao.kahan_summation(ao.sgd(0.1)), LOW, LOW | {"w": jnp.ones((2, 3))}),
+    "master_weights": (lambda: ao.master_weights(ao.sgd(0.1)), LOW, LOW | {"w": jnp.ones((2, 3))}),
+    "accumulate_gradients": (
+        lambda: ao.accumulate_gradients(ao.sgd(0.1), 2),
+        LOW,
+        LOW | {"w": jnp.ones((2, 4))},
+    ),
+}
+
+
+@pytest.mark.parametrize("owner", OF_PARAMETERS)
+def test_a_state_of_other_parameters(owner):
+    build, tree, other = OF_PARAMETERS[owner]
+    tx = build()
+    for made_for, given in ((tree, other), (other, tree)):
+        state = tx.init(made_for)
+        refused(lambda state=state, given=given: jax.eval_shape(tx.update, given, state, given), owner, "w'")
+    state = build().init(tree)
+    field = {"average_parameters": "average", "accumulate_gradients": "total"}.get(owner, state._fields[-1])
+    without = state._replace(**{field: None})
+    refused(lambda: jax.eval_shape(tx.update, tree, without, tree), f"{field!r} is missing in the state")
+
+
+@pytest.mark.parametrize("name", ["scale_by_learning_rate", "trace", "add_decoupled_weight_decay"])
+def test_a_state_of_a_number_for_a_schedule(name):
+    build = SCHEDULED[
+        "learning_rate" if "rate" in name else "momentum" if name == "trace" else "weight_decay"
+    ]
+    pair = build(0.5), build(schedule)
+    for made_by, tx in (pair, pair[::-1]):
+        refused_and_right_for(made_by, tx, WIDE, "'schedule_state'", "a number for a schedule, or vice versa")
+
+
+def test_a_state_whose_scalars_are_not_scalars():
+    tx = ao.sgd(0.1)
+    several = jax.vmap(lambda _: tx.init(WIDE))(jnp.arange(3))
+    refused(lambda: tx.update(WIDE, several, WIDE), "'given' is float32[3] in the state and float32[] here")
+    jax.vmap(tx.update, in_axes=(None, 0))(WIDE, several)
+
+
+def test_a_state_in_float64_is_right_for_gradients_in_float32(x64):
+    for tx in (ao.adamw(0.1, granularity=ao.Axis(0)), ao.rmsprop(0.1, momentum=0.9, centered=True)):
+        wide = jax.tree.map(lambda x: x.astype(np.float64), WIDE)
+        jax.eval_shape(tx.update, WIDE, tx.init(wide), wide)
+        jax.eval_shape(tx.update, wide, tx.init(WIDE), WIDE)
+
+
 @pytest.mark.parametrize("coupling", ["learning_rate", "schedule", "independent"])
 def test_missing_params(coupling):
     factor = schedule if coupling == "schedule" else None
@@ -627,16 +933,16 @@ def test_patterns_without_a_leaf_are_named():
 MASKS = {
     "another leaf": (
         {"bias": True, "layer": True, "head": False},
-        "mask has a leaf 'head' that params have not.",
+        "mask has a leaf 'head' that is not in params.",
     ),
-    "below a leaf": ({"bias": {"x": True}, "layer": True}, "mask has a leaf 'bias/x' that params have not."),
-    "half a name": ({"bias": True, "lay": True}, "mask has a leaf 'lay' that params have not."),
+    "below a leaf": ({"bias": {"x": True}, "layer": True}, "mask has a leaf 'bias/x' that is not in params."),
+    "half a name": ({"bias": True, "lay": True}, "mask has a leaf 'lay' that is not in params."),
     "one missing": (
         {"bias": True, "layer": {"w": True}},
-        "mask says nothing about the leaf 'layer/steps' of params.",
+        "mask has no value for the leaf 'layer/steps' of params.",
     ),
-    "None": ({"bias": None, "layer": False}, "mask says nothing about the leaf 'bias' of params."),
-    "nothing": ({}, "mask says nothing about the leaf 'bias' of params."),
+    "None": ({"bias": None, "layer": False}, "mask has no value for the leaf 'bias' of params."),
+    "nothing": ({}, "mask has no value for the leaf 'bias' of params."),
     "an integer": ({"bias": 1, "layer": True}, "mask must hold bools, got 1 at 'bias'."),
     "a float": (0.5, "mask must hold bools, got 0.5 at ''."),
     "a number array": (
@@ -656,12 +962,21 @@ def test_masks_that_do_not_fit(kind, as_function):
     refused(lambda: ao.adamw(0.1, mask=given).init(TREE), sentence)
 
 
+def test_a_mask_may_speak_of_a_part_without_leaves():
+    params = {"dense": ones(2), "dropout": {}, "block": {"pool": optax.EmptyState()}, "none": None}
+    decay = ao.add_decoupled_weight_decay(0.1, mask=dict.fromkeys(params, True))
+    masked = optax.chain(decay, ao.sgd(1.0))
+    for tx in (masked, ao.freeze(ao.sgd(1.0), dict.fromkeys(params, False))):
+        updates, _ = tx.update(params, tx.init(params), params)
+        assert updates["dense"].shape == (2,)
+
+
 def test_masks_that_fit_half_of_another_tree():
     mask = {"bias": True, "layer": False}
     tx = ao.add_decoupled_weight_decay(0.1, mask=mask)
     state = tx.init(TREE)
     other = TREE | {"head": ones(1)}
-    refused(lambda: jax.eval_shape(tx.update, other, state, other), "mask says nothing about the leaf 'head'")
+    refused(lambda: jax.eval_shape(tx.update, other, state, other), "mask has no value for the leaf 'head'")
 
 
 # --- The rest -----------------------------------------------------------------------------------------------

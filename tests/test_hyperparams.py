@@ -1,6 +1,7 @@
 """Hyperparameters in the state: which are, what a value that is set does and for how long, what it costs."""
 
 import copy
+import fractions
 import functools
 import inspect
 import re
@@ -86,6 +87,8 @@ def test_it_gives_what_the_factory_gives_with_float32_scalars(name):
     bound = inspect.signature(factory).bind(**arguments)
     bound.apply_defaults()
     numbers = {key: jnp.float32(bound.arguments[key]) for key in names.split()}
+    if "decay_offset" in numbers:  # a count, whose default is an integer
+        numbers["decay_offset"] = jnp.int32(0)
     injected, plain = (
         ao.inject_hyperparams(factory)(**arguments),
         optax.with_extra_args_support(factory(**(arguments | numbers))),
@@ -345,7 +348,7 @@ def test_masks_labels_and_dtypes_are_no_schedules():
         (optax.sgd, {"momentum": 0.5, "accumulator_dtype": jnp.bfloat16}),
         (ao.sgd, {"momentum": 0.5, "accumulator_dtype": jnp.bfloat16}),
     ):
-        tx, plain = ao.inject_hyperparams(factory)(0.5, **arguments), factory(0.5, **arguments)
+        tx, plain = ao.inject_hyperparams(factory)(0.5, **arguments), factory(jnp.float32(0.5), **arguments)
         state = tx.init(PARAMS)
         assert not {"mask", "granularity", "mu_dtype", "accumulator_dtype"} & state.hyperparams.keys()
         assert spec(state.inner_state)[0] == spec(plain.init(PARAMS))[0]
@@ -600,16 +603,16 @@ REFUSED = {
     "ambiguous": (
         PARTITION,
         {"learning_rate": 0.1},
-        "'learning_rate' stands for ['head/learning_rate', 'body/learning_rate']; the keys are ",
+        "'learning_rate' is ambiguous: ['head/learning_rate', 'body/learning_rate']; the keys are ",
     ),
     "a path too many": (ao.sgd(0.1), {"0/learning_rate": 0.1}, "'0/learning_rate' is unknown; the keys are"),
     "read only": (
         ao.adam(0.1),
         {"b1": 0.5},
-        "set_hyperparams: 'b1' of ScaleByAdamState can only be read; wrap the factory in inject_hyperparams "
+        "set_hyperparams: 'b1' of ScaleByAdamState is read-only; wrap the factory in inject_hyperparams "
         "to set it. The keys are b1, b2, eps, learning_rate.",
     ),
-    "read only, released": (ao.adamw(0.1), {"weight_decay": None}, "can only be read"),
+    "read only, released": (ao.adamw(0.1), {"weight_decay": None}, "is read-only"),
     "no hyperparameters": (optax.sgd(0.1), {"learning_rate": 0.1}, "holds no hyperparameters"),
 }
 
@@ -636,6 +639,55 @@ def test_other_values_may_be_negative_but_are_numbers():
     assert value(ao.set_hyperparams(state, scale=-2.0), "scale") == -2.0
     with pytest.raises(ValueError, match=re.escape("scale must be a number in (-inf, inf), got 'high'.")):
         ao.set_hyperparams(state, scale="high")
+
+
+OUT_OF_RANGE = {
+    "learning_rate": (-0.1, 1e300, 1e39),
+    "b1": (-0.1, 1.0, 2.0, 1 - 1e-11),  # float32 has only 1 for the last
+    "b2": (1.5, -1e-9, 3.0),
+    "eps": (-2.0, 1e39),
+    "eps_root": (-1e-30,),
+    "weight_decay": (-0.1, np.float64(1e300)),
+    "momentum": (1.0, -0.5),
+    "decay": (1.0, -0.5),
+    "initial_scale": (-1.0,),
+    "max_norm": (0.0, -1.0, 1e-50),
+    "power": (-0.5,),
+    "factor": (0.0, 1.0, 1e-60),
+    "min_scale": (1.5, -0.5),
+}
+OWNERS = {
+    "weight_decay": (ao.adamw, {"learning_rate": 0.1}),
+    "momentum": (ao.sgd, {"learning_rate": 0.1, "momentum": 0.9}),
+    "decay": (ao.trace, {"decay": 0.5}),
+    "initial_scale": (ao.rmsprop, {"learning_rate": 0.1}),
+    "max_norm": (ao.clip_by_global_norm, {"max_norm": 1.0}),
+    "power": (ao.average_parameters, {}),
+    "factor": (ao.reduce_on_plateau, {}),
+    "min_scale": (ao.reduce_on_plateau, {}),
+}
+
+
+@pytest.mark.parametrize("name", OUT_OF_RANGE)
+def test_what_a_constructor_refuses_cannot_be_set(name):
+    factory, arguments = OWNERS.get(name, (ao.adam, {"learning_rate": 0.1}))
+    state = ao.inject_hyperparams(factory)(**arguments).init(PARAMS)
+    for wrong in OUT_OF_RANGE[name]:
+        with pytest.raises(ValueError, match=rf"{name} must be a number in .*, got {re.escape(repr(wrong))}"):
+            ao.set_hyperparams(state, **{name: wrong})
+
+
+def test_the_scale_of_a_plateau_has_the_range_of_a_rate():
+    state = ao.reduce_on_plateau().init(PARAMS)
+    assert value(ao.set_hyperparams(state, scale=2.0), "scale") == 2.0
+    with pytest.raises(ValueError, match=re.escape("scale must be a number in [0, inf), got -1.0.")):
+        ao.set_hyperparams(state, scale=-1.0)
+
+
+def test_max_norm_may_be_inf():
+    tx = ao.inject_hyperparams(ao.clip_by_global_norm)(1.0)
+    state = ao.set_hyperparams(tx.init(ONES), max_norm=np.inf)
+    assert tx.update(ONES, state)[0]["b"].tolist() == [1.0] * 3
 
 
 CONSTRUCTION = {
@@ -699,6 +751,87 @@ def test_what_is_refused_at_construction(name):
 def test_an_optimizer_is_no_factory():
     with pytest.raises(ValueError, match="factory must be a function that returns a transformation"):
         ao.inject_hyperparams(ao.sgd(0.1))
+
+
+def counting(power=2, scale: float = 1, steps: int | float = 3):
+    SEEN.update(locals())
+    return optax.identity()
+
+
+def test_integers_stay_integers_where_the_default_is_one():
+    tx = ao.inject_hyperparams(counting)(scale=2)
+    state = tx.init(PARAMS)
+    assert {name: x.dtype.name for name, x in state.hyperparams.items()} == {
+        "power": "int32",
+        "scale": "float32",
+        "steps": "int32",
+    }
+    _, state = tx.update(ONES, ao.set_hyperparams(state, power=3))
+    assert SEEN["power"] == 3 and SEEN["power"].dtype == jnp.int32
+    state.hyperparams["power"] = 1.5
+    for wrong in (lambda: ao.set_hyperparams(state, power=0.5), lambda: tx.update(ONES, state)):
+        with pytest.raises(ValueError, match="power must be an integer, like the number that was given, got"):
+            wrong()
+    assert ao.inject_hyperparams(counting)(power=0.5).init(PARAMS).hyperparams["power"] == 0.5
+
+
+def test_iterations_of_muon():
+    tx, params = ao.inject_hyperparams(optax.contrib.muon)(learning_rate=1e-3), {"a": PARAMS["a"]}
+    updates, state = jax.jit(tx.update)({"a": ONES["a"]}, tx.init(params), params)
+    plain = optax.contrib.muon(1e-3)
+    expected, _ = plain.update({"a": ONES["a"]}, plain.init(params), params)
+    np.testing.assert_allclose(updates["a"], expected["a"], rtol=1e-5)
+    assert state.hyperparams["ns_steps"].dtype == jnp.int32
+
+
+class Falling(optax.schedules.StatefulSchedule):
+    """Halves with every step that is given `bad=True`."""
+
+    def init(self):
+        return {"rate": jnp.float32(0.5)}
+
+    def update(self, state, *, bad=False, **extra_args):
+        return {"rate": jnp.where(bad, state["rate"] / 2, state["rate"])}
+
+    def __call__(self, state, **extra_args):
+        return state["rate"]
+
+
+def test_stateful_schedules():
+    tx = ao.inject_hyperparams(ao.sgd)(Falling(), momentum=optax.schedules.WrappedSchedule(halving))
+    state, used = tx.init(ONES), []
+    for bad in (True, False, True, False):
+        _, state = tx.update(ONES, state, bad=bad)
+        used.append((value(state), value(state, "momentum")))
+    assert used == [(0.5, 0.5), (0.25, 0.25), (0.25, 0.125), (0.125, 0.0625)]
+    held = ao.set_hyperparams(state, learning_rate=2.0)
+    assert value(tx.update(ONES, held)[1]) == 2.0
+
+
+@pytest.mark.parametrize("wrong", ["0.1", None, True, [0.1], np.ones(1), 1j, -1.0, 1e300, np.nan], ids=repr)
+def test_assigning_what_cannot_be_set(wrong):
+    tx = ao.inject_hyperparams(ao.sgd)(0.5)
+    state = tx.init(ONES)
+    state.hyperparams["learning_rate"] = wrong
+    plain = ao.sgd(0.5)
+    replaced = plain.init(ONES)
+    replaced = (replaced[0]._replace(learning_rate=wrong), *replaced[1:])
+    for one, assigned in ((tx, state), (plain, replaced)):
+        with pytest.raises(ValueError, match=re.escape("learning_rate must be a number in [0, inf), got ")):
+            one.update(ONES, assigned)
+
+
+def test_assigning_an_array_of_another_shape_or_kind_or_a_name_that_is_none():
+    tx = ao.inject_hyperparams(ao.sgd)(0.5)
+    for wrong in (jnp.ones(3), jnp.asarray(1j), jnp.ones((1, 1))):
+        state = tx.init(ONES)
+        state.hyperparams["learning_rate"] = wrong
+        with pytest.raises(ValueError, match="learning_rate must be a scalar of type float32 in the state"):
+            jax.eval_shape(tx.update, ONES, state)
+    state = tx.init(ONES)
+    state.hyperparams["lr"] = 0.1
+    with pytest.raises(ValueError, match="must have the keys learning_rate, got learning_rate, lr."):
+        tx.update(ONES, state)
 
 
 # --- What it costs ------------------------------------------------------------------------------------------
@@ -876,3 +1009,58 @@ def test_a_scale_of_another_factory_has_its_own_range():
     tx = ao.inject_hyperparams(lambda scale: optax.scale(scale))(scale=-1.0)
     state = ao.set_hyperparams(tx.init(jnp.ones(1)), scale=-2.0)
     assert tx.update(jnp.ones(1), state)[0][0] == -2
+
+
+# --- Values as they are stored ------------------------------------------------------------------------------
+
+ALMOST_1 = 1 - 1e-9  # which float32 has as 1
+ROUNDED = {
+    "momentum": lambda: ao.sgd(0.1, momentum=ALMOST_1),
+    "rmsprop's momentum": lambda: ao.rmsprop(0.1, momentum=ALMOST_1),
+    "factor": lambda: ao.reduce_on_plateau(factor=ALMOST_1),
+    "backoff_factor": lambda: ao.dynamic_loss_scale(ao.sgd(0.1), backoff_factor=ALMOST_1),
+    "max_momentum": lambda: ao.one_cycle(0.1, 10, max_momentum=ALMOST_1),
+}
+SCHEDULED_DECAYS = {
+    "b1": lambda schedule: ao.adam(0.1, b1=schedule, b2=ALMOST_1),  # so that b1^2 < b2
+    "b2": lambda schedule: ao.adam(0.1, b2=schedule),
+    "decay": lambda schedule: ao.rmsprop(0.1, decay=schedule, bias_correction=True),
+    "average": lambda schedule: ao.average_parameters(decay=schedule),
+}
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_what_is_stored_as_1_is_no_value_below_1(name):
+    with pytest.raises(ValueError, match="got 0.999999999, which is 1.0 in float32"):
+        ROUNDED[name]()
+
+
+@pytest.mark.parametrize("name", SCHEDULED_DECAYS)
+def test_a_decay_that_a_schedule_gives_is_below_1_as_it_is_stored(name):
+    tx, params = SCHEDULED_DECAYS[name](lambda count: ALMOST_1), jnp.ones(2)
+    with pytest.raises(ValueError, match="got 0.999999999, which is 1.0 in float32"):
+        tx.update(params, tx.init(params), params)
+    # Of a number the complement is kept in double precision.
+    tx = SCHEDULED_DECAYS[name](ALMOST_1)
+    updates, state = tx.update(params, tx.init(params), params)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves((updates, state)))
+
+
+def test_numbers_that_jax_does_not_take_are_refused():
+    with pytest.raises(ValueError, match=r"learning_rate must be a number in .*, got Fraction\(1, 1000\)"):
+        ao.adam(fractions.Fraction(1, 1000))
+
+
+@pytest.mark.parametrize("scales", [(1.0, 8.0, 4.0), (1.0, 2.0, 8.0), (9.0, 2.0, 8.0)])
+def test_the_first_loss_scale_is_between_the_limits(scales):
+    first, low, high = scales
+    with pytest.raises(ValueError, match="init_scale must be between minimum_scale and maximum_scale"):
+        ao.dynamic_loss_scale(ao.sgd(0.1), first, minimum_scale=low, maximum_scale=high)
+
+
+def test_a_zero_gradient_without_eps_divides_by_nothing():
+    params = jnp.ones(2)
+    with jax.debug_nans(True):
+        for tx in (ao.adam(0.1, eps=0.0), ao.rmsprop(0.1, eps=0.0)):
+            updates, _ = tx.update(jnp.array([0.0, 1.0]), tx.init(params), params)
+            assert updates[0] == 0 and updates[1] != 0

@@ -256,7 +256,7 @@ def test_the_direction_by_path_keeps_its_bound():
         (lambda: ao.ByPath({"(": "tensor"}), r"patterns must be regular expressions, got '\(': "),
         (
             lambda: ao.ByPath({b"a": "tensor"}),
-            "patterns must be regular expressions, got b'a': it is no string",
+            "patterns must be regular expressions, got b'a', which is not a string",
         ),
         (lambda: ao.ByPath({"a": "axis"}), r"The granularity of 'a' must be Coordinate\(\), .* got 'axis'"),
         (lambda: ao.ByPath({}, default=None), r"default must be Coordinate\(\), .* got None"),

@@ -1,12 +1,15 @@
 """What the package is from outside: names, signatures, imports, README."""
 
+import importlib
 import importlib.metadata
 import inspect
 import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 
+import jax.typing
 import pytest
 
 import adaptive_optax as ao
@@ -34,7 +37,17 @@ SIGNATURES = {
     "nu_storage='float32'",
     "rmsprop": "learning_rate, decay=0.9, eps=1e-08, initial_scale=0.0, eps_in_sqrt=True, centered=False, "
     "momentum=None, nesterov=False, bias_correction=False, *, granularity='coordinate', storage='float32'",
+    "global_rmsprop": "learning_rate, decay=0.9, eps=1e-08, initial_scale=0.0, eps_in_sqrt=True, "
+    "centered=False, momentum=None, nesterov=False, bias_correction=False, *, storage='float32'",
+    "scale_by_global_rms": "decay=0.9, eps=1e-08, initial_scale=0.0, eps_in_sqrt=True, "
+    "bias_correction=False, *, centered=False, storage='float32'",
     "sgd": "learning_rate, momentum=None, nesterov=False, accumulator_dtype=None",
+    "trace": "decay, nesterov=False, accumulator_dtype=None",
+    "average_parameters": "power=8.0, *, decay=None",
+    "averaged_parameters": "params, opt_state",
+    "swap_averaged": "model_or_params, opt_state",
+    "dense": "moment",
+    "convert_storage": "opt_state, *, mu_storage=None, nu_storage=None",
     "exponential_decay": "init_value, transition_steps, decay_rate, transition_begin=0, staircase=False, "
     "end_value=None",
     "step_decay": "init_value, factor, every",
@@ -43,6 +56,8 @@ SIGNATURES = {
     "cyclical": "base_value, peak_value, half_cycle, mode='triangular', gamma=1.0",
     "warmup_stable_decay": "peak_value, total_steps, *, warmup_steps, decay_steps, shape='1-sqrt'",
     "warmup_cosine": "peak_value, total_steps, *, warmup_steps=0, init_value=0.0, end_value=0.0",
+    "cosine_restarts": "peak_value, first_period, *, period_factor=1.0, warmup_steps=0, init_value=0.0, "
+    "end_value=0.0, peak_factor=1.0",
     "inverse_sqrt": "peak_value, warmup_steps",
     "per_epoch": "schedule, steps_per_epoch, *, fractional=False",
     "grow_batch": "schedule, *, total_steps, max_factor, kind='sgd', b1=None, b2=None, eps=None",
@@ -50,7 +65,7 @@ SIGNATURES = {
     "get_telemetry": "opt_state",
     "reduce_on_plateau": "factor=0.1, patience=10, rtol=0.0001, atol=0.0, cooldown=0, accumulation_size=1, "
     "min_scale=0.0, *, mode='min', preset='optax'",
-    "accumulate_gradients": "inner, every, *, drop_nonfinite=False",
+    "accumulate_gradients": "inner, every, *, drop_nonfinite=False, on_reject=None",
     "noise_scale": "opt_state",
     "partition_by_path": "transformations, default=None",
     "mask_by_path": "pattern",
@@ -66,6 +81,42 @@ def test_signatures(name):
     parameters = inspect.signature(getattr(ao, name)).parameters.values()
     bare = inspect.Signature([p.replace(annotation=inspect.Parameter.empty) for p in parameters])
     assert str(bare) == f"({SIGNATURES[name]})"
+
+
+def _public_functions():
+    """The functions of the public API and the methods of its classes, each with a name to show."""
+    for module in (ao, ao.study):
+        for name, value in vars(module).items():
+            if name.startswith("_") or not getattr(value, "__module__", "").startswith("adaptive_optax"):
+                continue
+            members = (
+                {"": value} if inspect.isfunction(value) else vars(value) if inspect.isclass(value) else {}
+            )
+            for member, function in members.items():
+                function = inspect.unwrap(getattr(function, "fget", getattr(function, "__func__", function)))
+                if inspect.isfunction(function) and (not member.startswith("_") or member == "__init__"):
+                    yield f"{name}.{member}", function
+
+
+def test_public_signatures_mention_public_names_only():
+    import adaptive_optax.study  # noqa: F401 (imported when it is used)
+
+    public = vars(ao).keys() | vars(ao.study).keys() | vars(ao.typing).keys()
+    private = set()
+    for label, function in _public_functions():
+        for annotation in function.__annotations__.values():
+            for name in re.findall(
+                r"(?<![\w.\"'])[A-Za-z_]\w*", annotation if isinstance(annotation, str) else ""
+            ):
+                value = function.__globals__.get(name)
+                if value is None or inspect.ismodule(value) or isinstance(value, typing.TypeVar):
+                    continue
+                # An alias belongs to the module whose attribute it is, `typing.Any` to typing.
+                home = sys.modules.get(getattr(value, "__module__", ""), ao)
+                foreign = not home.__name__.startswith("adaptive_optax") and name in vars(home)
+                if not foreign and name not in public and name not in vars(jax.typing):
+                    private.add(f"{label}: {name}")
+    assert not private
 
 
 def test_granularities_are_static():
@@ -91,7 +142,8 @@ def test_granularities_are_static():
 def test_importing_it_imports_jax_optax_chex_and_numpy_only():
     code = (
         "import sys, jax, optax, chex, numpy; before = {m.split('.')[0] for m in sys.modules};"
-        "import adaptive_optax; print({m.split('.')[0] for m in sys.modules} - before)"
+        "import adaptive_optax; new = {m.split('.')[0] for m in sys.modules} - before;"
+        "print(new - sys.stdlib_module_names)"
     )
     printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert printed.strip() == "{'adaptive_optax'}"
@@ -99,6 +151,11 @@ def test_importing_it_imports_jax_optax_chex_and_numpy_only():
 
 def test_the_version_is_that_of_the_installed_package():
     assert importlib.metadata.version("adaptive-optax") == ao.__version__
+
+
+def test_the_citation_names_this_version():
+    (version,) = re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+    assert version == ao.__version__
 
 
 def test_optax_internals_are_not_imported():
@@ -122,10 +179,11 @@ def test_the_study_has_what_is_promised():
 
     promised = {
         "Task": "init, loss, train, validation, *, batch_size, metric=None, name='task', "
-        "has_model_state=False, "
-        "evaluation_batch_size=None",
+        "has_model_state=False, evaluation_batch_size=None, maximize=False, batch_statistics=None",
         "nnx_task": "build, loss, train, validation, *, batch_size, metric=None, name='task', "
-        "evaluation_batch_size=None",
+        "evaluation_batch_size=None, maximize=False",
+        "EvaluatedArm": "build, evaluate",
+        "judged_by": "evaluate",
         "suggest": "learning_rates, losses, rule",
         "load": "path",
     }
@@ -161,9 +219,18 @@ def test_files_named_in_the_readme_exist():
 
 def test_the_packages_data_files_are_where_they_are_read():
     assert (ROOT / "adaptive_optax" / "py.typed").exists()
-    assert (ROOT / "adaptive_optax" / "study" / "report.css").exists()
+    for name in ("report.html", "parts.html", "report.css"):
+        assert (ROOT / "adaptive_optax" / "study" / "report" / "templates" / name).exists()
 
 
 def test_the_command_is_installed():
     (command,) = importlib.metadata.entry_points(group="console_scripts", name="adaptive-optax")
     assert callable(command.load())
+
+
+@pytest.mark.parametrize("page", ["README.md", "CHANGELOG.md", "docs/extending.md"])
+def test_public_modules_named_in_the_papers_have_what_is_named(page):
+    named = set(re.findall(r"integrations\.flax\.(\w+)", (ROOT / page).read_text()))
+    module = importlib.import_module("adaptive_optax.integrations.flax")
+    assert all(hasattr(module, name) for name in named), named
+    assert named or page == "docs/extending.md"

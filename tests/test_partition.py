@@ -14,7 +14,7 @@ from flax import nnx
 from saving import same, through_bytes, through_orbax
 
 import adaptive_optax as ao
-from adaptive_optax._paths import paths_and_leaves
+from adaptive_optax._core.paths import paths_and_leaves
 
 # --- The same model four times ------------------------------------------------------------------------------
 
@@ -156,7 +156,7 @@ def test_what_matches_nothing_is_an_error_that_lists_the_paths(kind):
             tx.init(params)
         assert str(raised.value) == f"The pattern 'lyer' matches no leaf; the leaves are {listed}."
     with pytest.raises(
-        ValueError, match="^No pattern of 'layer', 'scale' matches norm/bias; give partition_"
+        ValueError, match="^No pattern of 'layer', 'scale' matches norm/bias; pass a default= to"
     ):
         ao.partition_by_path({"layer": sgd(1.0), "scale": sgd(1.0)}).init(params)
 
@@ -164,7 +164,11 @@ def test_what_matches_nothing_is_an_error_that_lists_the_paths(kind):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (({},), r"transformations must be a mapping \{pattern: transformation\} with an entry .*, got \{\}"),
+        (
+            ({},),
+            r"transformations must be a mapping \{pattern: transformation\} with at least one entry, "
+            r"got \{\}",
+        ),
         ((sgd(1.0),), "transformations must be a mapping .* got GradientTransformation"),
         (
             ({"(": sgd(1.0)},),
@@ -172,7 +176,7 @@ def test_what_matches_nothing_is_an_error_that_lists_the_paths(kind):
         ),
         (
             ({0: sgd(1.0)},),
-            "The patterns of transformations must be regular expressions, got 0: it is no str",
+            "The patterns of transformations must be regular expressions, got 0, which is not a str",
         ),
         (
             ({"a": ao.sgd},),
@@ -182,7 +186,7 @@ def test_what_matches_nothing_is_an_error_that_lists_the_paths(kind):
         (({"a": sgd(1.0)}, 0.1), "default must be an optax.GradientTransformation, got 0.1"),
         (
             ({"default": sgd(1.0)}, sgd(1.0)),
-            r"The pattern 'default' is taken by default=; write .* '\(default\)'",
+            r"The pattern 'default' is reserved for default=; write .* '\(default\)'",
         ),
     ],
 )
@@ -292,7 +296,7 @@ def test_parameters_in_other_containers_than_the_gradients():
     updates, _ = jax.jit(tx.update)(gradients, state, params)
     same(updates, expected)
     with pytest.raises(
-        ValueError, match="^partition_by_path: updates has a leaf 'norm/bias', params has not"
+        ValueError, match="^partition_by_path: the leaf 'norm/bias' of updates is not in params"
     ):
         tx.update(gradients, state, gradients | {"norm": {"scale": jnp.ones(4)}})
 
@@ -415,6 +419,85 @@ def test_what_usually_decays_by_name_and_axes():
     assert decaying == {"attention/query/kernel", "scale_up"}
 
 
+def scanned_nnx():
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap
+    def layers(rngs):
+        return nnx.List([nnx.LayerNorm(4, rngs=rngs), nnx.Linear(4, 4, rngs=rngs)])
+
+    return nnx.state(layers(nnx.Rngs(0)), nnx.Param)
+
+
+def scanned_equinox():
+    def layer(key):
+        linear = eqx.nn.Linear(4, 4, key=key)
+        return [eqx.nn.LayerNorm(4), eqx.nn.RMSNorm(4), linear, eqx.nn.WeightNorm(linear), {"g": jnp.ones(4)}]
+
+    return eqx.filter(eqx.filter_vmap(layer)(jax.random.split(jax.random.key(0), 3)), eqx.is_inexact_array)
+
+
+def scanned_linen():
+    class Layer(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.Dense(4)(nn.RMSNorm()(x)), None
+
+    stack = nn.scan(Layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)
+    return stack().init(jax.random.key(0), jnp.ones(4), None)["params"]
+
+
+HAIKU = {
+    "layers/~/layer_norm": {"offset": jnp.ones((3, 4)), "scale": jnp.ones((3, 4))},
+    "layers/~/linear": {"b": jnp.ones((3, 4)), "w": jnp.ones((3, 4, 4))},
+}
+TORCH = {
+    "layers": {
+        "ln_1": {"weight": jnp.ones((3, 4))},
+        "attention_norm": {"weight": jnp.ones((3, 4))},
+        "norms": [{"weight": jnp.ones((3, 4))}],
+        "attention": {"in_proj_weight": jnp.ones((3, 4, 4)), "in_proj_bias": jnp.ones((3, 4))},
+        "normalised_linear": {"weights": jnp.ones((3, 4, 4))},
+    }
+}
+STACKED = {
+    "nnx": (scanned_nnx, 0, {"1/kernel"}),
+    "equinox": (scanned_equinox, 1, {"2/weight", "3/layer/weight", "3/g"}),  # g has two axes, one of length 1
+    "linen": (scanned_linen, 0, {"Dense_0/kernel"}),
+    "haiku": (lambda: HAIKU, 0, {"layers/~/linear/w"}),
+    "torch": (
+        lambda: TORCH,
+        {"^layers/": 1},
+        {"layers/attention/in_proj_weight", "layers/normalised_linear/weights"},
+    ),
+}
+
+
+@pytest.mark.parametrize("library", STACKED)
+def test_biases_and_norms_of_stacked_layers_do_not_decay(library):
+    make, stacked, expected = STACKED[library]
+    params = make()
+    for tree in (ao.decay_mask(params, stacked=stacked), ao.decay_mask(stacked=stacked)(params)):
+        assert {path for path, decays in by_path(tree).items() if decays} == expected
+
+
+def test_stacks_are_by_pattern_or_for_all():
+    params = {"layers": {"gate": jnp.ones((3, 4)), "w": jnp.ones((3, 4, 4))}, "head": jnp.ones((4, 4))}
+
+    def decaying(**stacked):
+        return {path for path, decays in by_path(ao.decay_mask(params, **stacked)).items() if decays}
+
+    assert decaying() == {"layers/gate", "layers/w", "head"}
+    assert decaying(stacked=1) == {"layers/w"}
+    assert decaying(stacked={"^layers/": 1}) == {"layers/w", "head"}
+    with pytest.raises(ValueError, match="'^blocks' matches no leaf".replace("^", r"\^")):
+        decaying(stacked={"^blocks": 1})
+    for wrong in (-1, 1.5, True, {"head": -1}):
+        with pytest.raises(ValueError, match="stacked must be an integer in"):
+            ao.decay_mask(stacked=wrong)
+    with pytest.raises(ValueError, match="patterns of stacked must be regular expressions"):
+        ao.decay_mask(stacked={"(": 1})
+
+
 def test_masks_of_parts():
     params = {"head": jnp.ones((2, 2)), "body": optax.MaskedNode(), "none": None}
     assert ao.mask_by_path("body|none")(params) == params | {"head": False}
@@ -475,7 +558,7 @@ def test_large_numbers_and_scalars_are_described():
     ids=["sgd", "chain", "optax", "None"],
 )
 def test_what_is_no_partition_is_not_described(tx):
-    with pytest.raises(ValueError, match="^tx must be what partition_by_path returned, got "):
+    with pytest.raises(ValueError, match="^tx must be a result of partition_by_path or freeze, got "):
         ao.describe_partition(tx, dictionary())
 
 
@@ -484,3 +567,19 @@ def test_a_partition_that_does_not_fit_is_not_described():
         ao.describe_partition(ao.partition_by_path({"tail": sgd(1.0)}, sgd(1.0)), dictionary())
     with pytest.raises(ValueError, match="No pattern of 'layer' matches norm/bias, norm/scale"):
         ao.describe_partition(ao.partition_by_path({"layer": sgd(1.0)}), dictionary())
+
+
+COLLIDING = {"a/b": jnp.ones(2), "a": {"b": jnp.full(2, 2.0)}}
+MIXED_UP = {
+    "frozen": lambda: ao.freeze(ao.sgd(1.0), lambda p: jax.tree.map(lambda x: False, p)),
+    "mask": lambda: ao.adamw(1.0, mask={"a/b": True, "a": {"b": False}}),
+    "prefix": lambda: ao.adamw(1.0, mask={"a/b": True, "a": False}),
+    "groups": lambda: ao.partition_by_path({"a": ao.sgd(1.0)}),
+}
+
+
+@pytest.mark.parametrize("name", MIXED_UP)
+def test_leaves_whose_paths_are_the_same_are_refused(name):
+    tx = MIXED_UP[name]()
+    with pytest.raises(ValueError, match="two leaves have the path 'a/b'; rename a key"):
+        tx.update(COLLIDING, tx.init(COLLIDING), COLLIDING)

@@ -1,14 +1,14 @@
-"""How trials are laid out: what is chosen from given speeds and memory, without timing anything."""
+"""How trials lie on devices: what is chosen from given speeds and memory, without timing anything."""
 
 import jax
 import pytest
 from quadratic import constant, quadratic_task
 
 from adaptive_optax import study
-from adaptive_optax.study import layout as layouts
-from adaptive_optax.study.layout import settle_layout
-from adaptive_optax.study.runner import ArmSpec
-from adaptive_optax.study.trials import Layout, Plan
+from adaptive_optax.study.engine import placement as module
+from adaptive_optax.study.engine.placement import settle_placement
+from adaptive_optax.study.engine.runner import ArmSpec
+from adaptive_optax.study.engine.trials import Placement, Plan
 
 ARMS = {"a": ArmSpec(constant, "once", None, 0)}
 PLAN = Plan(1000, (0, 1000))
@@ -28,14 +28,14 @@ def machine(monkeypatch):
 
     def pretend(backend="cpu", devices=2, limit=0, seconds=None, bytes_a_trial=1):
         class Program:
-            def __init__(self, task, arm, plan, layout, evaluate, rate):
-                self.layout, self.plan = layout, plan
-                self.bytes_needed = bytes_a_trial * layout.width // layout.devices
+            def __init__(self, task, arm, plan, placement, evaluate, rate):
+                self.placement, self.plan = placement, plan
+                self.bytes_needed = bytes_a_trial * placement.width // placement.devices
 
             def seconds(self, steps):
-                return 0.01 + steps * seconds[self.layout.mode]
+                return 0.01 + steps * seconds[self.placement.mode]
 
-        monkeypatch.setattr(layouts, "program", Program)
+        monkeypatch.setattr(module, "program", Program)
         monkeypatch.setattr(jax, "default_backend", lambda: backend)
         monkeypatch.setattr(jax, "local_devices", lambda: [Device(limit)] * devices)
 
@@ -43,13 +43,13 @@ def machine(monkeypatch):
 
 
 def settle(trials=18, **keywords):
-    return settle_layout(quadratic_task(), ARMS, PLAN, trials=trials, example_rate=0.1, **keywords)
+    return settle_placement(quadratic_task(), ARMS, PLAN, trials=trials, example_rate=0.1, **keywords)
 
 
 def test_cpus_take_the_faster_of_loop_and_calls(machine):
     machine(seconds={"scan": 0.010, "step": 0.002})
-    layout, seconds = settle()
-    assert layout == Layout("step", 2, 2)
+    placement, seconds = settle()
+    assert placement == Placement("step", 2, 2)
     assert seconds == pytest.approx({"scan": 0.010, "step": 0.002})
     machine(seconds={"scan": 0.010, "step": 0.009})  # not by enough
     assert settle()[0].mode == "scan"
@@ -58,29 +58,29 @@ def test_cpus_take_the_faster_of_loop_and_calls(machine):
 def test_a_chunk_takes_about_two_seconds(machine):
     # 1000 steps of 0.5 ms are half a second: four trials a call on each device.
     machine(seconds={"scan": 0.0005, "step": 1.0})
-    assert settle()[0] == Layout("scan", 8, 2)
+    assert settle()[0] == Placement("scan", 8, 2)
     machine(seconds={"scan": 0.1, "step": 1.0})
-    assert settle()[0] == Layout("scan", 2, 2)
+    assert settle()[0] == Placement("scan", 2, 2)
     machine(seconds={"scan": 1e-6, "step": 1.0})  # but no fewer than two chunks
-    assert settle()[0] == Layout("scan", 8, 2)
+    assert settle()[0] == Placement("scan", 8, 2)
 
 
 def test_accelerators_run_side_by_side_what_fits_into_memory(machine):
     machine(backend="gpu", devices=2, limit=1000, bytes_a_trial=10)
-    assert settle(trials=17)[0] == Layout("vmap", 18, 2)
+    assert settle(trials=17)[0] == Placement("vmap", 18, 2)
     machine(backend="gpu", devices=1, limit=1000, bytes_a_trial=10)
-    layout, _ = settle(trials=256)
-    assert layout.mode == "vmap" and 30 <= layout.width <= 67
+    placement, _ = settle(trials=256)
+    assert placement.mode == "vmap" and 30 <= placement.width <= 67
     machine(backend="gpu", devices=1, limit=1000, bytes_a_trial=2000)
-    assert settle(trials=256)[0] == Layout("vmap", 1, 1)
+    assert settle(trials=256)[0] == Placement("vmap", 1, 1)
 
 
 def test_what_is_asked_for_is_taken(machine):
     machine(seconds={"scan": 0.001, "step": 0.001})
-    assert settle(mode="step")[0] == Layout("step", 2, 2)
-    assert settle(mode="vmap", chunk=3)[0] == Layout("vmap", 6, 2)
-    assert settle(mode="scan", chunk=3)[0] == Layout("scan", 6, 2)
-    assert settle(chunk=3)[0] == Layout("scan", 6, 2)
+    assert settle(mode="step")[0] == Placement("step", 2, 2)
+    assert settle(mode="vmap", chunk=3)[0] == Placement("vmap", 6, 2)
+    assert settle(mode="scan", chunk=3)[0] == Placement("scan", 6, 2)
+    assert settle(chunk=3)[0] == Placement("scan", 6, 2)
     assert settle(trials=1)[0].devices == 1
 
 

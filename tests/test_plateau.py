@@ -134,6 +134,64 @@ def test_windows_are_averaged():
     assert scales(metrics, accumulation_size=2, patience=2, factor=0.5) == [1.0] * 5 + [0.5] * 3
 
 
+# --- Once an epoch ------------------------------------------------------------------------------------------
+
+EPOCHS = [3.0, 2.0, 2.0, 2.5, 1.9, 1.9, 1.9, np.nan, 1.0, 1.0, 1.0, 1.0, 1.0]
+PER_EPOCH = [1.0] * 4 + [0.5] * 3 + [0.25] * 4 + [0.125] * 2 + [0.0625]  # as PyTorch gives them
+
+
+def once_an_epoch(steps, way):
+    """The scale at each step of epochs with a metric after each."""
+    tx = ao.reduce_on_plateau(0.5, 1, preset="torch")
+    state, pending, seen = tx.init(jnp.ones(1)), None, []
+    with_none = jax.jit(lambda state: tx.update(jnp.ones(1), state, value=None))
+    step = jax.jit(lambda state, x, is_new: tx.update(jnp.ones(1), state, value=x, is_new=is_new))
+    for metric in [*EPOCHS, None]:
+        for i in range(steps):
+            is_new = pending is not None and i == 0
+            if way == "none" and not is_new:
+                updates, state = with_none(state)
+            else:
+                value = 0.0 if pending is None else pending  # an old one does not count
+                updates, state = step(state, np.float32(value), is_new)
+            seen.append(float(updates[0]))
+        pending = metric
+    assert state.count == len(seen)
+    return seen
+
+
+@pytest.mark.parametrize("way", ["none", "flag"])
+def test_fed_once_an_epoch_it_falls_where_an_epochs_one_falls(way):
+    assert once_an_epoch(3, way) == np.repeat(PER_EPOCH, 3).tolist()
+
+
+def test_fed_once_an_epoch_it_is_pytorchs():
+    torch = pytest.importorskip("torch")
+    parameter = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, factor=0.5, patience=1)
+    rates = []
+    for metric in [*EPOCHS, None]:
+        for _ in range(3):
+            before = parameter.item()
+            parameter.grad = torch.ones(1)
+            optimizer.step()
+            rates.append(before - parameter.item())
+        if metric is not None:
+            scheduler.step(metric)
+    assert rates == once_an_epoch(3, "none")
+
+
+def test_outside_an_accumulation_no_metric_is_lost():
+    plateau = ao.reduce_on_plateau(0.5, 1)
+    tx = optax.chain(ao.accumulate_gradients(ao.sgd(1.0), 2), plateau)
+    state, seen = tx.init(jnp.ones(1)), []
+    for value in (1.0, None, None, 1.0, None, None):
+        updates, state = tx.update(jnp.ones(1), state, value=value)
+        seen.append(float(updates[0]))
+    assert seen == [0, -1, 0, -0.5, 0, -0.5]
+
+
 def test_the_scale_can_be_read_and_set():
     tx = optax.chain(ao.sgd(1.0), ao.reduce_on_plateau(0.5, patience=1))
     state = ao.set_hyperparams(tx.init(jnp.ones(1)), scale=0.25)
@@ -212,8 +270,8 @@ def test_a_metric_that_is_not_finite_spoils_its_window_alone():
     assert ao.get_rejections(state).total == 0
 
 
-def test_nans_can_be_debugged():
-    with jax.debug_nans(True):
+def test_nans_and_infinities_can_be_debugged():
+    with jax.debug_nans(True), jax.debug_infs(True):
         tx = ao.reduce_on_plateau(rtol=0.0, atol=1e-4, preset="keras")
         tx.update(jnp.ones(1), tx.init(jnp.ones(1)), value=1.0)
 
@@ -244,6 +302,9 @@ def test_a_missing_or_wrong_metric_is_refused():
     state = tx.init(jnp.ones(1))
     with pytest.raises(ValueError, match=r"needs the metric: update\(updates, state, params, value=loss\)"):
         tx.update(jnp.ones(1), state)
+    for is_new in (1, None, np.ones(2, bool)):
+        with pytest.raises(ValueError, match="is_new must be True or False, or a traced bool, got"):
+            tx.update(jnp.ones(1), state, value=1.0, is_new=is_new)
     for value in (jnp.ones(2), 1j, "low"):
         with pytest.raises(ValueError, match="value must be a real scalar, got"):
             tx.update(jnp.ones(1), state, value=value)

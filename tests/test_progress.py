@@ -7,8 +7,8 @@ from quadratic import constant, quadratic_task
 from rich.console import Console
 
 from adaptive_optax import study
-from adaptive_optax.study import progress as module
-from adaptive_optax.study.progress import TrialProgress
+from adaptive_optax.study.engine import progress as module
+from adaptive_optax.study.engine.progress import TrialProgress
 
 
 def compare(**keywords):

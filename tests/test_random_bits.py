@@ -14,7 +14,7 @@ import pytest
 import scipy.stats
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from adaptive_optax._rounding import as_uniform, random_bits
+from adaptive_optax._core.random_bits import as_uniform, random_bits
 
 FALSE_ALARM = 1e-6
 SHAPE = (64, 32, 512)

@@ -17,8 +17,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from adaptive_optax._drawing import THEMES
-from adaptive_optax.study import Comparison, figures, findings, pictures, report
+from adaptive_optax._core.drawing import THEMES
+from adaptive_optax.study import Comparison, judged
+from adaptive_optax.study.details import Details
+from adaptive_optax.study.report import advice, figures, findings, pictures
+from adaptive_optax.study.report import page as report
 
 ARMS = {  # best rate, metric there, curvature in log10 rate, rate beyond which it diverges
     "adam:constant": (1e-3, 0.412, 0.06, 0.5),
@@ -41,7 +44,7 @@ def make(arms=ARMS, *, seeds=8, lost=(), shift=0.0, margin=None, spread=0.008, l
     rng = np.random.default_rng(0)
     baseline = next(iter(arms))
     steps, windows = np.linspace(0, 2560, 17).astype(int), np.linspace(64, 2560, 40).astype(int)
-    looks_at = np.linspace(1, 2497, 25).astype(int)
+    measured_at = np.linspace(1, 2497, 25).astype(int)
     rows, training, validation, telemetry = [], [], [], []
     grown = {arm: [] for arm in arms} | ({"adam:one_cycle": [0.1]} if "adam:one_cycle" in arms else {})
     grid = {arm: GRID + grown[arm] for arm in arms}
@@ -63,9 +66,9 @@ def make(arms=ARMS, *, seeds=8, lost=(), shift=0.0, margin=None, spread=0.008, l
         train = 0.8 * final + (2.2 - 0.8 * final) * decay + rng.normal(0, 0.004, 40)
         if diverged:
             curve[5:], train[12:] = np.nan, np.nan
-        scheduled = rate * np.exp(-2 * looks_at / 2560 * ("one_cycle" in arm))
+        scheduled = rate * np.exp(-2 * measured_at / 2560 * ("one_cycle" in arm))
         noise = np.random.default_rng(seed).normal(0, 0.1, 25)
-        own = (1 + 3 * looks_at / 2560) * np.exp(noise)  # it rises by itself
+        own = (1 + 3 * measured_at / 2560) * np.exp(noise)  # it rises by itself
         seen = np.stack([scheduled, 0.4 * scheduled * own, 0.01 * own, np.full(25, np.nan)], axis=1)
         reached = steps[np.argmax(curve <= 0.412)] if not diverged and (curve <= 0.412).any() else np.nan
         rows.append({
@@ -99,9 +102,9 @@ def make(arms=ARMS, *, seeds=8, lost=(), shift=0.0, margin=None, spread=0.008, l
         training_curves=np.array(training),
         validation_steps=steps,
         validation_curves=np.array(validation),
-        telemetry_steps=looks_at,
+        telemetry_steps=measured_at,
         telemetry_curves=np.array(telemetry),
-        info={
+        details=Details.from_json({
             "task": "digits MLP", "baseline": baseline, "arms": list(arms), "steps": 2560, "tuning_seeds": 3,
             "seeds": seeds, "margin": margin, "best_rates": best, "grid": grid, "grown": grown,
             "on_edge": {arm: best[arm] in (min(grid[arm]), max(grid[arm])) for arm in arms},
@@ -109,9 +112,14 @@ def make(arms=ARMS, *, seeds=8, lost=(), shift=0.0, margin=None, spread=0.008, l
             "versions": {"adaptive_optax": "0.2.0", "jax": "0.10.1", "optax": "0.2.8", "numpy": "2.4.6"},
             "command": ["adaptive-optax", "compare", "digits:task", "--arms", ",".join(arms)],
             "seconds": 173.4, "metric_name": "loss", "dataset": {"train": 1437, "validation": 360},
-            "batch_size": 64, "parameters": 26122,
-        } | info,
+            "batch_size": 64, "parameters": 26122, "seconds_a_step": {},
+        } | info),
     )  # fmt: skip
+
+
+def changed(comparison, **details):
+    """The same comparison with other details."""
+    return dataclasses.replace(comparison, details=dataclasses.replace(comparison.details, **details))
 
 
 def pick(*names):
@@ -133,6 +141,7 @@ class Page(html.parser.HTMLParser):
     def __init__(self, text):
         super().__init__()
         self.open, self.events, self.words, self.tables, self.attributes = [], [], [], [], []
+        self.inside = []
         self.feed(text)
         self.close()
         assert not self.open
@@ -160,6 +169,7 @@ class Page(html.parser.HTMLParser):
     def handle_data(self, data):
         if any(tag in ("td", "th") for tag, _ in self.open):
             self.tables[-1][-1][-1] += data
+        self.inside.append((list(self.open), data))
         self.words.append((*(self.open[-1] if self.open else ("", "")), data))
 
     def texts(self, tag, kind=None):
@@ -168,6 +178,10 @@ class Page(html.parser.HTMLParser):
     def table(self, index):
         head, *rows = self.tables[index]
         return {row[0]: dict(zip(head, row, strict=True)) for row in rows}
+
+    def heard(self, tag, kind):
+        """All text inside the first element of this kind."""
+        return "".join(text for where, text in self.inside if (tag, kind) in where)
 
 
 def written_page(comparison, path):
@@ -222,73 +236,90 @@ def test_page_refers_to_nothing_outside(source, page):
 def test_page_opens_with_the_verdict_on_the_arm_that_did_best_in_tuning(full, page):
     kinds = [("p", "verdict"), ("svg", ""), ("table", "")]
     assert [page.events.index(kind) for kind in kinds] == sorted(page.events.index(kind) for kind in kinds)
-    assert page.texts("p", "verdict") == [full.verdict().sentence]
+    assert page.heard("p", "verdict") == f"Yes: {full.verdict().sentence}"
     assert full.verdict().arm == "adamw:one_cycle"
 
 
 def test_page_has_one_line_for_each_other_arm(full, page):
     others = [v for arm, v in full.verdicts.items() if arm != full.verdict().arm]
-    sentences = [text for text in page.texts("span", "") if " seeds" in text]
+    sentences = [text for text in page.texts("span", "") if " seeds" in text and text.endswith(".")]
     assert sentences == [v.sentence for v in others]
     marks = [kind.split()[1] for tag, kind in page.events if tag == "span" and kind.startswith("decision")]
     assert marks == [v.decision for v in others]
 
 
 def test_verdict_table_says_what_was_judged(full, page):
-    table, metrics = page.table(0), findings.final_metrics(full)
+    table, statistics, metrics = page.table(0), page.table(1), findings.final_metrics(full)
     assert list(table) == list(ARMS)
+    assert list(statistics) == list(ARMS)[1:]
     assert table["adam:constant"]["decision"] == "baseline"
     for arm, v in full.verdicts.items():
-        row = table[arm]
+        row = table[arm] | statistics[arm]
         assert row["decision"] == v.decision
         assert close(row["difference"], v.effect)
         assert close(row["in per cent"], 100 * v.relative_effect)
-        assert close(row["best-so-far difference(favours not decaying)"], v.best_effect)
-        named = {"adjusted interval": v.interval, "95 % intervalthis arm alone": v.interval_95}
+        assert close(row["best-so-far differencefavours not decaying"], v.best_effect)
+        named = {"interval": v.interval, "95 % intervalthis arm alone": v.interval_95}
         for heading, ends in (named | {"bootstrap 95 %this arm alone": v.bootstrap}).items():
             assert all(map(close, row[heading].split(" to "), ends))
         mean, error = row["lossmean ± standard error"].split(" ± ")
         assert close(mean, np.nanmean(metrics[arm]))
         assert close(error, np.nanstd(metrics[arm], ddof=1) / math.sqrt(np.isfinite(metrics[arm]).sum()))
         assert row["diverged"] == f"{v.diverged[0]} of {v.seeds}"
-        needed = row["seeds neededfor power 0.8"]
+        needed = row["seeds neededfor a chance of 80 %"]
         assert needed == (str(v.seeds_needed or "too many") if v.decision == "undecided" else "–")
     assert {v.decision for v in full.verdicts.values()} >= {"better", "worse", "undecided"}
     stars = {arm for arm, row in table.items() if row["best peak rate"].endswith("*")}
     assert stars == {arm for arm, on_edge in full.info["on_edge"].items() if on_edge} == {"rmsprop"}
 
 
+def tuning_of(page):
+    """The rates and what is written at them, by arm; and the rates in bold."""
+    arms, bold, item = {}, {}, None
+    for where, text in page.inside:
+        if not any(kind == "tuning" for _, kind in where) or not text.strip():
+            continue
+        if ("h3", "") in where:
+            arm = text
+            arms[arm], bold[arm] = {}, None
+        elif where[-1][0] == "span":
+            item = number(text)
+            if ("li", "strong") in where:
+                bold[arm] = item
+        else:
+            arms[arm][item] = text.strip()
+    return arms, bold
+
+
 def test_tuning_table_has_every_rate_that_was_tried(full, page):
-    table, info = page.table(1), full.info
+    (table, bold), info = tuning_of(page), full.info
     tuning = full.table[full.table["phase"] == "tuning"]
     for arm in ARMS:
-        cells = {number(rate): text for rate, text in table[arm].items() if rate != "arm" and text}
-        assert list(cells) == info["grid"][arm]
-        for rate, text in cells.items():
+        assert list(table[arm]) == info["grid"][arm]
+        for rate, text in table[arm].items():
             trials = tuning[(tuning["arm"] == arm) & (tuning["learning_rate"] == rate)]
             if lost := trials["diverged"].sum():
-                assert text == f"{lost} of 3 diverged"
+                assert text.rstrip("⁺") == f"{lost} of 3 diverged"
             else:
                 assert close(text, trials["final_metric"].mean())
             assert ("⁺" in text) == (rate in info["grown"][arm])
             assert text.endswith("*") == (arm == "rmsprop" and rate == info["best_rates"][arm])
     assert "3 of 3 diverged" in table["rmsprop"].values()
-    strong = [text for text in page.texts("td", "strong") if number(text)]
-    assert [number(text) for text in strong] == [
-        number(next(t for r, t in table[arm].items() if r != "arm" and number(r) == info["best_rates"][arm]))
-        for arm in ARMS
-    ]
+    assert bold == info["best_rates"]
 
 
 def test_page_says_what_the_interval_covers_and_how_it_was_run(full, page):
     text = " ".join(" ".join(page.texts(tag)) for tag in ("p", "dd", "code", "li", "summary"))
+    text += page.heard("p", "chosen")
     text = re.sub(r"\s+", " ", text)
     for phrase in (
-        "Seeds:", "these tuned rates", "this split of the data",
-        "tuning and verdict share the validation set", "allow for 6 comparisons (Holm)", "jax 0.10.1",
-        "1 × TFRT_CPU_0", "mode scan", "chunks of 18", "2,560 steps", "12 fresh", "batches of 64",
-        "1,437 training and 360 validation", "26,122", "2 min 53 s", "adaptive-optax compare digits:task",
-        "once per rate: adamw:one_cycle", f"All {len(full.table)} runs",
+        "Variation between seeds:", "these tuned rates", "this split of the data",
+        "tuning and verdict share the validation set", "allow for 6 simultaneous comparisons", "jax 0.10.1",
+        "1 × TFRT_CPU_0", "a whole trial in one compiled loop", "18 trials at a time", "2,560 steps",
+        "12 fresh", "batches of 64", "1,437 training and 360 validation", "26,122", "2 min 53 s",
+        "adaptive-optax compare digits:task", "once per rate: adamw:one_cycle",
+        f"All {len(full.table)} trials", "An arm is one way to train",
+        "Of the 6 arms besides adam:constant, adamw:one_cycle did best in tuning.",
     ):  # fmt: skip
         assert phrase in text, phrase
     assert len(page.tables[-1]) == 1 + len(full.table)
@@ -296,7 +327,7 @@ def test_page_says_what_the_interval_covers_and_how_it_was_run(full, page):
 
 def test_looks_are_listed_with_what_they_cost(tmp_path):
     page = Page(written_page(make(TWO, looks=[5, 8]), tmp_path / "r.html"))
-    assert page.tables[2][1:] == [["1", "5", "α / 2"], ["2", "8", "α / 4"]]
+    assert page.tables[2][1:] == [["1", "5", "2.5 %"], ["2", "8", "1.25 %"]]
 
 
 def test_every_picture_is_there_in_both_themes(source, page):
@@ -362,8 +393,9 @@ def test_an_arm_that_always_diverges(tmp_path):
     comparison = make(THREE, lost=["rmsprop"])
     page, (rates, differences, curves, _), text = check_everything(comparison, tmp_path)
     row = page.table(0)["rmsprop"]
+    assert row["difference"] == row["interval"] == "–"
     assert (row["diverged"], row["lossmean ± standard error"], row["decision"]) == ("8 of 8", "–", "worse")
-    assert "rmsprop: 8 of 8 runs diverged" in " ".join(text.split())
+    assert "rmsprop: 8 of 8 trials diverged" in " ".join(text.split())
     crosses = line(rates, "diverged-0").get_xdata()
     assert crosses.tolist() == comparison.info["grid"]["rmsprop"]
     assert np.ptp(differences.get_xlim()) < 0.2  # not the range of the arm that is off the scale
@@ -372,7 +404,10 @@ def test_an_arm_that_always_diverges(tmp_path):
 
 
 def test_nothing_but_divergence(tmp_path):
-    page, *_ = check_everything(make(TWO, lost=list(TWO)), tmp_path)
+    page, _, text = check_everything(make(TWO, lost=list(TWO)), tmp_path)
+    assert "nothing was measured" in page.heard("p", "verdict")
+    assert page.texts("code")[0].endswith(" --rates 1e-06,3.3e-06,1e-05,3.3e-05")
+    assert "Not decided: " in text and "Next: compare at lower learning rates" in text
     assert {row["diverged"] for row in page.table(0).values()} == {"8 of 8"}
 
 
@@ -390,10 +425,13 @@ def test_what_cannot_be_judged_is_reported_with_the_reason(tmp_path):
     with pytest.raises(ValueError, match="margin must be given") as error:
         _ = comparison.verdicts
     page, axes, text = check_everything(comparison, tmp_path)
-    assert page.texts("p", "verdict") == [f"Not judged: {error.value}"]
+    assert page.heard("p", "verdict") == f"Not judged: {error.value}"
+    assert page.texts("code")[0].endswith(" --margin MARGIN")
+    python = changed(comparison, command=["train.py"])
+    assert asked(python).code == ["comparison.with_margin(...).verdict()"]
     assert " ".join(text.split()).startswith(f"Not judged: {' '.join(str(error.value).split())}")
     assert {row["decision"] for row in page.table(0).values()} == {"baseline", "not judged"}
-    assert "adjusted interval" not in page.table(0)["rmsprop"]
+    assert "interval" not in page.table(0)["rmsprop"]
     assert not [artist for artist in axes[1].lines if str(artist.get_gid()).startswith("interval")]
     assert line(axes[1], "seeds-0").get_xdata().size == 8
 
@@ -401,12 +439,12 @@ def test_what_cannot_be_judged_is_reported_with_the_reason(tmp_path):
 def test_a_comparison_that_was_stopped_early(tmp_path):
     whole = make(TWO)
     rows = np.flatnonzero(whole.table["phase"] == "tuning")[:20]
-    info = whole.info | {"best_rates": {}, "on_edge": {}}
     curves = {
         f"{name}_curves": getattr(whole, f"{name}_curves")[rows]
         for name in ("training", "validation", "telemetry")
     }
-    comparison = dataclasses.replace(whole, table=whole.table.iloc[rows], info=info, **curves)
+    comparison = dataclasses.replace(whole, table=whole.table.iloc[rows], **curves)
+    comparison = changed(comparison, best_rates={}, on_edge={})
     page, _, text = check_everything(comparison, tmp_path)
     assert page.table(0)["adam:one_cycle"]["best peak rate"] == "–"
     assert "not judged" in text
@@ -530,7 +568,7 @@ def test_effective_rates_are_means_at_the_best_rates(full):
             artist.get_linestyle() == ":" and artist.get_ydata()[0] == pytest.approx(rate, rel=1e-2)
             for artist in axes.lines
         )
-    # 1 + 3 t from the first to the last quarter: means 1.36 and 3.56 for looks at 0 .. 5 and 19 .. 24 of 25.
+    # 1 + 3 t from the first to the last quarter: means 1.36 and 3.56 for measurements 0 .. 5 and 19 .. 24.
     assert findings.own_change(full, "adam:constant") == pytest.approx(3.46 / 1.3, rel=0.1)
     assert findings.own_change(full, "adam:one_cycle") == pytest.approx(3.46 / 1.3, rel=0.1)
 
@@ -563,8 +601,8 @@ def test_twelve_arms_are_told_apart(theme):
     styles = pictures.arm_styles(comparison, theme)
     assert len(styles) == 12
     assert len({style["marker"] for style in styles.values()}) == 12
-    looks = {(style["color"], style["linestyle"]) for style in styles.values()}
-    assert len(looks) == 12
+    seen = {(style["color"], style["linestyle"]) for style in styles.values()}
+    assert len(seen) == 12
     assert styles["adam:constant"]["color"] == THEMES[theme].ink
     for draw in (pictures.plot_rates, pictures.plot_curves, pictures.plot_effective_rates):
         lines = {a.get_label(): a for a in drawn(draw, comparison, theme=theme).lines}
@@ -630,12 +668,318 @@ def test_summary_fits_in_80_columns_and_says_all(arms):
     console = rich.console.Console(width=80, record=True, file=io.StringIO())
     report.print_summary(comparison, console)
     text = console.export_text()
-    assert max(map(len, text.splitlines())) <= 80
+    assert max(map(len, text.partition("    tx = ")[0].splitlines())) <= 80
     words = " ".join(text.split())
-    assert words.startswith(" ".join(comparison.verdict().sentence.split()))
+    answer = {"better": "Yes", "undecided": "Not decided"}[comparison.verdict().decision]
+    assert words.startswith(" ".join(f"{answer}: {comparison.verdict().sentence}".split()))
     for arm, verdict in comparison.verdicts.items():
         assert " ".join(verdict.sentence.split()) in words
         low, high = verdict.interval
         assert any(
             arm.startswith(row.split()[0]) for row in text.splitlines() if f"{low:+.4f} to {high:+.4f}" in row
         )
+
+
+def shown_at(width, comparison):
+    console = rich.console.Console(width=width, record=True, file=io.StringIO())
+    report.print_summary(comparison, console)
+    return console.export_text().partition("    tx = ")[0].partition("    study.")[0]
+
+
+@pytest.mark.parametrize("width", [30, 40, 60, 72])
+def test_a_narrow_summary_keeps_arm_and_verdict(width):
+    text = shown_at(width, make(TWO))
+    assert max(map(len, text.splitlines())) <= width
+    head = next(row for row in text.splitlines() if row.split()[:1] == ["arm"])
+    assert head.split()[-1] == "verdict"
+    table = "".join(text.split("verdict", 1)[1].split())
+    for word in ("adam:", "baseline", "better"):
+        assert word in table
+
+
+def test_a_summary_shows_no_control_characters():
+    hostile = "\x1b[2J\x07\r\ud800\u202e"
+    names = {hostile: ARMS["adam:constant"], hostile + "b": ARMS["adam:step"]}
+    text = shown_at(80, make(names, lost=[hostile], metric_name=hostile))
+    text.encode()
+    assert not set(text) & set(hostile.replace("[2J", ""))
+    assert "\\x1b[2J" in text
+
+
+# ---- The answer and what to do next ----
+
+
+def asked(comparison):
+    return advice.answer(comparison)
+
+
+def test_the_answer_ends_in_what_to_do():
+    won = make(TWO)
+    assert asked(won).question == "does adam:one_cycle beat adam:constant?"
+    assert (asked(won).answer, asked(won).sentence) == ("Yes", won.verdict().sentence)
+    assert asked(won).code == ['tx = arms["adam:one_cycle"](0.01, 2560)']
+    named = changed(won, usual_arms={"adam:one_cycle": "adam:cosine"})
+    assert asked(named).code == [
+        "from adaptive_optax import study", 'tx = study.arm("adam:cosine")(0.01, 2560)',
+    ]  # fmt: skip
+    own = changed(won, own_arms={"adam:one_cycle": "one_cycle"})
+    assert asked(own).code == ["tx = one_cycle(0.01, 2560)"]
+    equal = make(TWO, margin=9.0)
+    assert asked(equal).answer == "No" and "since a change gains nothing" in asked(equal).next_step
+    lost = make({"adam:constant": ARMS["adam:constant"], "rmsprop": ARMS["rmsprop"]})
+    assert asked(lost).answer == "No"
+    assert asked(lost).code == ['tx = arms["adam:constant"](0.001, 2560)']
+    assert asked(lost).next_step.startswith("keep adam:constant,")
+
+
+def test_an_undecided_answer_names_the_call_that_adds_seeds():
+    open_ended = make(pick("adam:constant", "adam:step"), seeds=5)
+    needed = open_ended.verdict().seeds_needed
+    assert needed > 5
+    assert asked(open_ended).answer == "Not decided"
+    own = changed(open_ended, command=["train.py"])
+    assert asked(own).code == [f"study.compare(..., seeds={needed}, out=...)"]
+    assert "out=, later calls train only new trials" in asked(own).next_step
+    own = changed(own, out="runs/one")
+    assert asked(own).code == [f'study.compare(..., seeds={needed}, out="runs/one")']
+    command = ["bin/adaptive-optax", "compare", "m:t", "--seeds", "5", "--out", "o"]
+    kept = changed(open_ended, command=command, out="o")
+    assert asked(kept).code == [f"bin/adaptive-optax compare m:t --out o --seeds {needed}"]
+    assert "only new trials are trained" in asked(kept).next_step
+
+
+COMMAND = ["bin/adaptive-optax", "compare", "m:t", "--learning-rates", "0.1,1", "--maximize"]
+
+
+def in_vain():
+    comparison = make(pick("adam:constant", "rmsprop"), maximize=True)
+    return changed(comparison, on_edge={"rmsprop": True})
+
+
+@pytest.mark.parametrize(
+    ("made", "options"),
+    [
+        (lambda: make(THREE, shift=-3.0), "--learning-rates 0.1,1 --maximize --margin MARGIN"),
+        (lambda: make(TWO, lost=list(TWO)), "--maximize --rates 1e-06,3.3e-06,1e-05,3.3e-05"),
+        (in_vain, "--learning-rates 0.1,1 --minimize"),
+    ],
+)
+def test_a_command_is_told_a_command(made, options):
+    comparison = made()
+    comparison = changed(comparison, command=COMMAND)
+    assert asked(comparison).code == [f"bin/adaptive-optax compare m:t {options}"]
+
+
+@pytest.mark.parametrize("command", [["train.py"], COMMAND])
+def test_what_cannot_be_judged_shows_the_differences(command):
+    comparison = make(TWO, shift=-3.0, command=command)
+    text = shown_at(80, comparison)
+    difference = findings.paired_differences(comparison, "adam:one_cycle").mean()
+    row = next(row for row in text.splitlines() if row.startswith(" adam:one_cycle"))
+    assert row.endswith("not judged ") and f" {difference:+.4f} " in row
+
+
+def test_what_was_judged_is_said_and_how_to_take_it(tmp_path):
+    average = judged.Judged("the average of its parameters", "take the average", "x = ao.swap_averaged()")
+    comparison = make(TWO, judged={"adam:one_cycle": list(average)})
+    found = asked(comparison)
+    assert found.next_step.endswith("found in tuning. After training, take the average.")
+    assert found.code[0] == "import adaptive_optax as ao" and found.code[-1] == average.code
+    page, _, text = check_everything(comparison, tmp_path)
+    said = (
+        "adam:one_cycle was judged by the average of its parameters; adam:constant by its trained parameters."
+    )
+    assert page.heard("p", "chosen").endswith(said)
+    row = "adam:constant by its trained parameters; adam:one_cycle by the average of its parameters"
+    assert row in page.texts("dd")
+    assert "adam:one_cycle: judged by the average of its parameters" in " ".join(text.split())
+    assert page.texts("code")[: len(found.code)] == found.code
+    usual = Page(written_page(make(TWO), tmp_path / "u.html"))
+    assert "was judged by" not in usual.heard("p", "chosen")
+    assert "every arm by its trained parameters" in usual.texts("dd")
+
+
+def test_a_comparison_is_shown_by_its_sentences():
+    comparison = make(THREE)
+    shown = repr(comparison)
+    assert len(shown.splitlines()) == 4 and "array" not in shown
+    for verdict in comparison.verdicts.values():
+        assert verdict.sentence in shown
+    assert shown.endswith("Best peak rates: adam:constant 0.001, adam:step 0.001, rmsprop 3e-06.")
+    assert "margin must be given" in repr(make(THREE, shift=-3.0))
+    stopped = repr(changed(comparison, looks=[], best_rates={}))
+    assert stopped.startswith(f"Comparison of 3 arms, {len(comparison.table)} trials\n")
+    assert "stopped before its verdict" in stopped and len(stopped.splitlines()) == 2
+
+
+def counted(samples, whole=1.0, **keywords):
+    """A comparison by the share of samples that are right."""
+    comparison = make(TWO, maximize=True, dataset={"train": 100, "validation": samples}, **keywords)
+    table = comparison.table
+    for name in ("final_metric", "best_metric", "initial_metric"):
+        right = np.clip(1 - table[name] / 3, 0, 1)
+        table[name] = np.float32(whole) * np.round(right * samples).astype(np.float32) / np.float32(samples)
+    return comparison
+
+
+@pytest.mark.parametrize("whole", [1.0, 100.0])
+def test_a_sample_that_weighs_as_much_as_the_difference_is_named(whole):
+    few, many = counted(40, whole), counted(20_000, whole)
+    assert advice.metric_step(few) == pytest.approx(whole / 40)
+    assert advice.metric_step(many) == pytest.approx(whole / 20_000)
+    (warning,) = asked(few).warnings
+    assert f"One of the 40 validation samples changes the metric by {whole / 40:.3g}" in warning
+    assert "margin of equivalence" in warning and "difference found" in warning
+    assert asked(many).warnings == []
+    assert math.isnan(advice.metric_step(make(TWO, dataset={"train": 100, "validation": 40})))
+
+
+# ---- Metrics of which more is better ----
+
+
+def mirrored(comparison):
+    """The same comparison by a metric of the opposite sign, of which more is better."""
+    table = comparison.table.copy()
+    for name in ("final_metric", "best_metric", "initial_metric"):
+        table[name] *= -1
+    curves = -comparison.validation_curves
+    return changed(dataclasses.replace(comparison, table=table, validation_curves=curves), maximize=True)
+
+
+def test_more_is_better_everywhere(tmp_path):
+    lower, higher = make(seeds=8, margin=0.004), mirrored(make(seeds=8, margin=0.004))
+    assert higher.verdict().arm == lower.verdict().arm
+    assert {a: v.decision for a, v in higher.verdicts.items()} == {
+        a: v.decision for a, v in lower.verdicts.items()
+    }
+    page, (rates, differences, *_), text = check_everything(higher, tmp_path)
+    whole = " ".join(text for _, text in page.inside)
+    assert "Higher is better" in whole and "ower is better" not in whole
+    assert "higher is better" in text
+    label = differences.get_xlabel()
+    assert label.index("worse") < label.index("better")
+    low, high = rates.get_ylim()
+    for arm, style in pictures.arm_styles(higher, "light").items():
+        best = findings.tuned_rates(higher, arm).mean[findings.tuned_rates(higher, arm).best]
+        assert low < best < high, style
+    cross = make(TWO, lost=["adam:one_cycle"], maximize=True)
+    axes = drawn(pictures.plot_differences, cross)
+    assert line(axes, "diverged-0").get_xdata()[0] < 0
+
+
+def test_where_training_was_in_vain_there_is_no_verdict(tmp_path):
+    comparison = make(pick("adam:constant", "rmsprop"))
+    rows = comparison.table["arm"] == "rmsprop"
+    vain = comparison.table.assign(initial_metric=comparison.table["final_metric"].where(rows, 2.3))
+    at_edge = dataclasses.replace(comparison, table=vain)
+    verdict = at_edge.verdict()
+    assert (verdict.decision, verdict.reason) == ("undecided", "untrained")
+    assert "is no better after training" in verdict.sentence and "maximize=True" in verdict.sentence
+    assert asked(at_edge).code[0].endswith(" --maximize")
+    python = changed(at_edge, command=[])
+    assert asked(python).code == ["study.Task(..., maximize=True)"]
+    check_everything(at_edge, tmp_path)
+    within = changed(at_edge, on_edge={})
+    assert within.verdict().decision == "worse"
+    base = {"rmsprop": ARMS["rmsprop"], "adam:constant": ARMS["adam:constant"]}
+    rows = (comparison := make(base)).table["arm"] == "rmsprop"
+    vain = comparison.table.assign(initial_metric=comparison.table["final_metric"].where(rows, 2.3))
+    assert dataclasses.replace(comparison, table=vain).verdict().reason == "untrained"
+
+
+def test_a_metric_that_is_not_finite_before_training_is_no_matter_of_rates(tmp_path):
+    comparison = make(TWO, lost=list(TWO))
+    assert "try lower learning rates" in comparison.verdict().sentence
+    undefined = dataclasses.replace(comparison, table=comparison.table.assign(initial_metric=np.nan))
+    verdict, found = undefined.verdict(), asked(undefined)
+    assert (verdict.decision, verdict.reason) == ("undecided", "undefined metric")
+    assert "even before training" in verdict.sentence and "diverged" not in verdict.sentence
+    assert "evaluate the metric on the initial parameters" in found.next_step and not found.code
+    check_everything(undefined, tmp_path)
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+def test_a_heavy_tail_before_training_does_not_hide_that_every_seed_improved(maximize):
+    comparison = mirrored(make(TWO, margin=0.01)) if maximize else make(TWO)
+    comparison = changed(comparison, on_edge=dict.fromkeys(TWO, True))
+    table, seeds = comparison.table, comparison.table["seed"].to_numpy() % 8
+    final, sign = table["final_metric"].to_numpy(), -1 if maximize else 1
+
+    def decided(change):
+        before = table.assign(initial_metric=final + sign * change)
+        return dataclasses.replace(comparison, table=before).verdict()
+
+    assert decided(np.where(seeds, 1.0, 1e4)).reason == ""
+    assert decided(np.where(seeds, 1.0, 1.01)).reason == ""
+    # A mean that is better and seeds that are not: said as it is.
+    mixed = decided(np.where(seeds, -0.01, 1e4))
+    assert mixed.reason == "untrained" and "no better" not in mixed.sentence
+    assert "is better after training" in mixed.sentence and "at only 1 of 8 seeds" in mixed.sentence
+    assert f"maximize={not maximize}" in mixed.sentence
+    assert "no better" in decided(-seeds % 3 - 3.0).sentence
+
+
+# ---- Rates below zero ----
+
+
+def with_rates(comparison, change):
+    curves = comparison.telemetry_curves.copy()
+    curves[..., 1] = change(curves[..., 1])
+    return dataclasses.replace(comparison, telemetry_curves=curves)
+
+
+@pytest.mark.parametrize("mean", [-1e-3, 0.0])
+def test_rates_below_zero_are_not_drawn_as_a_fall_to_nothing(mean):
+    def noisy(rates):
+        return np.where(np.arange(25) % 3 == 0, mean + 0 * rates, rates)
+
+    comparison = with_rates(make(TWO), noisy)
+    axes = drawn(pictures.plot_effective_rates, comparison)
+    low, _ = axes.get_ylim()
+    assert axes.get_yscale() == "linear" and low < mean
+    assert line(axes, "zero").get_ydata()[0] == 0
+    # A band that reaches below 0 is none of a fall either.
+    wide = with_rates(
+        make(TWO), lambda rates: rates * np.where(np.arange(len(rates)) % 8, 1e-3, 9.0)[:, None]
+    )
+    found = findings.effective_rates(wide, "adam:constant")
+    axes = drawn(pictures.plot_effective_rates, wide)
+    reaches_below = bool((found.mean - found.error <= 0).any())
+    assert axes.get_yscale() == ("linear" if reaches_below else "log")
+    assert drawn(pictures.plot_effective_rates, make(TWO)).get_yscale() == "log"
+
+
+@pytest.mark.parametrize(
+    ("factor", "said"),
+    [(1.0, "did not change"), (1.04, "did not change"), (0.97, "did not change"),
+     (1.06, "rose by a factor of 1.1"), (0.5, "fell by a factor of 2")],
+)  # fmt: skip
+def test_a_rate_that_stays_as_it_is_is_said_to(factor, said, tmp_path):
+    comparison = make(TWO)
+    curves = comparison.telemetry_curves.copy()
+    curves[..., 1] = curves[..., 0] * np.where(np.arange(25) < 12, 1.0, factor)
+    text = written_page(dataclasses.replace(comparison, telemetry_curves=curves), tmp_path / "r.html")
+    assert f"the rate of adam:constant {said} from the first to the last quarter of the steps." in text
+
+
+# ---- Files ----
+
+
+def test_a_spreadsheet_finds_no_formula(tmp_path):
+    names = ["=cmd|' /C calc'!A0", "+1", "-1", "@x", "\t=1", "plain", 'a\x1b[0m\ud800,"b"\n']
+    comparison = make(dict(zip(names, ARMS.values(), strict=True)))
+    comparison.to_csv(tmp_path / "trials.csv")
+    table = pd.read_csv(tmp_path / "trials.csv")
+    assert [*dict.fromkeys(table["arm"])] == [
+        "'=cmd|' /C calc'!A0", "'+1", "'-1", "'@x", "'\\t=1", "plain", 'a\\x1b[0m\\ud800,"b"\\n',
+    ]  # fmt: skip
+    for name in ("final_metric", "learning_rate", "seed"):
+        np.testing.assert_allclose(table[name], comparison.table[name])
+
+
+def test_names_that_cannot_be_encoded_are_reported(tmp_path):
+    names = dict(zip(["\ud800", "\u200b", "\u202eabc", "a\x00b\x1b"], ARMS.values(), strict=False))
+    comparison = make(names, task="\udfff", command=["\udc80"], metric_name="\x1b")
+    page, _, text = check_everything(comparison, tmp_path)
+    assert list(page.table(0)) == ["\\ud800", "\\u200b", "\\u202eabc", "a\\x00b\\x1b"]
+    text.encode()

@@ -15,6 +15,7 @@ from reference import schedules as reference
 
 from adaptive_optax.schedules import (
     OneCycle,
+    cosine_restarts,
     cyclical,
     exponential_decay,
     inverse_sqrt,
@@ -95,6 +96,20 @@ CASES = {
         lambda value: warmup_cosine(value, 110, warmup_steps=110),
         lambda t, value: reference.warmup_cosine(t, value, 110, 110),
     ),
+    "restarts": (
+        lambda value: cosine_restarts(value, 20, end_value=0.01),
+        lambda t, value: reference.cosine_restarts(t, value, 20, end_value=0.01),
+    ),
+    "restarts, warm-up": (
+        lambda value: cosine_restarts(
+            value, 10, period_factor=1.5, warmup_steps=7, init_value=0.02, peak_factor=0.5
+        ),
+        lambda t, value: reference.cosine_restarts(t, value, 10, 1.5, 7, 0.02, peak_factor=0.5),
+    ),
+    "restarts, peaks down to the end value": (
+        lambda value: cosine_restarts(value, 10, peak_factor=0.5, end_value=0.02),
+        lambda t, value: reference.cosine_restarts(t, value, 10, peak_factor=0.5, end_value=0.02),
+    ),
     "inverse square root": (
         lambda value: inverse_sqrt(value, 23),
         lambda t, value: reference.inverse_sqrt(t, value, 23),
@@ -148,6 +163,8 @@ each_factory = pytest.mark.parametrize(
         "cyclical exp_range",
         "wsd 1-sqrt",
         "warm-up and cosine",
+        "restarts",
+        "restarts, warm-up",
         "inverse square root",
         "per epoch",
         "per fractional epoch",
@@ -408,6 +425,45 @@ def test_phases_begin_and_end_on_their_step():
     close(at(cosine, counts), (np.pi / 2 * (2**26 - counts) / 2**26) ** 2, 2e-6)  # sin(x)^2 = x^2 + O(x^4)
 
 
+@pytest.mark.parametrize(("factor", "near"), [(1, 2**24), (1, LAST - 20), (2, 2**25), (1.5, 2**30)])
+def test_restarts_are_on_their_step(factor, near):
+    # Counted in integers: the periods that begin near a count beyond float32's integers.
+    first, warmup = 11, 3
+    begins, period = warmup, 0
+    if factor == 1:
+        begins += -(-(near - warmup) // first) * first
+    while begins < near:
+        begins, period = begins + round(first * factor**period), period + 1
+    schedule = cosine_restarts(1.0, first, period_factor=factor, warmup_steps=warmup)
+    before, at_start = at(schedule, np.array([begins - 1, begins], np.int32))
+    assert at_start == 1.0 and before < 0.1
+
+
+@pytest.mark.parametrize("factor", [1, 2, 3])
+def test_restarts_are_pytorchs(factor, x64):
+    torch = pytest.importorskip("torch")
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.3)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 7, factor, eta_min=0.01)
+    values = []
+    for _ in range(100):
+        values.append(theirs.get_last_lr()[0])
+        optimizer.step()
+        theirs.step()
+    close(at(cosine_restarts(0.3, 7, period_factor=factor, end_value=0.01), np.arange(100)), values, 1e-12)
+
+
+def test_restarts_are_optaxs_sgdr(x64):
+    # A warm-up in the first period only; optax counts it as a part of that.
+    cycles = [
+        {"init_value": 0.05, "peak_value": 0.3, "warmup_steps": 4, "decay_steps": 14, "end_value": 0.02},
+        {"init_value": 0.3, "peak_value": 0.3, "warmup_steps": 0, "decay_steps": 20, "end_value": 0.02},
+        {"init_value": 0.3, "peak_value": 0.3, "warmup_steps": 0, "decay_steps": 40, "end_value": 0.02},
+    ]
+    ours = cosine_restarts(0.3, 10, period_factor=2, warmup_steps=4, init_value=0.05, end_value=0.02)
+    close(at(ours, np.arange(74)), at(optax.sgdr_schedule(cycles), np.arange(74)), 1e-9)
+
+
 def test_one_cycle_peaks_on_its_step():
     total = 2**25
     top = total - 3  # odd, so float32 has neither it nor its neighbours; and then down in three steps
@@ -518,6 +574,16 @@ WRONG = [
     (warmup_cosine, {"warmup_steps": 101}),
     (warmup_cosine, {"init_value": -0.1}),
     (warmup_cosine, {"end_value": -0.1}),
+    (cosine_restarts, {"peak_value": -0.1}),
+    (cosine_restarts, {"first_period": 0}),
+    (cosine_restarts, {"first_period": 2.5}),
+    (cosine_restarts, {"period_factor": 0.5}),
+    (cosine_restarts, {"period_factor": 1.0001}),
+    (cosine_restarts, {"period_factor": math.inf}),
+    (cosine_restarts, {"warmup_steps": -1}),
+    (cosine_restarts, {"init_value": -0.1}),
+    (cosine_restarts, {"end_value": -0.1}),
+    (cosine_restarts, {"peak_factor": 0.0}),
     (inverse_sqrt, {"peak_value": -0.1}),
     (inverse_sqrt, {"warmup_steps": 0}),
     (per_epoch, {"schedule": 0.1}),
@@ -544,6 +610,7 @@ VALID = {
     cyclical: {"base_value": 0.1, "peak_value": 0.2, "half_cycle": 10},
     warmup_stable_decay: {"peak_value": 0.1, "total_steps": 100, "warmup_steps": 10, "decay_steps": 10},
     warmup_cosine: {"peak_value": 0.1, "total_steps": 100},
+    cosine_restarts: {"peak_value": 0.1, "first_period": 10},
     inverse_sqrt: {"peak_value": 0.1, "warmup_steps": 10},
     per_epoch: {"schedule": step_decay(0.1, 0.5, 1), "steps_per_epoch": 10},
     one_cycle: {"peak_value": 0.1, "total_steps": 100},
@@ -563,6 +630,12 @@ def test_impossible_arguments_are_named(factory, wrong):
         factory(**(VALID[factory] | wrong))
     assert str(error.value).startswith(f"{name} must be ")
     assert str(value) in str(error.value)
+
+
+def test_the_longest_cycle_that_a_step_count_can_hold():
+    half = LAST // 2
+    values = at(cyclical(0.0, 1.0, half), np.array([0, half, 2 * half], np.int32))
+    np.testing.assert_array_equal(values, [0.0, 1.0, 0.0])
 
 
 def test_traced_step_counts_are_refused():

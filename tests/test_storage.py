@@ -1,12 +1,15 @@
 """The formats of moments: what rounding does to a value, to an average, to Adam's bound, and to a state."""
 
 import functools
+import math
 import re
 
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 from reference.quantisation import (
     bfloat16_neighbours,
@@ -19,6 +22,7 @@ from reference.quantisation import (
 
 import adaptive_optax as ao
 from adaptive_optax.moments import int8
+from adaptive_optax.moments.blocks import block_extents, extents_of, grid, split_into_blocks, spread_blocks
 from adaptive_optax.transforms.direction import bound_of
 
 NEAREST = ao.BFloat16("nearest")
@@ -94,7 +98,7 @@ def test_a_decay_at_which_nearest_rounding_stands_still_is_refused(name):
     factory, decay, storage = STANDS_STILL[name]
     argument = next(iter(storage))
     for value in (0.999, np.float32(0.999), jnp.float32(0.999), 0.9961):
-        reason = "rounds back to that value, so the moment never decays"
+        reason = "rounds back to the same value, so the moment never decays"
         with pytest.raises(
             ValueError, match=f"{decay} must be at most 0.99609375.*{argument}=.*{reason}"
         ) as e:
@@ -227,7 +231,7 @@ def test_a_value_becomes_a_neighbour_on_the_map_of_its_block(role, shape, size):
 def test_the_mean_over_all_random_bits_is_the_value_in_8_bits(role, monkeypatch):
     # As for 16 bits, every draw once: the count stands in for the bits.
     monkeypatch.setattr(
-        int8, "random_bits", lambda shape, count, *_: jnp.full(shape, count.astype(jnp.uint32))
+        int8, "random_bits", lambda shape, count, *_, **__: jnp.full(shape, count.astype(jnp.uint32))
     )
     x, storage = wide_values(role, (2, 128)), ao.Int8(block_size=128, min_size=1)
 
@@ -318,7 +322,7 @@ def test_float64_moments_have_float64_scales(role, x64):
 MIXED = {
     "complex": jnp.ones((64, 64), jnp.complex64),
     "long": jnp.ones(4096),
-    "narrow": jnp.ones((4096, 63)),
+    "heads": jnp.ones((16, 8, 32)),
     "scalar": jnp.ones(()),
     "short": jnp.ones(4095),
     "square": jnp.ones((64, 64), jnp.bfloat16),
@@ -331,7 +335,8 @@ def test_leaves_that_are_not_compressed_stay_float32_and_say_so():
         code = jnp.int8 if role == "mu" else jnp.uint8
         cplx = jnp.complex64 if role == "mu" else jnp.float32
         expected = {name: jnp.dtype(jnp.float32) for name in MIXED}
-        expected |= {"long": jnp.dtype(code), "square": jnp.dtype(code), "complex": jnp.dtype(cplx)}
+        expected |= {name: jnp.dtype(code) for name in ("heads", "long", "square")}
+        expected["complex"] = jnp.dtype(cplx)
         if role == "nu":  # of a complex leaf it is real, and compressed
             expected["complex"] = jnp.dtype(code)
         assert {name: x.dtype for name, x in moment.codes.items()} == expected
@@ -343,14 +348,14 @@ def test_leaves_that_are_not_compressed_stay_float32_and_say_so():
         )
         as_is = sum(x.nbytes for x in moment.codes.values() if x.dtype.itemsize > 1)
         # A code a value, a scale a block, a scalar scale for each of the others, the format and the size.
-        rows = {"complex": 64, "long": 16, "square": 64}
+        rows = {"complex": 64, "heads": 4 * 8, "long": 16, "square": 64}
         blocks = sum(rows[n] for n, x in moment.codes.items() if x.dtype.itemsize == 1)
         assert ao.state_bytes(moment) == as_is + 4096 * compressed + 4 * (blocks + len(kept) + 2)
     assert "no leaf compressed" in repr(ao.Int8().init(jnp.ones(3), "nu"))
     # They are kept bit for bit, beside leaves that are not.
     values = jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)) / 3, MIXED)
     back = ao.dense(encoded_tree(ao.Int8(), values, "mu"))
-    for name in ("complex", "narrow", "scalar", "short"):
+    for name in ("complex", "scalar", "short"):
         np.testing.assert_array_equal(back[name], values[name])
 
 
@@ -578,10 +583,10 @@ COLLECTIVE = re.compile(r"\b(all-gather|all-reduce|all-to-all|collective-permute
 BLOCK = 64
 
 
-def trained(shape, mesh_shape, spec, steps=3):
+def trained(shape, mesh_shape, spec, kind=jax.sharding.AxisType.Auto, steps=3):
     """The HLO of a step of Adam in 8 bits, what a few steps lead to, and the sharding."""
     devices = np.array(jax.devices()[: mesh_shape[0] * mesh_shape[1]]).reshape(mesh_shape)
-    sharding = NamedSharding(jax.sharding.Mesh(devices, ("x", "y")), spec)
+    sharding = NamedSharding(jax.sharding.Mesh(devices, ("x", "y"), axis_types=(kind,) * 2), spec)
     storage = ao.Int8(BLOCK, min_size=1)
     tx = ao.scale_by_adam(mu_storage=storage, nu_storage=storage)
     gradients = np.float32(np.random.default_rng(0).normal(size=(steps, *shape)))
@@ -599,13 +604,17 @@ SHARDED = {
     "first axis": ((16, 3 * BLOCK + 16), (8, 1), PartitionSpec("x")),
     "both": ((4, 8 * BLOCK), (2, 4), PartitionSpec("x", "y")),
     "leading axes": ((4, 8, 2 * BLOCK), (2, 4), PartitionSpec("x", "y")),
+    "features and heads": ((16, 4, 16), (2, 4), PartitionSpec("x", "y")),
+    "stacked layers and heads": ((2, 16, 4, 16), (2, 4), PartitionSpec("x", None, "y")),
 }
+KINDS = {"auto": jax.sharding.AxisType.Auto, "explicit": jax.sharding.AxisType.Explicit}
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", SHARDED)
-def test_a_moment_that_is_sharded_in_whole_blocks_needs_no_communication(name):
+def test_a_moment_that_is_sharded_in_whole_blocks_needs_no_communication(name, kind):
     shape, mesh_shape, spec = SHARDED[name]
-    text, (u, state), sharding = trained(shape, mesh_shape, spec)
+    text, (u, state), sharding = trained(shape, mesh_shape, spec, KINDS[kind])
     assert COLLECTIVE.findall(text) == []
     for moment in (state.mu, state.nu):
         assert moment.codes.sharding.is_equivalent_to(sharding, len(shape))
@@ -621,6 +630,101 @@ def test_a_last_axis_that_is_cut_inside_blocks_communicates():
     # What the search above would find.
     text, _, _ = trained((4, 4 * BLOCK), (8, 1), PartitionSpec(None, "x"))
     assert COLLECTIVE.findall(text)
+
+
+# Shards of which none holds whole blocks, along the last axis and along the one that blocks extend over.
+CUT = {
+    "remainder": ((4, 3 * BLOCK + 16), (2, 4), PartitionSpec("x", "y")),
+    "several in a block": ((4, 4 * BLOCK), (1, 8), PartitionSpec(None, "y")),
+    "rows of a block": ((12, 4, 16), (2, 4), PartitionSpec("y", "x")),
+    "a short axis": ((16, 4, 16), (2, 4), PartitionSpec("x", None, "y")),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", CUT)
+def test_shards_that_cut_blocks_change_nothing_but_communication(name, kind):
+    shape, mesh_shape, spec = CUT[name]
+    _, (u, state), sharding = trained(shape, mesh_shape, spec, KINDS[kind])
+    _, (alone_u, alone), _ = trained(shape, (1, 1), PartitionSpec())
+    # Sums of both signs may cancel, and are rounded as XLA fuses them.
+    np.testing.assert_allclose(u, alone_u, rtol=1e-6, atol=2e-7)
+    for ours, theirs in ((state.mu, alone.mu), (state.nu, alone.nu)):
+        assert ours.codes.sharding.is_equivalent_to(sharding, len(shape))
+        np.testing.assert_array_equal(ours.codes, theirs.codes)
+        np.testing.assert_allclose(jax.jit(ao.dense)(ours), ao.dense(theirs), rtol=1e-5)
+
+
+# --- Blocks of leaves with a short last axis ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("shape", "extents"),
+    [
+        ((512, 512), (1, 256)),
+        ((512, 4, 128), (1, 1, 128)),
+        ((512, 16, 32), (4, 1, 32)),
+        ((512, 32, 16), (8, 1, 16)),
+        ((12, 512, 16, 32), (1, 4, 1, 32)),
+        ((64, 64, 3, 3), (1, 64, 1, 3)),
+        ((7, 5, 7, 3), (4, 4, 4, 3)),
+        ((4096, 1), (128, 1)),
+    ],
+)
+def test_blocks_extend_along_the_longest_axis_where_the_last_is_short(shape, extents):
+    found = block_extents(shape, 256)
+    assert found == extents and extents_of(shape, grid(shape, found), 256) == extents
+
+
+@hypothesis.given(
+    st.lists(st.integers(1, 70), min_size=1, max_size=4), st.sampled_from([16, 20, 64, 256]), st.booleans()
+)
+def test_every_value_has_the_scale_of_its_block(shape, block_size, is_traced):
+    shape = tuple(shape)
+    extents = block_extents(shape, block_size)
+    assert math.prod(extents) <= block_size
+    counts = grid(shape, extents)
+    numbers = jnp.arange(math.prod(counts), dtype=jnp.float32).reshape(counts)
+    size = jnp.int32(block_size) if is_traced else block_size
+    laid = np.asarray(spread_blocks(numbers, jnp.zeros(shape), size))
+    places = np.meshgrid(*(np.arange(n) // e for n, e in zip(shape, extents, strict=True)), indexing="ij")
+    np.testing.assert_array_equal(laid, np.ravel_multi_index(places, counts))
+    blocks, within = split_into_blocks(jnp.asarray(laid) + 1, extents)
+    np.testing.assert_array_equal(jnp.max(blocks, axis=within), numbers + 1)
+
+
+@pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
+def test_a_transformer_takes_two_bytes_per_parameter_for_any_length_of_head(head_dim):
+    def leaf(*shape):
+        return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+    width, heads = 512, 512 // head_dim
+    projection = {"kernel": leaf(width, heads, head_dim), "bias": leaf(heads, head_dim)}
+    params = {
+        "query": projection,
+        "key": projection,
+        "value": projection,
+        "out": {"kernel": leaf(heads, head_dim, width), "bias": leaf(width)},
+        "up": {"kernel": leaf(width, 4 * width), "bias": leaf(4 * width)},
+        "down": {"kernel": leaf(4 * width, width), "bias": leaf(width)},
+    }
+    state = jax.eval_shape(ao.adamw(1e-3, mu_storage="int8", nu_storage="int8").init, params)
+    assert ao.state_bytes(state) < 2.1 * sum(math.prod(x.shape) for x in jax.tree.leaves(params))
+
+
+def test_a_moment_of_the_first_format_is_read_and_refused_where_its_blocks_are_others():
+    # Its blocks ran along the last axis, and leaves with a short one were not compressed.
+    values = {"heads": jnp.ones((16, 8, 32)), "square": jnp.arange(4096.0).reshape(64, 64)}
+    storage = ao.Int8()
+    new = storage.encode(storage.init(values, "mu"), values, count=jnp.int32(1), role="mu")
+    old = new._replace(
+        codes=new.codes | {"heads": values["heads"]},
+        scale=new.scale | {"heads": jnp.ones(())},
+        format=jnp.int32(1),
+    )
+    np.testing.assert_array_equal(ao.dense(old)["square"], ao.dense(new)["square"])
+    with pytest.raises(ValueError, match="'heads' of the state was not stored by .*convert_storage"):
+        storage.decode(old)
 
 
 # --- Any granularity with any storage -----------------------------------------------------------------------

@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 
 from adaptive_optax import study
-from adaptive_optax.study.store import Key, Record, Store, pack, unpack, write_atomically
+from adaptive_optax.study.engine.chunks import Curves, Key, pack, unpack
+from adaptive_optax.study.engine.store import Store, write_atomically
 
 SCRIPT = Path(__file__).with_name("study_process.py")
 
@@ -85,9 +86,8 @@ def kept(tmp_path_factory):
     [
         ("loss", "changed: loss program"),
         ("arm", "changed: arm 'decayed' program."),
-        ("grid", "changed: learning rates"),
-        ("chunk", "chunk must be 2, with which the study in out was begun, got 3"),
-        ("mode", "mode must be 'scan', with which the study in out was begun, got 'vmap'"),
+        ("chunk", "chunk must be 2, as in the study already in out, got 3"),
+        ("mode", "mode must be 'scan', as in the study already in out, got 'vmap'"),
     ],
 )
 def test_a_changed_study_is_refused_with_what_changed(kept, tmp_path, change, message):
@@ -147,7 +147,7 @@ def test_two_distributed_processes_give_what_one_gives(undisturbed, tmp_path):
 
 def test_pack_and_unpack():
     def record(*values):
-        return Record(*(np.array(value, np.float32) for value in values))
+        return Curves(*(np.array(value, np.float32) for value in values))
 
     results = {
         Key("a", 0.1, 3): record([0, 1, 2], [1.0, np.nan], [[np.nan, 1.0]]),
@@ -175,7 +175,7 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_what_is_no_study_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match="out must be a folder, got the file"):
+    with pytest.raises(ValueError, match="out must be a folder that can be written to, got .*: it is a file"):
         Store(tmp_path / "file", {})
     (tmp_path / "trials").mkdir()
     (tmp_path / "trials" / "x.npz").write_bytes(b"")

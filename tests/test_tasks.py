@@ -17,6 +17,7 @@ from flax import nnx
 import adaptive_optax as ao
 from adaptive_optax import study
 from adaptive_optax.study import tasks
+from adaptive_optax.study.details import Details, Samples
 
 FACTORIES = {"localization": tasks.localization, "text": tasks.text}
 each_factory = pytest.mark.parametrize("name", FACTORIES)
@@ -97,6 +98,28 @@ def test_data_are_the_same_every_time_and_built_once(name):
 @each_factory
 def test_docstring_states_the_number_of_parameters(name):
     assert f"({made(name).parameter_count:,} parameters)" in FACTORIES[name].__doc__
+
+
+@pytest.mark.parametrize("evaluation_batch_size", [None, 16, 10])
+def test_a_metric_may_count(evaluation_batch_size):
+    x = jnp.arange(32.0)[:, None]
+
+    def task(metric):
+        return study.Task(
+            lambda key: jnp.ones(1), lambda w, batch, key: jnp.mean(batch @ w), x, x, batch_size=4,
+            metric=metric, evaluation_batch_size=evaluation_batch_size,
+        )  # fmt: skip
+
+    for metric in (
+        lambda w, batch: jnp.sum(batch > 20),
+        lambda w, batch: jnp.any(batch > 20),
+        lambda w, b: 3,
+    ):
+        exact = task(lambda w, batch, metric=metric: jnp.float32(metric(w, batch)))
+        found, wanted = (each.validation_metric(jnp.ones(1), None, x) for each in (task(metric), exact))
+        assert found.dtype == jnp.float32 and found == wanted
+    with pytest.raises(ValueError, match="metric must return a real scalar, got shape .* complex64"):
+        task(lambda w, batch: jnp.complex64(1))
 
 
 # ---- Models ----
@@ -208,19 +231,23 @@ def comparison_of(effects):
         for j, (arm, effect) in enumerate(effects.items())
         for seed in range(10)
     ]
-    info = {"arms": list(effects), "baseline": next(iter(effects)), "task": "t", "seeds": 10, "looks": [10]}
-    info |= {"best_rates": dict.fromkeys(effects, 0.1), "margin": None}
+    details = Details(
+        task="t", baseline=next(iter(effects)), arms=list(effects), steps=1, tuning_seeds=10, seeds=10,
+        margin=None, looks=[10], best_rates=dict.fromkeys(effects, 0.1), on_edge={}, grid={}, grown={},
+        seconds_a_step={}, devices=[], versions={}, command=[], metric_name="loss", dataset=Samples(1, 1),
+        batch_size=1, parameters=1, seconds=0.0,
+    )  # fmt: skip
     empty = np.zeros(0)
-    return study.Comparison(pd.DataFrame(rows), *[empty] * 6, info)
+    return study.Comparison(pd.DataFrame(rows), *[empty] * 6, details)
 
 
 @pytest.mark.parametrize(
     ("step", "exponential", "cycle", "averaged", "lead", "rest"),
     [
-        (-5, -9, 5, -8, "it depends on the decay", "against that exponential is better (-1."),
+        (-5, -9, 5, -8, "it depends on the decay", "compared with that exponential is better (-1."),
         (-5, 0, UNSURE, 5, "yes, with step", "one-cycle is undecided"),
-        (-5, 0, -7, -9, "yes, with step or one-cycle", "against that one-cycle is worse (+2.2 %"),
-        (0, 0, 0, 0, "it does not matter", "against that"),
+        (-5, 0, -7, -9, "yes, with step or one-cycle", "compared with that one-cycle is worse (+2.2 %"),
+        (0, 0, 0, 0, "it does not matter", "compared with that"),
         (UNSURE, 5, 5, -5, "these seeds cannot tell", "without decay is better (-5."),
         (5, 9, 7, 0, "no", "step is worse (+5."),
     ],

@@ -10,6 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import adaptive_optax as ao
+from adaptive_optax.monitoring import log as telemetry_log
 
 PARAMS = {"body": {"bias": jnp.ones(3), "kernel": jnp.ones((2, 3))}, "scale": jnp.ones(())}
 NAMES = ["body/bias", "body/kernel", "scale"]
@@ -63,6 +64,71 @@ def test_a_measurement_is_noted_once():
     assert log.steps.tolist() == [1, 3] and log.table["learning_rate"].tolist() == [np.float32(0.1)] * 2
 
 
+def test_appending_does_not_wait_and_loses_nothing(monkeypatch):
+    fetched = []
+
+    def fetch(state):
+        fetched.append(int(state.measured))
+        return measurement_on_host(state)
+
+    measurement_on_host = telemetry_log.measurement_on_host
+    monkeypatch.setattr(telemetry_log, "measurement_on_host", fetch)
+    tx = ao.telemetry(ao.adam(0.1))
+    step = jax.jit(tx.update, donate_argnums=1)
+    state, log, under_way, expected = tx.init(PARAMS), ao.TelemetryLog(), [], []
+    for i in range(300):
+        _, state = step(jax.tree.map(lambda x, i=i: x * (i + 1.0), PARAMS), state, PARAMS)
+        log.append(state)
+        expected.append(float(ao.get_telemetry(state).gradient_norm))
+        under_way.append(i + 1 - len(fetched))
+        if i < 128:
+            assert not fetched  # nothing has waited for a step
+    assert max(under_way) == 128 and 64 <= under_way[-1] < len(log) == 300
+    assert fetched == log.table.index.tolist() == list(range(1, 301))
+    assert log.table["gradient_norm"].tolist() == expected
+    log.append(state)
+    _, state = step(PARAMS, state, PARAMS)
+    log.append(state)  # after a reading it goes on
+    assert log.steps.tolist() == list(range(1, 302)) and len(log.histograms) == 301
+
+
+@pytest.mark.parametrize("per", ["tree", "tensor"])
+def test_nans_can_be_debugged(per):
+    tx = ao.telemetry(ao.sgd(0.1), per=per)  # no parameters, no Adam: much is not defined
+    step = jax.jit(tx.update)
+
+    def logs():
+        @jax.jit  # traced anew: the flag is read then
+        def scanned(state):
+            def body(state, _):
+                state = tx.update(PARAMS, state)[1]
+                return state, ao.get_telemetry(state)
+
+            return jax.lax.scan(body, state, None, length=2)[1]
+
+        state, appended, extended = tx.init(PARAMS), ao.TelemetryLog(PARAMS), ao.TelemetryLog(PARAMS)
+        appended.append(state)
+        assert np.isnan(ao.get_telemetry(state).snr).all()
+        extended.extend(scanned(state))
+        for _ in range(2):
+            _, state = step(PARAMS, state)
+            appended.append(state)
+        return appended, extended
+
+    plain, _ = logs()
+    with jax.debug_nans(True), jax.debug_infs(True):
+        for log in logs():
+            np.testing.assert_array_equal(log.table, plain.table)
+            np.testing.assert_array_equal(log.histograms, plain.histograms)
+    assert plain.table["snr"].isna().all() and plain.table["cosine"].notna().all()
+
+
+def test_a_traced_state_is_refused():
+    tx = ao.telemetry(ao.sgd(0.1))
+    with pytest.raises(ValueError, match="append works outside of jit, got a traced state"):
+        jax.jit(lambda state: ao.TelemetryLog().append(state))(tx.init(PARAMS))
+
+
 def test_what_does_not_fit_is_refused():
     _, seen = trained("tensor")
     with pytest.raises(ValueError, match="params of TelemetryLog must have the 3 tensors .* got 0"):
@@ -79,7 +145,9 @@ def test_what_does_not_fit_is_refused():
 
 @pytest.mark.parametrize("module", ["pandas", "matplotlib", "tensorboardX"])
 def test_what_is_missing_is_named(module, monkeypatch, tmp_path):
-    monkeypatch.setattr("adaptive_optax._extras.find_spec", lambda name: None if name == module else name)
+    monkeypatch.setattr(
+        "adaptive_optax._core.extras.find_spec", lambda name: None if name == module else name
+    )
     log, _ = trained("tree")
     extra = "tensorboard" if module == "tensorboardX" else "study"
     use = {

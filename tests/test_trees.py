@@ -9,14 +9,14 @@ import optax
 import pytest
 
 import adaptive_optax as ao
-from adaptive_optax._trees import by_leaf, leaf_numbers
+from adaptive_optax._core.trees import by_leaf, leaf_numbers
 
 
 def axpy_counted():
     """A function of leaves and the list of the shapes with which Python ran it."""
     runs = []
 
-    @by_leaf(results=2)
+    @by_leaf(like=("x", "x"))
     def axpy(scalars, x, y):
         factor, power = scalars
         assert isinstance(power, float)
@@ -38,6 +38,21 @@ def test_values_and_structure():
     assert jax.tree.structure(total) == jax.tree.structure(x)
     jax.tree.map(np.testing.assert_array_equal, same, x)
     jax.tree.map(lambda t, a, b: np.testing.assert_allclose(t, 3 * a**2 + b, rtol=1e-6), total, x, y)
+
+
+def test_a_result_has_the_tree_of_the_input_it_is_like():
+    @by_leaf(like=("y", "missing"))
+    def both(_, x, y, missing):
+        return x + y, missing
+
+    @by_leaf(like="y")
+    def first(_, x, y):
+        return x + y
+
+    x, y = {"a": jnp.ones(2), "b": jnp.ones(3)}, [jnp.ones(2), jnp.ones(3)]
+    total, missing = both((), x, y, None)
+    assert isinstance(total, list) and missing is None
+    jax.tree.map(np.testing.assert_array_equal, first((), x, y), total)
 
 
 def test_a_trace_runs_the_function_once_for_each_shape():
@@ -167,7 +182,9 @@ def test_a_rebuilt_transformation_does_not_compile_again(monkeypatch):
     assert counts[0] >= 1 and counts == counts[:1] * 3
 
 
-def test_a_granularity_that_pools_otherwise_is_not_taken_leaf_by_leaf():
+def test_a_granularity_made_of_another_goes_its_own_way():
+    """What a parent does leaf by leaf need not hold for a child."""
+
     class Shared(ao.Tensor):
         def pool(self, squares):
             return ao.Global().pool(squares)
@@ -175,7 +192,6 @@ def test_a_granularity_that_pools_otherwise_is_not_taken_leaf_by_leaf():
         def spread(self, pooled, like):
             return ao.Global().spread(pooled, like)
 
-    assert ao.Tensor().per_leaf and not Shared().per_leaf
     gradients = {"a": jnp.ones(3), "b": jnp.full(2, 3.0)}
     for make in (ao.scale_by_adam, ao.scale_by_rms):
         shared, like = make(granularity=Shared()), make(granularity="global")

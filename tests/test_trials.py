@@ -1,4 +1,6 @@
-"""The task and the engine: what is refused, how trials are paired, and that every layout trains the same."""
+"""The task and the engine: what is refused, how trials are paired, that every placement trains the same."""
+
+import dataclasses
 
 import equinox
 import jax
@@ -12,7 +14,7 @@ from quadratic import constant, quadratic_task
 import adaptive_optax as ao
 from adaptive_optax import study
 from adaptive_optax.study.arms import OPTIMIZERS, SCHEDULES, check_arm
-from adaptive_optax.study.trials import TELEMETRY, Layout, Plan, Program, as_trials
+from adaptive_optax.study.engine.trials import TELEMETRY, Placement, Plan, Program, as_trials
 
 X = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
 Y = (X @ np.array([1.0, -2.0, 0.5]) + 0.3).astype(np.float32)
@@ -39,7 +41,7 @@ def make_task(**changes):
 
 def run(task, arm, rates, seeds, *, steps=20, points=(0, 5, 20), mode="scan", width=4, devices=2, stream=0):
     plan = Plan(steps, points)
-    program = Program(task, arm, plan, Layout(mode, width, devices))
+    program = Program(task, arm, plan, Placement(mode, width, devices))
     parts = [
         program.run(as_trials(rates[i : i + width], seeds[i : i + width], stream))
         for i in range(0, len(rates), width)
@@ -74,7 +76,7 @@ def run(task, arm, rates, seeds, *, steps=20, points=(0, 5, 20), mode="scan", wi
         (
             {"has_model_state": True, "init": lambda k: (jnp.ones(3), jnp.zeros(2)),
              "loss": lambda w, s, b, k: (linear_loss(w, b, k), jnp.zeros(3))},
-            "loss must return model state of the structure",
+            "loss must return model state with the structure",
         ),
     ],
 )  # fmt: skip
@@ -110,7 +112,7 @@ def test_a_trial_is_the_plain_loop():
     _, metrics, _ = run(task, arm, [0.1, 0.3], [5, 6])
     plan = Plan(20, (0,))
     for rate, seed, found in zip([0.1, 0.3], [5, 6], metrics, strict=True):
-        start = Program(task, lambda r, n: optax.set_to_zero(), plan, Layout("scan", 1, 1))
+        start = Program(task, lambda r, n: optax.set_to_zero(), plan, Placement("scan", 1, 1))
         initial = start._start(as_trials([rate], [seed])).params[0]
         tx = optax.adam(lambda count, rate=rate: rate * 0.1 ** (count / 20))
         w, state = initial, tx.init(initial)
@@ -148,7 +150,7 @@ def test_an_epoch_uses_no_sample_twice(mode):
 def test_the_order_differs_between_epochs_seeds_and_streams():
     def uses(seed, stream, steps):
         plan = Plan(steps, (0, steps))
-        program = Program(counting_task(), constant, plan, Layout("scan", 1, 1))
+        program = Program(counting_task(), constant, plan, Placement("scan", 1, 1))
         trials = as_trials([1.0], [seed], stream)
         placed, active, _ = program._place(trials)
         runs, _ = program._advance(program._start(placed), placed, active, 0, steps)
@@ -281,8 +283,25 @@ def test_nnx_evaluates_without_dropout_and_with_running_statistics():
 
 
 def test_nnx_task_refuses_what_is_no_module():
-    with pytest.raises(ValueError, match="build must give an nnx.Module, got dict"):
+    with pytest.raises(ValueError, match="build must return an nnx.Module, got dict"):
         study.nnx_task(lambda rngs: {}, nnx_loss, DATA, DATA, batch_size=16)
+
+
+@pytest.mark.parametrize("metric", [None, nnx_loss])
+def test_no_copy_of_an_nnx_task_maximises_its_loss(metric):
+    task = study.nnx_task(Network, nnx_loss, DATA, DATA, batch_size=16, metric=metric)
+    message = "maximize=True must come with a metric other than the loss, which is this task's metric"
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(task, maximize=True)
+    with pytest.raises(ValueError, match=message):
+        study.nnx_task(Network, nnx_loss, DATA, DATA, batch_size=16, metric=metric, maximize=True)
+    scored = study.nnx_task(Network, nnx_loss, DATA, DATA, batch_size=16, metric=lambda m, b: -nnx_loss(m, b))
+    assert dataclasses.replace(scored, maximize=True).maximize
+
+
+def test_a_task_shows_no_arrays():
+    shown = repr(make_task())
+    assert "batch_size=" in shown and "array" not in shown
 
 
 def test_a_linen_module_is_a_task():

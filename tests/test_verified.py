@@ -21,7 +21,9 @@ from flax import nnx
 from reference.adam import extremal_sequence
 
 import adaptive_optax as ao
-from adaptive_optax.transforms.direction import bound_of, bounded
+from adaptive_optax._core.described import described
+from adaptive_optax._core.transformation import transformation as made
+from adaptive_optax.transforms.direction import bound_of
 
 STEPS = 120
 PARAMS = {"dense": {"bias": np.ones(4, np.float32), "kernel": np.ones((3, 4), np.float32)}}
@@ -91,7 +93,7 @@ def checked_run(tx):
     """Compiles (state, gradients of `STEPS` steps) -> (directions, final state), verified and bare."""
     verified = ao.verified(tx)
 
-    @chex.chexify
+    @functools.partial(chex.chexify, async_check=False)
     @jax.jit
     def run(state, gradients):
         def body(states, gradient):
@@ -102,13 +104,7 @@ def checked_run(tx):
         (verified_state, bare_state), (updates, bare_updates) = jax.lax.scan(body, (state, state), gradients)
         return (updates, verified_state), (bare_updates, bare_state)
 
-    def call(state, gradients):
-        try:
-            return run(state, gradients)
-        finally:
-            run.wait_checks()
-
-    return call
+    return run
 
 
 @functools.cache
@@ -295,15 +291,15 @@ def with_w(tree, function):
 WRONG_TYPES = {
     "bfloat16 update": (
         inner(lambda g, s: (with_w(g, lambda x: x.astype(jnp.bfloat16)), s)),
-        "verified: the update of 'a/w' is bfloat16, float32 or wider is due.",
+        "verified: the update of 'a/w' must be float32 or wider, got bfloat16.",
     ),
     "bfloat16 state": (
         inner(lambda g, s: (g, {"m": with_w(s["m"], lambda x: x.astype(jnp.bfloat16))})),
-        "verified: the state 'm/a/w' went from float32 to bfloat16.",
+        "verified: the state 'm/a/w' changed from float32 to bfloat16.",
     ),
     "integer state": (
         inner(lambda g, s: (g, {"m": with_w(s["m"], lambda x: x.astype(jnp.int32))})),
-        "verified: the state 'm/a/w' went from float32 to int32.",
+        "verified: the state 'm/a/w' changed from float32 to int32.",
     ),
 }
 WRONG_TREES = {
@@ -315,10 +311,10 @@ WRONG_TREES = {
         inner(lambda g, s: (g, {"m": with_w(s["m"], lambda x: x[None])})),
         "'m/a/w' has shape (1, 3) in the new state and (3,) in the state.",
     ),
-    "no update of a leaf": (inner(lambda g, s: ({"a": g["a"]}, s)), " a leaf 'b', "),
-    "an update of nothing": (inner(lambda g, s: (g | {"c": g["b"]}, s)), " a leaf 'c', "),
-    "another leaf in the state": (inner(lambda g, s: (g, s | {"n": jnp.ones(())})), " a leaf 'n', "),
-    "a leaf less in the state": (inner(lambda g, s: (g, {"m": {"a": s["m"]["a"]}})), " a leaf 'm/b', "),
+    "no update of a leaf": (inner(lambda g, s: ({"a": g["a"]}, s)), "the leaf 'b' of "),
+    "an update of nothing": (inner(lambda g, s: (g | {"c": g["b"]}, s)), "the leaf 'c' of "),
+    "another leaf in the state": (inner(lambda g, s: (g, s | {"n": jnp.ones(())})), "the leaf 'n' of "),
+    "a leaf less in the state": (inner(lambda g, s: (g, {"m": {"a": s["m"]["a"]}})), "the leaf 'm/b' of "),
 }
 CONTAINERS = {
     "state": inner(lambda g, s: (g, {"m": list(s["m"])})),
@@ -345,7 +341,7 @@ def test_trees_that_change(kind):
 @pytest.mark.parametrize("kind", CONTAINERS)
 def test_containers_that_change(kind):
     tx, params = ao.verified(CONTAINERS[kind]), (jnp.ones(3), jnp.ones(2))
-    with pytest.raises(AssertionError, match=rf"^verified: the {kind} went from PyTreeDef\(.*, .*\) to "):
+    with pytest.raises(AssertionError, match=rf"^verified: the {kind} changed from PyTreeDef\(.*, .*\) to "):
         jax.eval_shape(tx.update, params, tx.init(params))
 
 
@@ -362,7 +358,7 @@ def started(params):
 
 
 WRONG_VALUES = {
-    "state": (inner(overflowing), "the state 'm/a/w' became not finite"),
+    "state": (inner(overflowing), "the state 'm/a/w' is no longer finite"),
     "update": (inner(lambda g, s: (with_w(g, lambda x: x / 0), s)), "the update of 'a/w' is not finite"),
     "count stays": (inner(counting(0), started), "'count' did not grow by one"),
     "count skips": (inner(counting(2), started), "'count' did not grow by one"),
@@ -390,7 +386,7 @@ def test_a_direction_that_does_not_count(name):
         updates, new_state = right.update(updates, state, params, **extra_args)
         return updates, new_state._replace(count=state.count)
 
-    run = checked_run(bounded(right.init, update, bound_of(right)))
+    run = checked_run(described(made("scaled", right.init, update), bound_of(right)))
     alarm(run, right.init(PARAMS), along(np.ones(STEPS)), "'count' did not grow by one")
 
 
@@ -402,7 +398,7 @@ def test_a_direction_that_forgets_to_divide():
         updates, state = right.update(updates, state, params, **extra_args)
         return jax.tree.map(lambda u: u / jnp.sqrt(state.nu_weight), updates), state
 
-    tx = ao.verified(bounded(right.init, update, bound_of(right)))
+    tx = ao.verified(described(made("scaled", right.init, update), bound_of(right)))
     with pytest.raises(AssertionError, match="the direction of 'a/w' exceeds its bound"):
         tx.update(SMALL, tx.init(SMALL))
 

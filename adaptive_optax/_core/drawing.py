@@ -1,6 +1,6 @@
-"""What the pictures of this library share: colours for light and dark, axes that can be read on a phone.
+"""Shared drawing code: colours for light and dark themes, and axes that are readable on a phone.
 
-Colours are those of Okabe and Ito (2008), "Color Universal Design".
+The colours are from Okabe and Ito (2008), "Color Universal Design".
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from adaptive_optax._core.names import shortened
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -18,12 +20,12 @@ MINUS = "\N{MINUS SIGN}"
 
 
 def plain(number: float) -> str:
-    """Writes a number as short as it can be."""
+    """Formats a number as briefly as possible."""
     return re.sub(r"e(-?)\+?0*", r"e\1", f"{number:.6g}").replace("-", MINUS)
 
 
 class Theme(NamedTuple):
-    """The colours of a picture that are not those of its lines."""
+    """The colours of a figure other than its lines."""
 
     ink: str
     muted: str
@@ -41,20 +43,13 @@ MARKERS = "osD^vP<>p*hd"
 LINES = ("-", "--", "-.")
 
 
-def shortened(name: str, length: int) -> str:
-    """Fits a name on one line, leaving out its middle."""
-    name = " ".join(name.split())
-    half = (length - 1) // 2
-    return name if len(name) <= length else f"{name[: length - 1 - half]}…{name[-half:]}"
-
-
 def text(axes: Any, *arguments: Any, **style: Any) -> None:
-    """Writes on axes what may hold dollar signs."""
+    """Writes text on axes literally, so that dollar signs do not start mathematics."""
     axes.text(*arguments, parse_math=False, **style)
 
 
 def dress(axes: Axes, theme: Theme, title: str, xlabel: str) -> None:
-    """Sets what all pictures share; the y label lies flat above the axes, where it can be read."""
+    """Applies the shared style. The y label is horizontal above the axes, where it is easy to read."""
     axes.set_title(shortened(title, 48), loc="left", color=theme.muted, fontsize="medium", parse_math=False)
     axes.set_xlabel(xlabel, color=theme.muted, parse_math=False)
     axes.spines[["top", "right"]].set_visible(False)
@@ -81,9 +76,12 @@ def set_ticks(axis: Any, low: float, high: float, log: bool) -> None:
     axis.set_major_locator(MaxNLocator(4))
 
 
-def set_range(axes: Axes, low: float, high: float, above: float = 0.0) -> None:
-    """Shows low to high on y, logarithmic where it can be, and leaves free a share `above` of the height."""
-    log = low > 0
+def set_range(axes: Axes, low: float, high: float, above: float = 0.0, *, log: bool = True) -> None:
+    """Sets the y range to low..high and leaves the fraction `above` of the height free.
+
+    The axis is logarithmic if `low` is positive, unless `log` is False.
+    """
+    log = log and low > 0
     a, b = (np.log10(low), np.log10(high)) if log else (low, high)
     top, pad = high, 0.06 * (b - a) or (0.1 if log else 0.1 * abs(a) or 1.0)
     a, b = a - pad, b + pad
@@ -98,13 +96,13 @@ def set_range(axes: Axes, low: float, high: float, above: float = 0.0) -> None:
 
 
 def set_step_axis(axes: Axes, steps: np.ndarray) -> None:
-    """Shows x from 0 to the last step, labelled with integers."""
+    """Sets the x range to 0..last step, with integer labels."""
     axes.set_xlim(0, steps[-1])
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
 
 
-def say_nothing(axes: Axes, colours: Theme) -> None:
-    """Says that there is nothing to draw."""
+def draw_placeholder(axes: Axes, colours: Theme) -> None:
+    """Draws a note in place of a picture without data."""
     axes.set_yticks([])
     text(axes, 0.5, 0.5, "no run to show", transform=axes.transAxes, ha="center", color=colours.muted)

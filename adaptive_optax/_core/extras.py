@@ -1,4 +1,4 @@
-"""Says which package of an extra is missing, and how to install it."""
+"""Reports which package of an extra is missing and how to install it."""
 
 from importlib.util import find_spec
 

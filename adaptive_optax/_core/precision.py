@@ -1,7 +1,11 @@
-"""The precision rule: arithmetic, moments and scalars are float32, or float64 where the parameters are."""
+"""The precision rule: arithmetic, moments and scalars are float32, or float64 for float64 parameters."""
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -13,7 +17,7 @@ from jax.core import Tracer
 
 def wide_dtype(x: Any) -> jnp.dtype:
     """Returns the dtype in which a leaf is computed: float32, float64, complex64 or complex128."""
-    return np.promote_types(jnp.result_type(x), np.float32)  # not jnp's, which strict promotion forbids
+    return np.promote_types(jnp.result_type(x), np.float32)  # jnp's function fails under strict promotion
 
 
 def real_dtype(x: Any) -> jnp.dtype:
@@ -34,15 +38,25 @@ def widen(tree: Any) -> Any:
     return jax.tree.map(lambda x: cast(x, wide_dtype(x)), tree)
 
 
+def as_wide_as(tree: Any, like: Any) -> Any:
+    """Casts every leaf up to the dtype of the matching leaf of `like` if that is wider.
+
+    For example a moment to the dtype of the gradient.
+    """
+    leaves, treedef = jax.tree.flatten(tree)  # in the same order, perhaps in other containers
+    pairs = zip(leaves, jax.tree.leaves(like), strict=True)
+    return treedef.unflatten([cast(x, np.promote_types(x.dtype, y.dtype)) for x, y in pairs])
+
+
 def cast(x: Any, dtype: Any) -> jax.Array:
-    """Returns an array in the given dtype, strongly typed; itself, at no cost to tracing, if it is that."""
+    """Returns a strongly typed array of the given dtype: x itself, with nothing to trace, if it is one."""
     if isinstance(x, jax.Array) and x.dtype == dtype and not x.weak_type:
         return x
     return jnp.asarray(x, dtype)
 
 
 def abs_square(tree: Any) -> Any:
-    """Returns |x|^2, real and non-negative, in float32 at least."""
+    """Returns |x|^2, real and non-negative, in at least float32."""
 
     def leaf(x):
         x = cast(x, wide_dtype(x))
@@ -59,47 +73,68 @@ def scale(x: jax.Array, factor: Any) -> jax.Array:
 
 
 def scaled(tree: Any, factor: Any) -> Any:
-    """Returns a tree times a real factor; the tree itself where the factor is known to be 1."""
+    """Returns a tree times a real factor; the tree itself if the factor is the Python number 1.0."""
     if isinstance(factor, float) and factor == 1:
         return tree
     return jax.tree.map(lambda x: scale(x, factor), tree)
 
 
-def moved(param: jax.Array, update: jax.Array) -> jax.Array:
-    """Returns what `optax.apply_updates` makes of a parameter; strict promotion forbids the bare sum."""
+def updated_param(param: jax.Array, update: jax.Array) -> jax.Array:
+    """Applies an update as `optax.apply_updates` does; a plain sum would fail under strict promotion."""
     wide = np.promote_types(param.dtype, update.dtype)
     return (param.astype(wide) + update.astype(wide)).astype(param.dtype)
 
 
 def divide(x: jax.Array, divisor: jax.Array) -> jax.Array:
-    """Returns x over a real divisor, in the dtype of x."""
+    """Returns x divided by a real number, in the dtype of x."""
     if jnp.iscomplexobj(x):
         return jax.lax.complex(divide(x.real, divisor), divide(x.imag, divisor))
     return x / cast(divisor, x.dtype)
 
 
-def concrete(value: Any) -> float | None:
-    """Returns a hyperparameter's value where it is known now, None for a schedule or a tracer."""
+def static_value(value: Any) -> float | None:
+    """Returns a hyperparameter's value if it is known while tracing, or None for a schedule or a tracer."""
     if callable(value) or isinstance(value, Tracer):
         return None
     return float(value)
+
+
+_UNEVALUATED = contextvars.ContextVar("_UNEVALUATED", default=False)
+
+
+@contextlib.contextmanager
+def unevaluated() -> Iterator[None]:
+    """Makes `value_at` return zeros of the right dtype, for a state of which only the shapes matter.
+
+    A schedule may be a plain Python function, which abstract evaluation cannot run.
+    """
+    token = _UNEVALUATED.set(True)
+    try:
+        yield
+    finally:
+        _UNEVALUATED.reset(token)
 
 
 def value_at(hyperparameter: Any, count: jax.Array, dtype: Any) -> jax.Array:
     """Evaluates a number, an array or a schedule at a step count, as a strongly typed scalar.
 
     Raises:
-        ValueError: If a schedule returns something else than a scalar.
+        ValueError: If a schedule does not return a scalar, or a finite value overflows in `dtype`.
     """
+    if _UNEVALUATED.get():
+        return jnp.zeros((), dtype)
     value: Any = hyperparameter(count) if callable(hyperparameter) else hyperparameter
     if value is None or (value.ndim if isinstance(value, jax.Array) else np.ndim(value)):
         raise ValueError(f"A schedule must return a scalar, got {value!r} from {hyperparameter!r}.")
-    known = concrete(value)
-    # Through a Python float, so that a NumPy float64 is rounded once and no weak type gets through; a copy,
-    # so that a state which is donated does not take the caller's array with it.
+    known = static_value(value)
+    limits = jnp.finfo(dtype) if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype)
+    if known is not None and math.isfinite(known) and abs(known) > float(limits.max):
+        raise ValueError(f"A hyperparameter must fit in {jnp.dtype(dtype)}, got {known!r}.")
+    # Via a Python float, so that a NumPy float64 is rounded once and the result is strongly typed. A copy, so
+    # that donating the state does not delete the caller's array.
     return jnp.array(value if known is None else known, dtype)
 
 
 def incremented(count: jax.Array) -> jax.Array:
-    """Returns the next step count, int32, which stays at its largest value rather than wrap round."""
+    """Returns the next step count, int32, which saturates instead of wrapping around."""
     return jnp.asarray(optax.safe_increment(count))

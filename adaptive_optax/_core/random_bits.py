@@ -1,7 +1,7 @@
-"""Rounding to fewer bits, to nearest and stochastically, and the random bits that the latter takes.
+"""Rounding to fewer bits, to nearest and stochastically, and the random bits for the latter.
 
-The bits come from an integer hash of where a value stands and which step it is. They need no key in a state,
-are the same on any sharding and after any restart, and cost a few integer operations a value.
+The bits are an integer hash of a value's position and the step. They need no key in the state, are the same
+under any sharding and after a restart, and cost a few integer operations per value.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 # The multipliers of a 32-bit finaliser with low bias (Wellons 2018, "lowbias32").
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B
 _GOLDEN = 0x9E3779B9
-_PARAMETER = 0x85EBCA6B  # tells parameters from moments of the same leaf
+_PARAMETER = 0x85EBCA6B  # distinguishes parameters from moments of the same leaf
 
 
 def _shifted_xor(x: jax.Array, by: int) -> jax.Array:
@@ -25,51 +25,60 @@ def _shifted_xor(x: jax.Array, by: int) -> jax.Array:
 
 
 def _finalise(x: jax.Array, between: Any = 0) -> jax.Array:
-    """Mixes all bits of x into each; `between` is xored in halfway."""
+    """Mixes all bits of x; `between` is xored in halfway."""
     x = _shifted_xor(x, 16) * np.uint32(_FIRST)
     x = _shifted_xor(x ^ between, 15) * np.uint32(_SECOND)
     return _shifted_xor(x, 16)
 
 
 def random_bits(
-    shape: tuple[int, ...], count: jax.Array, leaf: Any, role: Literal["mu", "nu", "parameter"], seed: int = 0
+    shape: tuple[int, ...],
+    count: jax.Array,
+    leaf: Any,
+    role: Literal["mu", "nu", "parameter"],
+    seed: int = 0,
+    *,
+    sharding: jax.sharding.NamedSharding | None = None,
 ) -> jax.Array:
     """Returns 16 random bits for each coordinate of an array, as uint32.
 
     Args:
-        shape: The array's shape; the global one where it is sharded.
+        shape: The array's shape; its global shape if it is sharded.
         count: The number of the step.
-        leaf: The array's number in its tree, an int or an integer scalar.
-        role: What they are for. The two moments take a half each of one and the same hash.
-        seed: Tells apart uses that share all of the above.
+        leaf: The index of the leaf in its tree, an int or an integer scalar.
+        role: What the bits are for. The two moments use the two halves of the same hash.
+        seed: Distinguishes uses that share all of the above.
+        sharding: The sharding of the bits if it is part of the array's type (`traced_sharding`). Without it
+            every device would draw all bits.
     """
     count = count.astype(jnp.uint32)
     seed += _PARAMETER if role == "parameter" else 0
     place = jnp.asarray(leaf, jnp.uint32) * np.uint32(_GOLDEN) + np.uint32(seed % 2**32)
     stream = _finalise(place ^ _finalise(count + np.uint32(_GOLDEN)))
-    index = jnp.zeros(shape, jnp.uint32)
+    index = jnp.zeros(shape, jnp.uint32, out_sharding=sharding)
     for axis in range(len(shape)):
         stride = math.prod(shape[axis + 1 :]) % 2**32
-        index = index + jax.lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride)
-    # Entering twice, the stream permutes the coordinates' bits rather than shift them along.
+        along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis, out_sharding=sharding)
+        index = index + along * np.uint32(stride)
+    # Used twice, so that another stream permutes the bits of the coordinates instead of shifting them.
     bits = _finalise(index + stream, _finalise(stream))
     return jax.lax.shift_right_logical(bits, np.uint32(16)) if role == "nu" else bits & np.uint32(0xFFFF)
 
 
 def as_uniform(bits: jax.Array) -> jax.Array:
-    """Returns 16 random bits as float32 in (0, 1), on the midpoints of 2**16 cells."""
+    """Returns 16 random bits as float32 in (0, 1), at the midpoints of 2**16 cells."""
     return (bits.astype(jnp.float32) + 0.5) * np.float32(2.0**-16)
 
 
 def is_low_precision(x: Any) -> bool:
-    """Says whether a leaf has fewer bits than the float32 in which it is computed."""
+    """Whether a leaf has fewer bits than float32, in which it is computed."""
     return jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits < 32
 
 
 def round_to_nearest(x: jax.Array, dtype: Any) -> jax.Array:
-    """Returns float32 values rounded to what `dtype` can hold, still as float32.
+    """Rounds float32 values to the nearest value in `dtype`; the result is still float32.
 
-    Not by casting there and back, which XLA may take out.
+    A cast to `dtype` and back would not do, because XLA may remove it.
     """
     limits = jnp.finfo(dtype)
     rounded = jax.lax.reduce_precision(x, limits.nexp, limits.nmant)
@@ -77,9 +86,10 @@ def round_to_nearest(x: jax.Array, dtype: Any) -> jax.Array:
 
 
 def round_stochastically(x: jax.Array, dtype: Any, bits: jax.Array) -> jax.Array:
-    """Returns float32 values rounded to a neighbour in `dtype`, still as float32, unbiased.
+    """Rounds float32 values to a neighbour in `dtype` without bias; the result is still float32.
 
-    A value that `dtype` holds stays. Finite values stay finite: beyond the largest number they become it.
+    Values that `dtype` represents are unchanged. Finite values stay finite: they saturate at the largest
+    number.
 
     Args:
         x: float32.
@@ -94,7 +104,7 @@ def round_stochastically(x: jax.Array, dtype: Any, bits: jax.Array) -> jax.Array
     rounded = jax.lax.bitcast_convert_type((pattern + noise) & kept, jnp.float32)
 
     def whole(steps):
-        below = jnp.floor(steps)  # not floor(steps + uniform), a sum that rounds up to the next step
+        below = jnp.floor(steps)  # not floor(steps + uniform), because that sum may round up
         return jnp.where(as_uniform(bits) < steps - below, below + 1, below)
 
     rounded = _below_normal(x, limits, whole, rounded)
@@ -103,8 +113,8 @@ def round_stochastically(x: jax.Array, dtype: Any, bits: jax.Array) -> jax.Array
 
 
 def _below_normal(x: jax.Array, limits: Any, whole: Callable[[jax.Array], jax.Array], rounded: Any) -> Any:
-    """Rounds what is below the smallest normal number of a narrower range to its even grid by `whole`."""
-    if limits.minexp <= -126:  # bfloat16's range is float32's
+    """Rounds values below the smallest normal number of a narrow dtype to its uniform grid, with `whole`."""
+    if limits.minexp <= -126:  # bfloat16 has float32's range
         return rounded
     spacing = float(limits.smallest_subnormal)
     magnitude = whole(jnp.abs(x) / spacing) * spacing

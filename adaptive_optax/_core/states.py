@@ -3,24 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+
+from adaptive_optax._core.precision import static_value
 
 State = TypeVar("State")
 
 
+class Hyperparameters(NamedTuple):
+    """The hyperparameters that states of a type carry.
+
+    Attributes:
+        names: Their names, which are attributes of the state.
+        set_value: `set_value(state, name, value) -> state`, where a value of None goes back to the given
+            one; None if the hyperparameters are read-only.
+    """
+
+    names: tuple[str, ...] = ()
+    set_value: Callable[[Any, str, Any], Any] | None = None
+
+
+# Keyed by the type of a state. It cannot be an annotated attribute, which in a NamedTuple would be a field.
+_HYPERPARAMETERS: dict[type, Hyperparameters] = {}
+
+
+def carries_hyperparameters(
+    *names: str, set_value: Callable[[Any, str, Any], Any] | None = None
+) -> Callable[[type[State]], type[State]]:
+    """Decorator that declares the hyperparameters of a state for `get_hyperparams` and `set_hyperparams`."""
+
+    def declare(state_type):
+        _HYPERPARAMETERS[state_type] = Hyperparameters(names, set_value)
+        return state_type
+
+    return declare
+
+
+def hyperparameters_of(state_type: type) -> Hyperparameters:
+    """Returns the hyperparameters that states of a type carry; an empty declaration for other types."""
+    return _HYPERPARAMETERS.get(state_type, Hyperparameters())
+
+
 def states_of(kind: type[State] | tuple[type[State], ...], opt_state: Any) -> list[State]:
-    """Lists the states of a type (or tuple of types), not those inside another of the same type."""
+    """Lists the states of a type (or tuple of types), except those nested in another of the same type."""
     nodes = jax.tree.leaves(opt_state, is_leaf=lambda node: isinstance(node, kind))
     return [node for node in nodes if isinstance(node, kind)]
 
 
 def one_state_of(kind: type[State], opt_state: Any, owner: str) -> State:
-    """Returns the one state of a type.
+    """Returns the only state of a type.
 
     Raises:
-        ValueError: If there is none, or more than one; `owner` makes such states.
+        ValueError: If there is none or more than one. `owner` is the factory that makes such states.
     """
     found = states_of(kind, opt_state)
     if len(found) != 1:
@@ -29,7 +65,7 @@ def one_state_of(kind: type[State], opt_state: Any, owner: str) -> State:
 
 
 def replace_states(kind: Any, opt_state: Any, f: Callable[[Any], Any]) -> Any:
-    """Returns the state with `f` of each state of a type (or tuple of types) in its place."""
+    """Replaces each state of a type (or tuple of types) with `f` of it."""
 
     def is_kind(node):
         return isinstance(node, kind)
@@ -37,6 +73,20 @@ def replace_states(kind: Any, opt_state: Any, f: Callable[[Any], Any]) -> Any:
     return jax.tree.map(lambda node: f(node) if is_kind(node) else node, opt_state, is_leaf=is_kind)
 
 
+def has_own_rejection(node: Any) -> bool:
+    """Whether a state decides what it keeps when a wrapper rejects its step.
+
+    If so, `old.kept_at_rejection(new)` is the state that remains; otherwise the old state does.
+    """
+    return hasattr(type(node), "kept_at_rejection")
+
+
 def unwrapped(value: Any) -> Any:
     """Returns the array in an nnx Variable, or the value itself."""
     return value.get_value() if hasattr(value, "get_value") else value
+
+
+def known_scalar(x: Any) -> float | None:
+    """Returns the value of a state's scalar, or None if it is traced or abstract."""
+    x = unwrapped(x)
+    return None if isinstance(x, jax.ShapeDtypeStruct) else static_value(x)

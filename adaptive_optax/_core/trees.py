@@ -1,38 +1,46 @@
-"""Functions of single leaves, run over trees, and traced once for all leaves that look alike."""
+"""Functions of single leaves, mapped over trees and traced once per combination of shapes and dtypes."""
 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
 from jax.core import Tracer
 
+# A tree of arrays in any container registered with JAX. Type checkers cannot describe it.
+PyTree: TypeAlias = Any
 
-def by_leaf(results: int) -> Callable[[Callable[..., tuple[Any, ...]]], Callable[..., tuple[Any, ...]]]:
-    """Makes a function of single leaves one of trees.
 
-    A network has many leaves of few shapes. While JAX traces, the function is traced once for each
-    combination of shapes and dtypes, and XLA inlines the calls: the compiled program is the same, and a tree
-    of hundreds of leaves is traced and lowered in a fraction of the time.
+def by_leaf(like: str | tuple[str, ...]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Maps a function of single leaves over trees.
 
-    Decorate functions of a module, not closures. Traces are kept with the function; under a `vmap` outside
-    `jit` a function that is made anew in every call would be compiled in every call.
+    A network has many leaves but few shapes. Under tracing, the function is traced once per combination of
+    shapes and dtypes, and XLA inlines the calls. The compiled program is the same, but a tree of hundreds of
+    leaves is traced and lowered in a fraction of the time.
+
+    Decorate module-level functions, not closures. Traces are cached with the function: under a `vmap` outside
+    `jit`, a function that is recreated in every call would be compiled in every call.
 
     Args:
-        results: How many results the function returns.
+        like: The name of the parameter whose tree structure the result has; a tuple of names for a function
+            that returns a tuple. A result is None if that input is None.
 
     Returns:
-        A decorator of `f(scalars, *leaves) -> tuple`. The decorated function takes trees in place of the
-        leaves, whose leaves come in one and the same order (`check_same_tree`); its results are trees like
-        the first of them, in order. None in place of a tree is None for every leaf. `scalars` is any tree:
-        what is no array in it, such as Python numbers and settings, is a constant of the trace and must be
-        hashable.
+        A decorator of `f(scalars, *leaves)`. The decorated function takes trees in place of the leaves. They
+        must have their leaves in the same order (`check_same_tree`), but the containers may differ. None in
+        place of a tree means None for every leaf. `scalars` is any tree; its non-array leaves, such as Python
+        numbers and settings, are constants of the trace and must be hashable.
     """
+    names = (like,) if isinstance(like, str) else like
 
     def decorate(f):
+        _, *inputs = inspect.signature(f).parameters
+        positions = [inputs.index(name) for name in names]
+
         @functools.partial(jax.jit, static_argnums=0)
         @functools.wraps(f)
         def traced(constants, arrays, leaves):
@@ -55,23 +63,43 @@ def by_leaf(results: int) -> Callable[[Callable[..., tuple[Any, ...]]], Callable
                     return traced(constants, arrays, leaves)
 
             rows = [call(*column) for column in columns]
-            return tuple(
-                None
-                if tree is None
-                else jax.tree.unflatten(jax.tree.structure(tree), [row[i] for row in rows])
-                for i, tree in enumerate(trees[:results])
-            )
+            if isinstance(like, str):
+                return _tree_like(trees[positions[0]], rows)
+            return tuple(_tree_like(trees[p], [row[i] for row in rows]) for i, p in enumerate(positions))
 
         return functools.wraps(f)(over_trees)
 
     return decorate
 
 
+def _tree_like(tree: Any, leaves: list[Any]) -> Any:
+    return None if tree is None else jax.tree.unflatten(jax.tree.structure(tree), leaves)
+
+
 def _is_array(x: Any) -> bool:
     return isinstance(x, (jax.Array, np.ndarray))
 
 
+def mask_of(mask: Any, params: Any) -> Any:
+    """Returns a mask as a tree of bools, calling it with the parameters if it is a function.
+
+    A callable model that has bools for its parameters is a tree, not a function.
+    """
+    return mask(params) if callable(mask) and not is_mask(mask) else mask
+
+
+def is_mask(tree: Any) -> bool:
+    """Whether a tree has leaves and all of them are bools."""
+    leaves = jax.tree.leaves(tree)
+    return bool(leaves) and all(map(is_bool, leaves))
+
+
+def is_bool(leaf: Any) -> bool:
+    """Whether a leaf is a bool or a scalar bool array."""
+    return isinstance(leaf, bool) or (getattr(leaf, "dtype", None) == np.bool_ and np.ndim(leaf) == 0)
+
+
 def leaf_numbers(tree: Any) -> Any:
-    """Returns a tree of the leaves' numbers, which tell one leaf's random bits from another's."""
+    """Returns a tree of the leaves' indices, which give each leaf its own random bits."""
     treedef = jax.tree.structure(tree)
     return treedef.unflatten(range(treedef.num_leaves))

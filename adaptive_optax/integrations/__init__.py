@@ -1,1 +1,1 @@
-"""States and training loops of other libraries."""
+"""Integrations with the training loops of other libraries."""

@@ -1,59 +1,86 @@
-"""Adam's state from and to optax and PyTorch, so that a run can change libraries where it is.
+"""Converting Adam's state from and to optax, so that a run can switch libraries midway.
 
-All three keep the same two moving averages; what this library adds, the sums of their weights and the bound,
-follows from the count and the decays.
+Both libraries, and PyTorch, keep the same two moving averages. The additions of this library, the sums of
+weights and the bound, follow from the count and the decays.
 """
 
 from __future__ import annotations
 
-import importlib
-import math
-import numbers
-from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adaptive_optax._checks import check_same_tree
-from adaptive_optax._paths import paths_and_leaves
-from adaptive_optax._states import replace_states, states_of, unwrapped
-from adaptive_optax.control.hyperparams import InjectHyperparamsState
-from adaptive_optax.moments.formats import dense, refilled
-from adaptive_optax.transforms.adam import ScaleByAdamState, adam_bound
-from adaptive_optax.transforms.learning_rate import ScaleByLearningRateState
+from adaptive_optax._core.checks import check_same_tree
+from adaptive_optax._core.paths import paths_and_leaves
+from adaptive_optax._core.states import replace_states, states_of, unwrapped
+from adaptive_optax._core.trees import PyTree
+from adaptive_optax.hyperparams import InjectHyperparamsState
+from adaptive_optax.moments.formats import dense, encode_like
+from adaptive_optax.moments.storage import Role
+from adaptive_optax.transforms.adam import ScaleByAdamState, scalars_after
+from adaptive_optax.transforms.learning_rate import LEARNING_RATE_STATES
 from adaptive_optax.transforms.weight_decay import AddDecoupledWeightDecayState
 
 _OPTAX = (optax.ScaleByAdamState, optax.ScaleByAmsgradState)
 _SCHEDULED = (
-    ScaleByLearningRateState,
-    AddDecoupledWeightDecayState,
     InjectHyperparamsState,
     optax.ScaleByScheduleState,
     optax.InjectStatefulHyperparamsState,
 )
-Layout = Callable[[str, np.ndarray], np.ndarray]
 
 
-def from_optax(opt_state: Any, tx: optax.GradientTransformation, params: Any) -> Any:
-    """Makes a state of this library's Adam from one of optax's, so that a run goes on with `tx`.
+class AdamMoments(NamedTuple):
+    """The state of another library's Adam.
+
+    Attributes:
+        count: The number of steps.
+        mu: The first moments.
+        nu: The second moments.
+        nu_max: AMSGrad's maximum, or None.
+        decays: b1 and b2 of these steps; None if they are not known.
+    """
+
+    count: int
+    mu: PyTree
+    nu: PyTree
+    nu_max: PyTree = None
+    decays: tuple[float, float] | None = None
+
+
+def from_optax(
+    opt_state: PyTree, tx: optax.GradientTransformation, params: PyTree, *, trusted: bool = False
+) -> PyTree:
+    """Converts a state of optax's Adam to one of this library's, so that a run continues with `tx`.
 
     Args:
         opt_state: The state of `optax.adam`, `adamw`, `amsgrad` or `scale_by_adam`, at any depth of a chain
             or wrapper.
-        tx: The transformation that goes on: as many `scale_by_adam` of this library, per coordinate, in any
-            storage, as `opt_state` has.
+        tx: The transformation that continues the run. It must have as many `scale_by_adam` as `opt_state` has
+            Adam states, per coordinate and in any storage; or several, in groups, for a single state with all
+            moments. Moments of parameters for which `tx` has no Adam, such as frozen ones, are omitted.
         params: The parameters.
+        trusted: Whether to accept second moments that could be Adamax's infinity norms, which optax keeps in
+            a state of the same type: those that are everywhere at least as large as the first moments, and
+            small. For gradients well above 1 the two cannot be distinguished.
 
     Returns:
-        A state of `tx`, with the moments and the count of `opt_state`; the sums of the weights are those of
-        the decays that `tx` starts with, held constant. Schedules go on from the count. Everything else is as
-        `tx` initialises it.
+        A state of `tx`, with the moments and the count of `opt_state`. The sums of weights are computed with
+        the decays that `tx` starts with, held constant. Schedules continue from the count. Everything else is
+        as `tx` initialises it.
 
     Raises:
-        ValueError: If the numbers of Adam states, their counts, their trees or their shapes do not fit.
+        ValueError: If the number of Adam states, their counts, trees or shapes do not fit; if a value is
+            impossible for such a state: NaN, infinite, too large for the dtype, complex for a real parameter,
+            or negative in the second moment; if the second moments could be Adamax's, unless `trusted`; if
+            optax.MultiSteps is in the middle of a step.
+
+    Yogi's second moment is not a moving average, but optax keeps it in a state of the same type: it is
+    treated as Adam's.
+
+    In `flax.nnx.Optimizer`, use `integrations.flax.optimizer_from_state`.
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp, optax
@@ -70,24 +97,35 @@ def from_optax(opt_state: Any, tx: optax.GradientTransformation, params: Any) ->
         raise ValueError(
             f"from_optax: opt_state must hold a state of optax's Adam, got a {type(opt_state).__name__}."
         )
-    kept = [(s.count, s.mu, s.nu, getattr(s, "nu_max", None)) for s in found]
-    return _filled("from_optax", tx, params, kept)
+    if any(int(unwrapped(s.mini_step)) for s in states_of(optax.MultiStepsState, opt_state)):
+        raise ValueError(
+            "from_optax: the state of optax.MultiSteps is in the middle of a step, whose gradients would be "
+            "lost; convert it after the last micro-batch."
+        )
+    kept = [AdamMoments(_count("from_optax", s.count), s.mu, s.nu, getattr(s, "nu_max", None)) for s in found]
+    if not trusted:
+        slots = states_of(ScaleByAdamState, tx.init(params))
+        for moments, slot in zip(kept, slots, strict=False):
+            _refuse_infinity_norm(moments, _decimal(slot.b2))
+    return state_with_moments("from_optax", tx, params, kept)
 
 
-def to_optax(opt_state: Any, tx: optax.GradientTransformation | None = None, params: Any = None) -> Any:
-    """Makes a state of optax's Adam from one of this library's.
+def to_optax(
+    opt_state: PyTree, tx: optax.GradientTransformation | None = None, params: PyTree = None
+) -> PyTree:
+    """Converts a state of this library's Adam to one of optax's.
 
     Args:
-        opt_state: A state with `scale_by_adam` per coordinate in it, in any storage.
-        tx: The optax transformation that goes on. None stands for the same chain of optax's, with a constant
-            learning rate and no mask: `optax.adam` for `adam`, `optax.adamw` for `adamw`.
+        opt_state: A state that contains `scale_by_adam`, per coordinate and in any storage.
+        tx: The optax transformation that continues the run. None means the same chain in optax, with a
+            constant learning rate and no mask: `optax.adam` for `adam`, `optax.adamw` for `adamw`.
         params: The parameters, needed with `tx`.
 
     Returns:
-        The state of `tx`, with moments in float32 (in the dtypes of `tx`, where it is given).
+        The state of `tx`, with moments in float32 (or in the dtypes of `tx`, if given).
 
     Raises:
-        ValueError: If there is no Adam state, `tx` comes without `params`, or the two do not fit.
+        ValueError: If there is no Adam state, `tx` is given without `params`, or the two do not fit.
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp, optax
@@ -101,16 +139,16 @@ def to_optax(opt_state: Any, tx: optax.GradientTransformation | None = None, par
             f"to_optax: opt_state must hold a state of scale_by_adam, got a {type(opt_state).__name__}."
         )
     for state in found:
-        _check_per_coordinate("to_optax", state.mu, state.nu)
+        check_per_coordinate("to_optax", state.mu, state.nu)
     if tx is None:
-        kinds = (ScaleByAdamState, ScaleByLearningRateState, AddDecoupledWeightDecayState)
+        kinds = (ScaleByAdamState, *LEARNING_RATE_STATES, AddDecoupledWeightDecayState)
         return replace_states(kinds, opt_state, _as_optax)
     if params is None:
-        raise ValueError("to_optax needs params= with tx=, to make the state of tx.")
+        raise ValueError("to_optax needs params= with tx=, to initialise the state of tx.")
     target = tx.init(params)
     slots = states_of(_OPTAX, target)
     if len(slots) != len(found):
-        raise ValueError(f"to_optax: opt_state has {len(found)} Adam states, that of tx {len(slots)}.")
+        raise ValueError(f"to_optax: opt_state has {len(found)} Adam states, the state of tx {len(slots)}.")
     states = iter([_as_optax(state) for state in found])
 
     def fill(slot):
@@ -133,184 +171,136 @@ def _as_optax(state: Any) -> Any:
     return optax.ScaleByAmsgradState(state.count, mu, nu, dense(state.nu_max))
 
 
-def from_torch(
-    state_dict: Mapping[str, Any],
-    tx: optax.GradientTransformation,
-    params: Any,
-    *,
-    layout: Layout | None = None,
-) -> Any:
-    """Makes a state of this library's Adam from the `state_dict()` of PyTorch's Adam or AdamW.
-
-    Args:
-        state_dict: `optimizer.state_dict()`, with `exp_avg`, `exp_avg_sq` and `step` for each parameter.
-            Parameters keyed by number are those of `jax.tree.leaves(params)` in order; parameters keyed by
-            name are found by their path, with "." for "/".
-        tx: The transformation that goes on, with one `scale_by_adam` per coordinate, in any storage.
-        params: The parameters, as arrays of this library's side.
-        layout: `layout(path, array) -> array` turns an array from PyTorch's layout to that of `params`, as
-            was done with the parameters: a Dense kernel is the transpose of a Linear weight. None leaves all.
-
-    Returns:
-        A state of `tx`; see `from_optax`.
-
-    Raises:
-        ValueError: If a parameter's state is missing, has another shape, another step than the others, or
-            `max_exp_avg_sq` (PyTorch's AMSGrad takes the maximum before the bias correction, this one after).
-
-    Example:
-        >>> import adaptive_optax as ao, jax.numpy as jnp, numpy as np
-        >>> params = {"kernel": jnp.ones((3, 2))}
-        >>> moments = {"exp_avg": np.ones((2, 3)), "exp_avg_sq": np.ones((2, 3)), "step": 10.0}
-        >>> tx = ao.adamw(1e-3)
-        >>> transposed = lambda path, x: x.T
-        >>> state = ao.from_torch({"state": {0: moments}}, tx, params, layout=transposed)
-        >>> int(state[0].count), state[0].mu["kernel"].shape
-        (10, (3, 2))
-    """
-    if not isinstance(state_dict, Mapping) or "state" not in state_dict:
-        raise ValueError(
-            f"state_dict must be what optimizer.state_dict() returns, got a {type(state_dict).__name__}."
-        )
-    kept, steps = state_dict["state"], set()
-    by_number = all(isinstance(key, numbers.Integral) for key in kept)
-    columns: dict[str, list[Any]] = {"exp_avg": [], "exp_avg_sq": []}
-    for index, (path, leaf) in enumerate(paths_and_leaves(params)):
-        key = index if by_number else path.replace("/", ".")
-        entry = kept.get(key, {})
-        if missing := {"exp_avg", "exp_avg_sq", "step"} - entry.keys():
-            raise ValueError(f"state_dict has no {min(missing)} for {path!r} (key {key!r}).")
-        if "max_exp_avg_sq" in entry:
-            raise ValueError("state_dict is AMSGrad's: its maximum is of another quantity than here.")
-        steps.add(int(entry["step"]))
-        for name, column in columns.items():
-            value = _from_tensor(entry[name])
-            value = value if layout is None else np.asarray(layout(path, value))
-            if value.shape != leaf.shape:
-                raise ValueError(
-                    f"{name} of {path!r} has shape {value.shape} and the parameter {leaf.shape}; "
-                    "layout= turns one into the other."
-                )
-            column.append(jnp.asarray(value))
-    if len(steps) != 1:
-        raise ValueError(f"state_dict must have one step for all parameters, got {sorted(steps)}.")
-    treedef = jax.tree.structure(params)
-    mu, nu = (treedef.unflatten(column) for column in columns.values())
-    return _filled("from_torch", tx, params, [(steps.pop(), mu, nu, None)])
-
-
-def to_torch(opt_state: Any, *, layout: Layout | None = None) -> dict[str, Any]:
-    """Makes a `state_dict` that PyTorch's Adam or AdamW loads. Needs PyTorch.
-
-    Args:
-        opt_state: A state with one `scale_by_adam` per coordinate in it, in any storage.
-        layout: `layout(path, array) -> array` turns an array to PyTorch's layout; the inverse of the one
-            that `from_torch` takes.
-
-    Returns:
-        `{"state": {number: {"step", "exp_avg", "exp_avg_sq"}}, "param_groups": [...]}`, with tensors and one
-        group, its parameters in the order of `jax.tree.leaves`, its settings those of the last step.
-
-    Raises:
-        ImportError: If PyTorch is not installed.
-        ValueError: If there is not one Adam state, or it is AMSGrad's or not per coordinate.
-    """
-    torch = importlib.import_module("torch")  # not one of this library's requirements
-
-    found = states_of(ScaleByAdamState, opt_state)
-    if len(found) != 1:
-        raise ValueError(f"to_torch: opt_state must hold one state of scale_by_adam, got {len(found)}.")
-    (state,) = found
-    if state.nu_max is not None:
-        raise ValueError("to_torch: AMSGrad's maximum is of another quantity in PyTorch.")
-    _check_per_coordinate("to_torch", state.mu, state.nu)
-
-    def tensor(path, x):
-        x = np.asarray(x) if layout is None else np.asarray(layout(path, np.asarray(x)))
-        return torch.from_numpy(np.array(x))
-
-    step = float(unwrapped(state.count))
-    leaves = zip(paths_and_leaves(dense(state.mu)), jax.tree.leaves(dense(state.nu)), strict=True)
-    kept = {
-        index: {"step": torch.tensor(step), "exp_avg": tensor(path, m), "exp_avg_sq": tensor(path, v)}
-        for index, ((path, m), v) in enumerate(leaves)
-    }
-    rates = [s.learning_rate for s in states_of(ScaleByLearningRateState, opt_state)]
-    decays = [s.weight_decay for s in states_of(AddDecoupledWeightDecayState, opt_state)]
-    group = {
-        "params": list(kept),
-        "lr": math.prod(float(unwrapped(rate)) for rate in rates),
-        "betas": (float(unwrapped(state.b1)), float(unwrapped(state.b2))),
-        "eps": float(unwrapped(state.eps)),
-        "weight_decay": sum(float(unwrapped(decay)) for decay in decays),
-        "amsgrad": False,
-    }
-    return {"state": kept, "param_groups": [group]}
-
-
-def _from_tensor(x: Any) -> np.ndarray:
-    return x.detach().cpu().float().numpy() if hasattr(x, "detach") else np.asarray(x)
-
-
-def _check_per_coordinate(owner: str, mu: Any, nu: Any) -> None:
+def check_per_coordinate(owner: str, mu: PyTree, nu: PyTree) -> None:
+    """Raises if coordinates share second moments."""
     shapes = [[x.shape for x in jax.tree.leaves(dense(moment))] for moment in (mu, nu)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"{owner} needs second moments per coordinate: granularity='coordinate'.")
 
 
-def _filled(owner: str, tx: optax.GradientTransformation, params: Any, kept: list[Any]) -> Any:
-    """A state of `tx` with the counts and moments given for each `scale_by_adam` in it."""
+def state_with_moments(
+    owner: str, tx: optax.GradientTransformation, params: PyTree, kept: list[AdamMoments]
+) -> Any:
+    """Returns a state of `tx` with the given counts and moments for each `scale_by_adam` in it."""
     target = tx.init(params)
     slots = states_of(ScaleByAdamState, target)
+    if len(kept) == 1 and slots:
+        kept = kept * len(slots)  # each group takes its own part
     if len(slots) != len(kept):
-        raise ValueError(f"{owner}: there are {len(kept)} Adam states to put into {len(slots)} of tx.")
-    counts = {int(unwrapped(count)) for count, *_ in kept}
+        raise ValueError(f"{owner}: got {len(kept)} Adam states for the {len(slots)} of tx.")
+    counts = {moments.count for moments in kept}
     if len(counts) != 1:
-        raise ValueError(f"{owner}: the counts of the Adam states must be alike, got {sorted(counts)}.")
+        raise ValueError(f"{owner}: the counts of the Adam states must be the same, got {sorted(counts)}.")
     steps = counts.pop()
     count = jnp.asarray(steps, jnp.int32)
     remaining = iter(kept)
 
     def fill(slot):
-        _, mu, nu, nu_max = next(remaining)
-        check_same_tree(owner, "the moment", mu, "params", dense(slot.mu))
-        _check_per_coordinate(owner, slot.mu, slot.nu)
-        if (nu_max is None) != (slot.nu_max is None):
+        given = next(remaining)
+        check_per_coordinate(owner, slot.mu, slot.nu)
+        like = dense(slot.mu)
+        given = given._replace(
+            mu=_part(owner, "the moment", given.mu, like, params),
+            nu=_part(owner, "the second moment", given.nu, like, params),
+            nu_max=_part(owner, "the largest second moment", given.nu_max, like, params),
+        )
+        if (given.nu_max is None) != (slot.nu_max is None):
             raise ValueError(f"{owner}: amsgrad must be the same in the state and in tx.")
-        b1, b2 = _as_given(slot.b1), _as_given(slot.b2)
+        b1, b2 = given.decays or (_decimal(slot.b1), _decimal(slot.b2))
 
         def scalar(value):
             return jnp.asarray(value, unwrapped(slot.bound_sq).dtype)
 
-        def moment(old, values, role):
-            # In the slot's tree, which may be wrapped, and its dtypes.
+        def moment(name, role):
+            # In the tree of the slot, which may be wrapped, and in its dtypes.
+            old, values = getattr(slot, name), getattr(given, name)
+            if values is None:
+                return None
             like, treedef = jax.tree.flatten(dense(old))
-            leaves = [jnp.asarray(x, y.dtype) for x, y in zip(jax.tree.leaves(values), like, strict=True)]
-            return refilled(old, treedef.unflatten(leaves), count=count, role=role)
+            pairs = zip(paths_and_leaves(values), like, strict=True)
+            leaves = [_checked(owner, f"{name}/{path}", x, y.dtype, role, steps) for (path, x), y in pairs]
+            return encode_like(old, treedef.unflatten(leaves), count=count, role=role)
 
-        largest = float(jnp.finfo(jnp.float32).max)
-        bound_sq = min(adam_bound(b1, b2, steps, bias_correction=False) ** 2, largest) if steps else 0.0
         return slot._replace(
             count=count,
-            mu=moment(slot.mu, mu, "mu"),
-            nu=moment(slot.nu, nu, "nu"),
-            nu_max=None if nu_max is None else moment(slot.nu_max, nu_max, "nu"),
-            mu_weight=scalar(1 - b1**steps),
-            nu_weight=scalar(1 - b2**steps),
-            bound_sq=scalar(bound_sq),
+            mu=moment("mu", "mu"),
+            nu=moment("nu", "nu"),
+            nu_max=moment("nu_max", "nu"),
+            **{name: scalar(value) for name, value in scalars_after(steps, b1, b2).items()},
         )
 
     target = replace_states(ScaleByAdamState, target, fill)
     return _scheduled_from(target, count)
 
 
-def _as_given(decay: Any) -> float:
-    """The decimal number that was rounded: of 0.999 in float32, 1 - b2 would be 1e-5 off."""
+def _part(owner: str, name: str, moment: Any, like: Any, params: Any) -> Any:
+    """The leaves of a moment that `tx` keeps (groups and `freeze` hide others), as a tree like its state."""
+    if moment is None:
+        return None
+    leaves, known = dict(paths_and_leaves(moment)), dict(paths_and_leaves(params))
+    own = {path for path, _ in paths_and_leaves(like)}
+    shown = {path: x for path, x in leaves.items() if path in own or path not in known}
+    check_same_tree(owner, name, shown, "params", dict(paths_and_leaves(like)), ordered=False)
+    return jax.tree.unflatten(jax.tree.structure(like), [shown[path] for path, _ in paths_and_leaves(like)])
+
+
+def _checked(owner: str, name: str, x: Any, dtype: Any, role: Role, steps: int) -> jax.Array:
+    """Casts an array of a moment, after checks."""
+
+    def refuse(what):
+        raise ValueError(f"{owner}: {name.rstrip('/')!r} {what}, which is impossible for a moment of Adam.")
+
+    x = np.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        refuse(f"is {x.dtype}")
+    if np.iscomplexobj(x) and not jnp.issubdtype(dtype, jnp.complexfloating):
+        refuse(f"is {x.dtype} for {dtype}")
+    if not np.isfinite(x).all():
+        refuse("is not finite")
+    with np.errstate(over="ignore"):
+        cast = x.astype(dtype)
+    if not np.isfinite(cast).all():
+        refuse(f"is beyond {dtype} (up to {np.abs(x).max():.3g})")
+    if role == "nu" and (x < 0).any():
+        refuse(f"is negative (down to {x.min():.3g})")
+    if steps == 0 and x.any():
+        refuse("is not zero after 0 steps")
+    return jnp.asarray(cast)
+
+
+def _count(owner: str, count: Any) -> int:
+    count = np.asarray(unwrapped(count))
+    if count.ndim or count.dtype.kind not in "iu" or not 0 <= count < 2**31:
+        raise ValueError(f"{owner}: the count must be an integer in [0, 2147483647], got {count!r}.")
+    return int(count)
+
+
+def _refuse_infinity_norm(moments: AdamMoments, b2: float) -> None:
+    """Raises if nu is probably Adamax's u = max(b2 u, |g|) and not a mean of squares v.
+
+    |m| <= 1.01 u holds for every u at the usual decays. It holds for every v only if gradients are well above
+    1, and then v divided by its weight is not small either.
+    """
+    pairs = list(zip(jax.tree.leaves(moments.mu), jax.tree.leaves(moments.nu), strict=False))
+    pairs = [(np.abs(np.asarray(m, np.complex128)), np.asarray(v, np.float64)) for m, v in pairs]
+    if not all(m.shape == v.shape and (v >= 0.99 * m).all() for m, v in pairs):
+        return
+    moved = np.concatenate([v[m > 0] for m, v in pairs] or [np.zeros(0)])
+    if moved.size and np.median(moved) * (1 - b2**moments.count) < 0.5:
+        raise ValueError(
+            "from_optax: every second moment is at least as large as the first moment, like the infinity "
+            "norm of Adamax, which optax keeps in a state of the same type. If it is Adam's, pass "
+            "trusted=True."
+        )
+
+
+def _decimal(decay: Any) -> float:
+    """The decimal number before rounding: with 0.999 rounded to float32, 1 - b2 would be off by 1e-5."""
     return float(str(np.asarray(unwrapped(decay))))
 
 
 def _scheduled_from(opt_state: Any, count: Any) -> Any:
-    """The state with its schedules at a step."""
+    """Sets the schedules in a state to a step."""
 
     def at_step(state):
         if not isinstance(state, optax.InjectStatefulHyperparamsState):
@@ -321,6 +311,6 @@ def _scheduled_from(opt_state: Any, count: Any) -> Any:
         }
         return state._replace(count=count, hyperparams_states=schedules)
 
-    for kind in _SCHEDULED:  # one by one: injected hyperparameters hold the others
+    for kind in _SCHEDULED:  # one by one, because injected hyperparameters contain the others
         opt_state = replace_states(kind, opt_state, at_step)
     return opt_state

@@ -1,7 +1,7 @@
-"""Adam-mini's blocks: the coordinates of a transformer that one second moment is enough for.
+"""Adam-mini's blocks: groups of a transformer's coordinates for which one second moment is enough.
 
-The blocks of the Hessian follow the structure of the model, so the rule is a table: from the names of the
-parameters to their roles, and from a role to the axes that share a value.
+The blocks of the Hessian follow the structure of the model. The rule is therefore a table that maps parameter
+names to roles, and roles to the axes that share a value.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from adaptive_optax._paths import check_expressions, check_patterns, first_match, paths_and_leaves
+from adaptive_optax._core.paths import check_expressions, check_patterns, first_match, paths_and_leaves
+from adaptive_optax._core.trees import PyTree
 from adaptive_optax.moments.by_path import ByPath
 from adaptive_optax.moments.granularity import Axis, Coordinate, Granularity, Tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class _OutputNeuron(Granularity):
-    """One value an output neuron, over the axes of the inputs; a matrix is (inputs, outputs) all the same."""
+    """One value per output neuron, pooled over the input axes; matrices are always (inputs, outputs)."""
 
     inputs: tuple[int, ...]
 
@@ -32,10 +33,10 @@ class _OutputNeuron(Granularity):
 
 # Axes count from the end, so that layers stacked along a leading axis keep their values apart.
 _ROLES: dict[str, Granularity] = {
-    "query_key": Axis(-3, -1),  # (features, heads, head_dim): one a head
+    "query_key": Axis(-3, -1),  # (features, heads, head_dim): one value per head
     "value": _OutputNeuron((-3,)),  # (features, heads, head_dim)
     "attention_output": _OutputNeuron((-3, -2)),  # (heads, head_dim, features)
-    "output_neuron": Axis(-2),  # (inputs, outputs); of an LM head the outputs are tokens
+    "output_neuron": Axis(-2),  # (inputs, outputs); the outputs of an LM head are tokens
     "token": Axis(-1),  # (tokens, features)
     "coordinate": Coordinate(),
     "tensor": Tensor(),
@@ -55,34 +56,35 @@ FLAX_LAYOUT: Mapping[str, Granularity | str] = MappingProxyType(
 
 @dataclasses.dataclass(frozen=True, init=False)
 class AdamMiniBlocks(Granularity):
-    """Shares a second moment within a head, an output neuron or a token of a transformer.
+    """Shares a second moment within each head, output neuron or token of a transformer.
 
-    `adam_mini` is `adamw` with this granularity; use it alone in another transform.
+    `adam_mini` is `adamw` with this granularity; it also works in other transformations.
 
     ====================  ==============================================  ===================
-    role                  Flax's shape                                    one value for each
+    role                  shape in Flax                                   one value per
     ====================  ==============================================  ===================
     `"query_key"`         (features, heads, head_dim)                     head
     `"value"`             (features, heads, head_dim)                     output neuron
     `"attention_output"`  (heads, head_dim, features)                     output neuron
-    `"output_neuron"`     (inputs, outputs), as of an MLP or an LM head   output neuron
+    `"output_neuron"`     (inputs, outputs), e.g. of an MLP or LM head    output neuron
     `"token"`             (tokens, features)                              token
-    `"coordinate"`        any, as of biases                               coordinate
-    `"tensor"`            any, as of norms; also where no pattern fits    leaf
+    `"coordinate"`        any, e.g. of biases                             coordinate
+    `"tensor"`            any, e.g. of norms; the default                 leaf
     ====================  ==============================================  ===================
 
     Args:
-        params_layout: `{pattern: role}`. A pattern is a regular expression, searched for in the paths of the
-            leaves; the first that is found wins. A role is one of the table or a `Granularity`. None is
-            `FLAX_LAYOUT`: the attention, `Dense` or `Linear`, and `Embed` of linen and nnx. Its patterns may
-            match nothing but for queries and keys; others may not. A layer of one's own stands first,
-            `{"qkv/kernel$": "output_neuron"} | FLAX_LAYOUT`; a convolution would be a stack of dense layers
-            without its own, `{"conv/kernel$": Axis(-2, -3, -4)}`.
+        params_layout: `{pattern: role}`. A pattern is a regular expression that is searched for in the paths
+            of the leaves; the first match wins. A role is one from the table or a `Granularity`. None means
+            `FLAX_LAYOUT`: the attention, `Dense` or `Linear`, and `Embed` layers of linen and nnx. The
+            patterns of `FLAX_LAYOUT` may match nothing, except those of queries and keys; your own patterns
+            must match. Put your own layers first, `{"qkv/kernel$": "output_neuron"} | FLAX_LAYOUT`. Give
+            convolutions their own pattern, `{"conv/kernel$": Axis(-2, -3, -4)}`; otherwise they are treated
+            as a stack of dense layers.
 
     Raises:
-        ValueError: If `params_layout` is no mapping from regular expressions to roles; at init, if
-            "query_key" is in the layout and not in the parameters, a pattern outside `FLAX_LAYOUT` matches no
-            leaf, or a query's or key's kernel has no axis of heads.
+        ValueError: If `params_layout` is not a mapping from regular expressions to roles; at init, if
+            "query_key" is in the layout but matches no parameter, a pattern outside `FLAX_LAYOUT` matches no
+            leaf, or the kernel of a query or key has no axis of heads.
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp
@@ -91,8 +93,8 @@ class AdamMiniBlocks(Granularity):
         >>> nu["query"]["kernel"].shape, nu["value"]["kernel"].shape
         ((1, 2, 1), (1, 2, 4))
 
-    Source: Zhang et al. 2024, "Adam-mini: use fewer learning rates to gain more", as in its
-    authors' code from version 1.1 on (before, embeddings were per coordinate and V, MLP per tensor).
+    Source: Zhang et al. 2024, "Adam-mini: use fewer learning rates to gain more", as in the authors' code
+    since version 1.1 (earlier versions had embeddings per coordinate, and values and MLPs per tensor).
     """
 
     layout: tuple[tuple[str, Granularity | str], ...]
@@ -110,16 +112,14 @@ class AdamMiniBlocks(Granularity):
                 )
         object.__setattr__(self, "layout", tuple(layout.items()))
 
-    per_leaf = True
-
-    def pool(self, squares: Any) -> Any:
-        """Pools the leaves by their roles, each in its reduced shape."""
+    def pool(self, squares: PyTree) -> PyTree:
+        """Pools each leaf by its role, to its reduced shape."""
         self._check(squares)
         roles = {p: role if isinstance(role, Granularity) else _ROLES[role] for p, role in self.layout}
         return ByPath(roles, default="tensor", strict=False).pool(squares)
 
     def _check(self, tree: Any) -> None:
-        """Refuses a tree in which the layout does not find what it is made for."""
+        """Raises unless the layout fits the tree."""
         layout = dict(self.layout)
         check_patterns([pattern for pattern in layout if pattern not in FLAX_LAYOUT], tree)
         queries = [pattern for pattern, role in self.layout if role == "query_key"]
@@ -127,12 +127,12 @@ class AdamMiniBlocks(Granularity):
         if queries and places and not any(first_match(queries, path) for path in places):
             raise ValueError(
                 "Adam-mini's layout finds no queries and keys: no leaf matches "
-                f"{' or '.join(map(repr, queries))}; the leaves are {', '.join(places)}. Give params_layout= "
-                "for other names than Flax's."
+                f"{' or '.join(map(repr, queries))}; the leaves are {', '.join(places)}. Set params_layout= "
+                "if your names differ from Flax's."
             )
         for path, leaf in paths_and_leaves(tree):
             if first_match(layout, path) in queries and np.ndim(leaf) < 3:
                 raise ValueError(
                     f"Adam-mini's layout: {path!r} has shape {np.shape(leaf)}; the role 'query_key' needs "
-                    "(features, heads, head_dim). Give it another in params_layout=, such as 'output_neuron'."
+                    "(features, heads, head_dim). Set another one in params_layout=, such as 'output_neuron'."
                 )

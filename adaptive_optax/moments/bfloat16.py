@@ -1,8 +1,8 @@
-"""bfloat16 moments: half the memory, and unbiased when the rounding is stochastic.
+"""bfloat16 moments: half the memory, and unbiased with stochastic rounding.
 
-bfloat16 has float32's range and 8 bits of precision. Rounded to nearest, a moment with a decay near 1 stands
-still: 0.999 v rounds back to v. Rounded up or down at random, with the probabilities that make the expected
-value right, it follows the float32 moment for any decay.
+bfloat16 has float32's range and 8 bits of precision. Rounded to nearest, a moment with a decay near 1 never
+changes: 0.999 v rounds back to v. Rounded up or down at random, with probabilities that give the right
+expected value, it follows the float32 moment for any decay.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adaptive_optax._checks import check_choice
-from adaptive_optax._rounding import is_low_precision, random_bits, round_stochastically
-from adaptive_optax._trees import by_leaf, leaf_numbers
+from adaptive_optax._core.checks import check_choice
+from adaptive_optax._core.random_bits import is_low_precision, random_bits, round_stochastically
+from adaptive_optax._core.sharding import traced_sharding
+from adaptive_optax._core.trees import PyTree, by_leaf, leaf_numbers
 from adaptive_optax.moments.storage import NearestCast, Role, Storage
 
 _NEAREST = NearestCast(jnp.bfloat16)
@@ -27,30 +28,30 @@ _NEAREST = NearestCast(jnp.bfloat16)
 class BFloat16(Storage):
     r"""Keeps a moment in bfloat16.
 
-    Use it to halve the state of Adam. With `"stochastic"` rounding a value x between the neighbours a < b of
-    bfloat16 becomes b with probability (x - a) / (b - a), so its expectation is x. In a moving average with
-    decay :math:`\beta` the roundings add a relative standard deviation of about
+    Use it to halve the state of Adam. With `"stochastic"` rounding a value x between the bfloat16 neighbours
+    a < b becomes b with probability (x - a) / (b - a), so its expectation is x. In a moving average with
+    decay :math:`\beta`, rounding adds a relative standard deviation of about
     :math:`2^{-8} / \sqrt{2.8 (1 - \beta^2)}`, 0.5 % at 0.9, and less where a step is far below a unit in the
     last place: 4 % rather than 5 % for the second moment at 0.999.
 
-    The random bits are a hash of the coordinate, the step and the leaf: nothing is kept for them, a restored
-    run goes on bit for bit, and they are the same on any sharding. Under `vmap` all members draw the same
+    The random bits are a hash of the coordinate, the step and the leaf. They need no state, a restored run
+    continues bit for bit, and they are the same under any sharding. Under `vmap` all members draw the same
     bits; under `shard_map` coordinates count from the shard's own corner.
 
     On a CPU compile the step with `jax.jit(step, donate_argnums=(0, 1), compiler_options={
     "xla_cpu_copy_insertion_use_region_analysis": True})`. Without the option XLA copies the old moments
-    before it overwrites them, which takes longer than the rest of the step, as with optax's `mu_dtype`.
+    before overwriting them, which takes longer than the rest of the step, as with optax's `mu_dtype`.
 
     Complex moments stay complex64.
 
     Args:
-        rounding: `"stochastic"` (default), or `"nearest"`, which is refused with decays above 1 - 2^-8.
+        rounding: `"stochastic"` (default), or `"nearest"`, which is not allowed with decays above 1 - 2^-8.
 
     Raises:
-        ValueError: If `rounding` is unknown; where a transformation is built, if the decay is too near 1 for
-            `"nearest"` (that of a schedule or a tracer is not known and is not checked).
+        ValueError: If `rounding` is unknown; when a transformation is built, if the decay is too close to 1
+            for `"nearest"` (decays that are schedules or tracers are not known, so they are not checked).
 
-    State cost: 2 bytes a value.
+    State cost: 2 bytes per value.
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp
@@ -64,44 +65,43 @@ class BFloat16(Storage):
 
     rounding: Literal["stochastic", "nearest"] = "stochastic"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("rounding", self.rounding, ("stochastic", "nearest"))
 
     @property
     def relative_error(self) -> float:
-        """A unit in the last place, or half of it to nearest."""
+        """One unit in the last place; half of it when rounding to nearest."""
         return _NEAREST.relative_error * (1 if self.rounding == "nearest" else 2)
 
     @property
     def largest_decay(self) -> float:
-        """Any; 1 - 2^-8 to nearest."""
+        """1, so any decay works; 1 - 2^-8 when rounding to nearest."""
         return _NEAREST.largest_decay if self.rounding == "nearest" else 1.0
 
-    def init(self, params_like: Any, role: Role) -> Any:
+    def init(self, params_like: PyTree, role: Role) -> PyTree:
         """Returns bfloat16 zeros."""
         return _NEAREST.init(params_like, role)
 
-    def decode(self, moment: Any, *, lower: Callable[[], Any] | None = None) -> Any:
+    def decode(self, moment: PyTree, *, lower: Callable[[], Any] | None = None) -> PyTree:
         """Returns the moment widened to float32."""
         return _NEAREST.decode(moment)
 
-    def encode(self, moment: Any, values: Any, *, count: jax.Array, role: Role) -> Any:
+    def encode(self, moment: PyTree, values: PyTree, *, count: jax.Array, role: Role) -> PyTree:
         """Rounds the values to bfloat16."""
         if self.rounding == "nearest":
             return _NEAREST.encode(moment, values, count=count, role=role)
 
-        (rounded,) = _round((count, role), moment, values, leaf_numbers(moment))
-        return rounded
+        return _round((count, role), moment, values, leaf_numbers(moment))
 
 
-@by_leaf(results=1)
-def _round(step: tuple[jax.Array, Role], old: jax.Array, x: jax.Array, number: Any) -> tuple[jax.Array]:
+@by_leaf(like="old")
+def _round(step: tuple[jax.Array, Role], old: jax.Array, x: jax.Array, number: Any) -> jax.Array:
     count, role = step
     if not is_low_precision(old):  # complex
-        return (x.astype(old.dtype),)
-    bits = random_bits(x.shape, count, number, role)
+        return x.astype(old.dtype)
+    bits = random_bits(x.shape, count, number, role, sharding=traced_sharding(x))
     rounded = round_stochastically(x.astype(jnp.float32), jnp.bfloat16, bits)
-    # Its lower half is 0 now, or that of a NaN, which stays one: arithmetic's are quiet, by a bit above. To
-    # cut it off takes a CPU less time than to round again.
+    # The lower half is now 0, or belongs to a NaN. Dropping it keeps a NaN one, since arithmetic makes quiet
+    # NaNs, whose bit is in the upper half. On a CPU dropping it is faster than rounding again.
     upper = jax.lax.bitcast_convert_type(rounded, jnp.uint32) >> np.uint32(16)
-    return (jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16),)
+    return jax.lax.bitcast_convert_type(upper.astype(jnp.uint16), jnp.bfloat16)

@@ -1,40 +1,41 @@
-"""Another granularity for every part of a model, chosen by the paths of its leaves."""
+"""A different granularity for each part of a model, chosen by the paths of its leaves."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import optax
 
-from adaptive_optax._checks import check_bool
-from adaptive_optax._paths import check_expressions, check_patterns, first_match, paths_and_leaves
+from adaptive_optax._core.checks import check_bool
+from adaptive_optax._core.paths import check_expressions, check_patterns, first_match, paths_and_leaves
+from adaptive_optax._core.trees import PyTree
 from adaptive_optax.moments.granularity import Granularity, as_granularity
 
 
 @dataclasses.dataclass(frozen=True, init=False)
 class ByPath(Granularity):
-    """Gives each leaf the granularity of the first pattern that is found in its path.
+    """Gives each leaf the granularity of the first pattern found in its path.
 
-    Use it where a model's parts have different structures: one value a head in attention, one an output
-    neuron in a dense layer. `AdamMiniBlocks` is this with a table of roles.
+    Use it when the parts of a model have different structures, for example one value per head in attention
+    and one per output neuron in dense layers. `AdamMiniBlocks` does this with a table of roles.
 
-    A pattern's leaves are a tree of their own for its granularity, as are those that no pattern matches: two
-    patterns with `Global()` are two groups. The moment is a tree like the parameters, so that a value shared
-    by several leaves (`Global`, `Labels`) stands at each of them.
+    The leaves of each pattern form a separate tree for its granularity, and so do those that no pattern
+    matches: two patterns with `Global()` are two groups. The moment is a tree like the parameters, so a value
+    shared by several leaves (`Global`, `Labels`) is repeated at each of them.
 
     Args:
-        patterns: `{pattern: granularity}`; a regular expression, found anywhere (`re.search`) in paths such
-            as "encoder/layers/0/kernel", and a `Granularity`, "coordinate", "tensor" or "global".
+        patterns: `{pattern: granularity}`. A pattern is a regular expression, searched for (`re.search`) in
+            paths such as "encoder/layers/0/kernel". A granularity is a `Granularity`, "coordinate", "tensor"
+            or "global".
         default: The granularity of leaves that no pattern matches.
-        strict: Whether a pattern that matches no leaf at all is an error when the state is initialised.
-            Leaves that `optax.masked` hides count. False for patterns that are meant for many models.
+        strict: Whether it is an error at init if a pattern matches no leaf. Leaves hidden by `optax.masked`
+            count as leaves. Set it to False for patterns meant for many models.
 
     Raises:
-        ValueError: If `patterns` is no mapping from regular expressions to granularities, or `default` is
-            none; at init, if `strict` and a pattern matches no leaf.
+        ValueError: If `patterns` is not a mapping from regular expressions to granularities, or `default` is
+            not a granularity; at init, if `strict` and a pattern matches no leaf.
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp
@@ -65,9 +66,7 @@ class ByPath(Granularity):
         object.__setattr__(self, "default", as_granularity(default, "default"))
         object.__setattr__(self, "strict", bool(strict))
 
-    per_leaf = True
-
-    def pool(self, squares: Any) -> Any:
+    def pool(self, squares: PyTree) -> PyTree:
         """Pools each pattern's leaves; returns a tree like `squares`, each leaf in its reduced shape."""
         granularities: dict[str | None, Granularity] = {**dict(self.items), None: self.default}
         if self.strict:
@@ -81,7 +80,7 @@ class ByPath(Granularity):
                 optax.MaskedNode() if other != pattern else x for x, other in zip(leaves, chosen, strict=True)
             ]
             part, granularity = jax.tree.unflatten(treedef, hidden), granularities[pattern]
-            # Spread, a group's value has a place at each leaf, in the leaf's own reduced shape.
+            # Spreading repeats a group's value at each leaf, in the leaf's own reduced shape.
             spread = granularity.spread(granularity.pool(part), part)
             for i, value in zip(places, jax.tree.leaves(spread), strict=True):
                 pooled[i] = value

@@ -2,8 +2,8 @@
 
     x_t = b_t x_{t-1} + (1 - b_t) s_t,        w_t = b_t w_{t-1} + (1 - b_t),        x_0 = w_0 = 0
 
-The weight w_t is what the coefficients of s_1 .. s_t in x_t sum to, so x_t / w_t is their weighted mean for
-any sequence of decays; for a constant decay w_t = 1 - b^t.
+The weight w_t is the sum of the coefficients of s_1 .. s_t in x_t, so x_t / w_t is their weighted mean for
+any sequence of decays. For a constant decay w_t = 1 - b^t.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adaptive_optax._precision import cast, concrete, scale, value_at
+from adaptive_optax._core.precision import cast, scale, static_value, value_at
 
 
 class Decay(NamedTuple):
     """A decay b with its complement: `keep` = b and `take` = 1 - b, Python floats or scalar arrays.
 
-    Both are kept because 1 - b loses digits in float32: for b = 0.999 the difference of the rounded numbers
-    is 1.3e-5 off. A Python number's complement is formed in double precision.
+    Both are kept because 1 - b loses digits in float32: for b = 0.999 it has a relative error of 1.3e-5. The
+    complement of a Python number is computed in double precision.
     """
 
     keep: Any
@@ -30,7 +30,7 @@ class Decay(NamedTuple):
 
 def decay_at(decay: Any, count: jax.Array, dtype: Any) -> Decay:
     """Evaluates a decay, a number or a schedule, at a step count."""
-    known = concrete(decay)
+    known = static_value(decay)
     if known is not None:
         return Decay(known, 1.0 - known)
     value = value_at(decay, count, dtype)
@@ -45,7 +45,7 @@ def ema(old: Any, new: Any, decay: Decay) -> Any:
         old, new = cast(old, dtype), cast(new, dtype)
         if isinstance(decay.keep, float) and decay.keep >= 0.5:
             # The fixed point is `new` however the two factors are rounded; with b = 0.999 the other form
-            # settles 1.3e-5 off. Below 1/2 this form would lose a `new` that is much smaller than `old`.
+            # converges to a value 1.3e-5 off. Below 1/2 this form would lose a `new` much smaller than `old`.
             return old + scale(new - old, decay.take)
         return scale(old, decay.keep) + scale(new, decay.take)
 
@@ -58,7 +58,7 @@ def ema_weight(weight: jax.Array, decay: Decay) -> jax.Array:
 
 
 def weight_error(decay: Decay, dtype: Any) -> Any:
-    """Returns the relative error that rounding may leave in a weight.
+    """Returns a bound on the relative error of a weight due to rounding.
 
     A weight stops growing when a step would add less than half a unit in the last place.
     """

@@ -1,13 +1,13 @@
 """Granularity: which coordinates share one second moment.
 
-A granularity partitions the coordinates of a tree into groups I_k. `pool` turns squared magnitudes into one
-statistic a group, the mean or the sum of the group's squares, and `spread` lays a group's value over its
-coordinates again. Between the two stand the moving average, its storage and the direction, none of which
-knows how the coordinates are grouped.
+A granularity partitions the coordinates of a tree into groups I_k. `pool` reduces squared magnitudes to one
+statistic per group, the mean or the sum of the group's squares, and `spread` broadcasts a group's value back
+to its coordinates. The moving average, its storage and the direction come between the two, and none of them
+depends on the grouping.
 
-With `reduce="mean"` the direction's root mean square is about 1 whatever the groups are, so a learning rate
-carries over from one granularity to another. With `"sum"` the group's plain norm is used, which makes the
-direction smaller by the square root of the group's size.
+With `reduce="mean"` the direction's root mean square is about 1 for any groups, so a learning rate carries
+over from one granularity to another. `"sum"` uses the plain norm of the group, which makes the direction
+smaller by the square root of the group's size.
 """
 
 from __future__ import annotations
@@ -16,48 +16,46 @@ import abc
 import dataclasses
 import math
 from collections.abc import Callable, Hashable, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
-from adaptive_optax._checks import check_choice, check_integer
-from adaptive_optax._paths import check_expressions, check_patterns, first_match, paths_and_leaves
-from adaptive_optax._precision import abs_square, cast, real_dtype, scalar_dtype
+from adaptive_optax._core.checks import check_choice, check_integer
+from adaptive_optax._core.paths import check_expressions, check_patterns, first_match, paths_and_leaves
+from adaptive_optax._core.precision import abs_square, cast, real_dtype, scalar_dtype
+from adaptive_optax._core.sharding import shapes_of
+from adaptive_optax._core.trees import PyTree
 
 Reduce = Literal["mean", "sum"]
 
 
 class Granularity(abc.ABC):
-    """Interface of the partition of a tree's coordinates into groups; instances are static and hashable.
+    """Interface for partitions of a tree's coordinates into groups; instances are static and hashable.
 
-    Attributes:
-        per_leaf: Whether every leaf has its statistic at its own place in the tree, and `spread` does with a
-            leaf what it does with the tree: then a step is taken leaf by leaf, and traced once for leaves
-            that look alike. False, the default, is never wrong.
+    `pool` may return any tree of arrays. The simplest is a tree like the parameters in which each leaf is a
+    scalar, or has the parameter's rank with axes of size 1 or of full size. Then the inherited `spread`
+    works, and telemetry reads each leaf's own statistic. Otherwise override `spread` as well; telemetry,
+    which sees only the state, then leaves values derived from the second moment undefined. If a statistic
+    has a shape that broadcasts to its leaf, each of its values must belong to the coordinates it broadcasts
+    to.
     """
 
-    per_leaf: ClassVar[bool] = False
-
-    def __init_subclass__(cls, **arguments: Any):
-        super().__init_subclass__(**arguments)
-        if "per_leaf" not in vars(cls) and not vars(cls).keys().isdisjoint({"pool", "spread"}):
-            cls.per_leaf = False  # what a parent says of its own functions does not hold for these
-
     @abc.abstractmethod
-    def pool(self, squares: Any) -> Any:
-        """Reduces a tree of squared magnitudes (real, float32 at least) to one statistic a group."""
+    def pool(self, squares: PyTree) -> PyTree:
+        """Reduces a tree of squared magnitudes (real, at least float32) to one statistic per group."""
 
-    def spread(self, pooled: Any, like: Any) -> Any:
-        """Returns a tree like `like` whose leaves broadcast a group's value, a moment or its root."""
+    def spread(self, pooled: PyTree, like: PyTree) -> PyTree:
+        """Returns a tree like `like` of each group's value (a moment or its root), ready to broadcast."""
         return jax.tree.map(lambda x, value: cast(value, real_dtype(x)), like, pooled)
 
-    def template(self, params: Any) -> Any:
+    def template(self, params: PyTree) -> PyTree:
         """Returns arrays or abstract arrays with the shapes and dtypes of the statistics of `params`.
 
-        A parameter stands for a statistic of its own shape, so that the state follows its sharding.
+        For a statistic with the parameter's own shape it is the parameter, so that the state has the same
+        sharding.
         """
-        pooled = jax.eval_shape(lambda tree: self.pool(abs_square(tree)), params)
+        pooled = shapes_of(lambda tree: self.pool(abs_square(tree)), params)
         if jax.tree.structure(pooled) != jax.tree.structure(params):
             return pooled
         return jax.tree.map(lambda x, t: x if t.shape == x.shape else t, params, pooled)
@@ -65,9 +63,9 @@ class Granularity(abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class Coordinate(Granularity):
-    """Keeps one second moment for every coordinate, as RMSprop and Adam do.
+    """Keeps one second moment per coordinate, as RMSprop and Adam do.
 
-    State cost: one value a coordinate. The direction is equivariant under signed permutations only.
+    State cost: one value per coordinate. The direction is equivariant only under signed permutations.
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp
@@ -75,9 +73,7 @@ class Coordinate(Granularity):
         (8, 3)
     """
 
-    per_leaf = True
-
-    def pool(self, squares: Any) -> Any:
+    def pool(self, squares: PyTree) -> PyTree:
         """Returns the squares as they are."""
         return squares
 
@@ -86,17 +82,17 @@ class Coordinate(Granularity):
 class Axis(Granularity):
     """Shares a second moment along the given axes of each leaf.
 
-    The axes are kept with size 1, so a Flax Dense kernel of shape (in, out) has with `Axis(-2)` a moment of
-    shape (1, out): one value an output neuron. A leaf that lacks one of the axes, here the bias, stays per
-    coordinate. A convolution's kernel has its inputs at `Axis(-2, -3, -4)`. Mind that `Axis(0)` is an axis
-    of a bias too.
+    The axes are kept with size 1, so with `Axis(-2)` a Flax Dense kernel of shape (in, out) has a moment of
+    shape (1, out): one value per output neuron. A leaf without one of the axes, here the bias, has one value
+    per coordinate. For convolution kernels the input axes are `Axis(-2, -3, -4)`. Note that `Axis(0)` also
+    applies to biases.
 
     Args:
         *axes: The axes to share along; negative ones count from the end. At least one.
         reduce: `"mean"` (default) or `"sum"` of the squares along the axes.
 
     Raises:
-        ValueError: If there is no axis, an axis is no integer or `reduce` is unknown.
+        ValueError: If there is no axis, an axis is not an integer or `reduce` is unknown.
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp
@@ -120,9 +116,7 @@ class Axis(Granularity):
         object.__setattr__(self, "axes", tuple(int(axis) for axis in axes))
         object.__setattr__(self, "reduce", reduce)
 
-    per_leaf = True
-
-    def pool(self, squares: Any) -> Any:
+    def pool(self, squares: PyTree) -> PyTree:
         """Reduces the leaves that have all the axes, keeping the axes with size 1."""
 
         def leaf(x):
@@ -137,7 +131,7 @@ class Axis(Granularity):
 
 @dataclasses.dataclass(frozen=True)
 class Tensor(Granularity):
-    """Shares one second moment within each leaf: one scalar a leaf.
+    """Shares one second moment within each leaf: one scalar per leaf.
 
     The direction of each leaf is parallel to that leaf's gradient (or first moment).
 
@@ -155,26 +149,24 @@ class Tensor(Granularity):
 
     reduce: Reduce = "mean"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("reduce", self.reduce, ("mean", "sum"))
 
-    per_leaf = True
-
-    def pool(self, squares: Any) -> Any:
+    def pool(self, squares: PyTree) -> PyTree:
         """Reduces every leaf to a scalar; an empty leaf gives 0."""
         return jax.tree.map(lambda x: _reduced(jnp.sum(x), x.size, self.reduce), squares)
 
 
 @dataclasses.dataclass(frozen=True)
 class Labels(Granularity):
-    """Shares one second moment among all leaves that carry the same label.
+    """Shares one second moment among all leaves that have the same label.
 
-    A label's statistic is the sum of squares over its leaves, divided by their number of coordinates; never
-    a mean of the leaves' means. The moment is one vector with a value a label, in first-seen order.
+    A label's statistic is the sum of squares over its leaves, divided by their number of coordinates; it is
+    not a mean of the leaves' means. The moment is a vector with one value per label, in first-seen order.
 
     Args:
-        label_fn: `label_fn(path, leaf) -> hashable`, with paths such as `"encoder/layers/0/kernel"`; of the
-            leaf it sees the shape only, as a float `jax.ShapeDtypeStruct`. It is called while tracing.
+        label_fn: `label_fn(path, leaf) -> hashable`, with paths such as `"encoder/layers/0/kernel"`. It
+            receives each leaf as a floating `jax.ShapeDtypeStruct`, and is called while tracing.
         reduce: `"mean"` (default) or `"sum"` of the label's squares.
 
     Raises:
@@ -191,7 +183,7 @@ class Labels(Granularity):
     label_fn: Callable[[str, Any], Hashable]
     reduce: Reduce = "mean"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not callable(self.label_fn):
             raise ValueError(f"label_fn must be a function (path, leaf) -> label, got {self.label_fn!r}.")
         check_choice("reduce", self.reduce, ("mean", "sum"))
@@ -203,16 +195,16 @@ class Labels(Granularity):
         """Labels leaves by the first pattern that `re.search` finds in their path.
 
         Args:
-            patterns: `{pattern: label}`; the first that matches wins. A pattern that matches no leaf at all
-                is an error when the state is initialised. Leaves that `optax.masked` hides count.
-            default: The label of leaves that no pattern matches; these share one moment too.
+            patterns: `{pattern: label}`; the first match wins. It is an error at init if a pattern matches no
+                leaf. Leaves hidden by `optax.masked` count as leaves.
+            default: The label of leaves that no pattern matches; they share one moment as well.
             reduce: As in `Labels`.
 
         Returns:
             The granularity.
 
         Raises:
-            ValueError: If `patterns` is no mapping from regular expressions to hashable labels.
+            ValueError: If `patterns` is not a mapping from regular expressions to hashable labels.
 
         Example:
             >>> import adaptive_optax as ao, jax.numpy as jnp
@@ -231,7 +223,7 @@ class Labels(Granularity):
             raise ValueError(f"patterns must give hashable labels, got {patterns!r}.") from error
         return cls(label_fn, reduce)
 
-    def pool(self, squares: Any) -> Any:
+    def pool(self, squares: PyTree) -> PyTree:
         """Sums squares and counts over the leaves of each label; returns a vector."""
         leaves = jax.tree.leaves(squares)
         indices = self._indices(squares)
@@ -244,7 +236,7 @@ class Labels(Granularity):
         groups = [_reduced(total, n, self.reduce) for total, n in zip(totals, counts, strict=True)]
         return jnp.stack(groups) if groups else jnp.zeros((0,), dtype)
 
-    def spread(self, pooled: Any, like: Any) -> Any:
+    def spread(self, pooled: PyTree, like: PyTree) -> PyTree:
         """Picks each leaf's value from the vector of labels."""
         leaves, treedef = jax.tree.flatten(like)
         picked = (cast(pooled[i], real_dtype(x)) for i, x in zip(self._indices(like), leaves, strict=True))
@@ -256,7 +248,7 @@ class Labels(Granularity):
         order: dict[Hashable, int] = {}
         indices = []
         for path, leaf in paths_and_leaves(tree):
-            # The same for squares and gradients, in whatever dtypes they come.
+            # The label function must see the same for squares and gradients, whatever their dtypes.
             label = self.label_fn(path, jax.ShapeDtypeStruct(leaf.shape, real_dtype(leaf)))
             try:
                 indices.append(order.setdefault(label, len(order)))
@@ -284,7 +276,7 @@ class Global(Granularity):
     """Shares one second moment among all coordinates of the tree: one scalar.
 
     The direction is parallel to the gradient (or first moment), and the step is equivariant under any
-    rotation of the parameters. Read as an ODE solver, RMSprop in this form bounds the length of a step.
+    rotation of the parameters. Seen as an ODE solver, RMSprop in this form bounds the length of a step.
 
     Args:
         reduce: `"mean"` (default) or `"sum"`. `Global("sum")` with decay 0 is normalised gradient descent.
@@ -300,18 +292,18 @@ class Global(Granularity):
 
     reduce: Reduce = "mean"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         check_choice("reduce", self.reduce, ("mean", "sum"))
 
-    def pool(self, squares: Any) -> Any:
+    def pool(self, squares: PyTree) -> PyTree:
         """Reduces the whole tree to a scalar; an empty tree gives 0."""
         dtype = scalar_dtype(squares)
         leaves = jax.tree.leaves(squares)
         total = sum((cast(jnp.sum(x), dtype) for x in leaves), start=jnp.zeros((), dtype))
         return _reduced(total, sum(x.size for x in leaves), self.reduce)
 
-    def spread(self, pooled: Any, like: Any) -> Any:
-        """Gives every leaf the one value."""
+    def spread(self, pooled: PyTree, like: PyTree) -> PyTree:
+        """Gives every leaf the same value."""
         return jax.tree.map(lambda x: cast(pooled, real_dtype(x)), like)
 
 
@@ -323,7 +315,7 @@ _BY_NAME = {"coordinate": Coordinate(), "tensor": Tensor(), "global": Global()}
 
 
 def as_granularity(value: Granularity | str, name: str = "granularity") -> Granularity:
-    """Returns the granularity that an argument means."""
+    """Resolves the granularity given as an argument."""
     if isinstance(value, Granularity):
         return value
     if isinstance(value, str) and value in _BY_NAME:
@@ -332,3 +324,19 @@ def as_granularity(value: Granularity | str, name: str = "granularity") -> Granu
         f"{name} must be Coordinate(), Axis(...), Tensor(), Labels(...), Global(), ByPath(...) or one of "
         f"{', '.join(map(repr, _BY_NAME))}, got {value!r}."
     )
+
+
+def is_own_statistic(statistic: tuple[int, ...], leaf: tuple[int, ...]) -> bool:
+    """Whether a statistic's shape broadcasts to a leaf, so that it belongs to this leaf alone."""
+    if not statistic:
+        return True
+    return len(statistic) == len(leaf) and all(n in (1, m) for n, m in zip(statistic, leaf, strict=True))
+
+
+def mean_over_groups(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Returns the mean of each group of x, where the means have shape `shape` (see `is_own_statistic`)."""
+    if shape == x.shape:
+        return x
+    axes = tuple(axis for axis in range(x.ndim) if not shape or shape[axis] != x.shape[axis])
+    total = jnp.sum(x, axis=axes, keepdims=bool(shape))
+    return total / max(1, math.prod(x.shape[axis] for axis in axes))

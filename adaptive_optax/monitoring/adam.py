@@ -1,33 +1,34 @@
-"""What Adam's moments tell: the signal in the gradients, how near the bound is, every coordinate's own rate.
+"""Statistics from Adam's moments: gradient signal, use of the bound, and learning rates per coordinate.
 
-Moments are found by path in all states of `scale_by_adam`, so that groups by path, masks and wrappers do not
-matter.
+Moments are found by path in all states of `scale_by_adam`, so it works with groups by path, masks and
+wrappers.
 """
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adaptive_optax._paths import paths_and_leaves
-from adaptive_optax._precision import abs_square, scale
-from adaptive_optax._states import states_of
-from adaptive_optax.control.hyperparams import learning_rates
-from adaptive_optax.moments.formats import dense
-from adaptive_optax.transforms.adam import ScaleByAdamState
+from adaptive_optax._core.paths import paths_and_leaves
+from adaptive_optax._core.precision import abs_square, scale
+from adaptive_optax._core.sharding import replicated_like
+from adaptive_optax._core.states import states_of
+from adaptive_optax._core.trees import PyTree
+from adaptive_optax.hyperparams import learning_rates
+from adaptive_optax.moments.granularity import is_own_statistic, mean_over_groups
+from adaptive_optax.transforms.adam import ScaleByAdamState, corrected_bound_sq, moments_of
 
 _LOWEST, BINS = -33, 40  # octaves
 HISTOGRAM_EDGES = 2.0 ** np.arange(_LOWEST, _LOWEST + BINS + 1)
 
-_LEAST_NOISE = 1e-4  # of 1 - 1/n_eff, below which m holds one gradient and tells nothing
+_LEAST_NOISE = 1e-4  # for 1 - 1/n_eff; below it m is a single gradient and says nothing about noise
 
 
 class Statistics(NamedTuple):
-    """Values, or whether they are defined: one each or, but for their bins, one a tensor."""
+    """Values, or whether they are defined: one of each (except for bins), or one of each per tensor."""
 
     snr: jax.Array
     bound_utilisation: jax.Array
@@ -35,17 +36,17 @@ class Statistics(NamedTuple):
 
 
 class _Leaf(NamedTuple):
-    """What is taken of one leaf.
+    """The raw statistics of one leaf, or of several leaves together.
 
     Attributes:
         size: The number of coordinates.
-        second: Mean of v-hat; sums would overflow sooner.
+        second: Mean of v-hat; a sum would overflow sooner.
         noise: Mean of the estimated variance.
-        longest: The square of the direction over its bound, where it is longest.
-        counts: Coordinates in each bin.
+        longest: The largest square of the direction divided by its bound.
+        counts: The number of coordinates in each bin.
         is_noise: Whether `noise` is defined.
-        is_stepped: Whether there was a step; before it nothing is defined.
-        is_own: Whether v-hat is the leaf's own.
+        is_stepped: Whether a step has been taken; before that nothing is defined.
+        is_own: Whether v-hat belongs to this leaf alone.
         is_rated: Whether its learning rate is known.
     """
 
@@ -61,29 +62,26 @@ class _Leaf(NamedTuple):
 
 
 def adam_statistics(
-    paths: list[str], opt_state: Any, rate_scale: jax.Array, dtype: Any, *, per_tensor: bool
+    paths: list[str], opt_state: PyTree, rate_scale: jax.Array, dtype: Any, *, per_tensor: bool
 ) -> tuple[Statistics, Statistics]:
-    """Gives the statistics of each leaf, or of all, and whether they are defined.
+    """Returns the statistics of each leaf, or of all leaves together, and whether they are defined.
 
     Args:
         paths: The paths of the gradient's leaves.
-        opt_state: A state with any number of `ScaleByAdamState` in it, after the step.
+        opt_state: A state after the step, with any number of `ScaleByAdamState`.
         rate_scale: A factor on learning rates.
         dtype: The dtype of the statistics.
-        per_tensor: Whether to give them for each leaf.
+        per_tensor: Whether to return them for each leaf.
     """
     found: dict[str, _Leaf] = {}
     for state, rate in _with_rates(opt_state):
         found |= _leaves_of(state, None if rate is None else rate.astype(dtype) * rate_scale, dtype)
     leaves = [found.get(path) for path in paths]
-    if not per_tensor:
-        return _pooled(leaves, dtype)
-    each = [_pooled([leaf], dtype) for leaf in leaves]
-    return jax.tree.map(lambda *x: jnp.stack(x), *each) if each else _undefined(dtype, (0,))
+    return _each(leaves, dtype) if per_tensor else _pooled(leaves, dtype)
 
 
 def _with_rates(node: Any) -> list[tuple[ScaleByAdamState, jax.Array | None]]:
-    """Each state of Adam with the learning rate of the group that it is in; None where that is not one."""
+    """Each Adam state with the learning rate of its group, or None if there is not exactly one."""
     states = states_of(ScaleByAdamState, node)
     rates = learning_rates(node) if states else []
     if len(rates) <= 1 or isinstance(node, ScaleByAdamState):
@@ -93,29 +91,57 @@ def _with_rates(node: Any) -> list[tuple[ScaleByAdamState, jax.Array | None]]:
 
 
 def _pooled(leaves: list[_Leaf | None], dtype: Any) -> tuple[Statistics, Statistics]:
+    """The statistics of all leaves together."""
     known = [leaf for leaf in leaves if leaf is not None]
     if not known or len(known) < len(leaves):
         return _undefined(dtype, ())
-    whole = max(sum(leaf.size for leaf in known), 1.0)
-    total = sum(leaf.second * (leaf.size / whole) for leaf in known)
-    noise = sum(leaf.noise * (leaf.size / whole) for leaf in known)
-    counts = sum(leaf.counts for leaf in known)
+    whole, zero = max(sum(leaf.size for leaf in known), 1.0), jnp.zeros((), dtype)
+    return _as_statistics(
+        _Leaf(
+            size=whole,
+            second=sum((leaf.second * (leaf.size / whole) for leaf in known), start=zero),
+            noise=sum((leaf.noise * (leaf.size / whole) for leaf in known), start=zero),
+            longest=jnp.max(jnp.stack([leaf.longest for leaf in known])),
+            counts=sum((leaf.counts for leaf in known), start=zero),
+            is_noise=jnp.all(jnp.stack([leaf.is_noise for leaf in known])),
+            is_stepped=jnp.all(jnp.stack([leaf.is_stepped for leaf in known])),
+            is_own=len(leaves) > 1 or known[0].is_own,
+            is_rated=all(leaf.is_rated for leaf in known),
+        )
+    )
+
+
+def _each(leaves: list[_Leaf | None], dtype: Any) -> tuple[Statistics, Statistics]:
+    """The statistics of every leaf, computed in one array because hundreds of scalars compile slowly."""
+    if not leaves:
+        return _undefined(dtype, (0,))
+    zero, no = jnp.zeros((), dtype), jnp.zeros((), jnp.bool_)
+    unknown = _Leaf(0.0, zero, zero, zero, jnp.zeros(BINS, dtype), no, no, False, False)
+    return _as_statistics(_Leaf(*map(_stacked, zip(*(leaf or unknown for leaf in leaves), strict=True))))
+
+
+def _stacked(values: tuple[Any, ...]) -> Any:
+    return jnp.stack(values) if any(isinstance(x, jax.Array) for x in values) else np.array(values)
+
+
+def _as_statistics(leaf: _Leaf) -> tuple[Statistics, Statistics]:
+    """Computes the statistics from the raw ones of a leaf, or of leaves on a leading axis."""
+    total = leaf.second
+    # A NaN falls into some bin, but means nothing there.
+    spoiled = jnp.expand_dims(jnp.isnan(total), -1)
+    shares = leaf.counts / jnp.maximum(jnp.sum(leaf.counts, axis=-1, keepdims=True), 1)
     values = Statistics(
-        # 0 / 0 = 0: without gradients there is no signal.
-        snr=jnp.where(total == 0, 0, jnp.clip(1 - noise / jnp.where(total == 0, 1, total), 0, 1)),
-        bound_utilisation=jnp.sqrt(jnp.max(jnp.stack([leaf.longest for leaf in known]))),
-        # A NaN has a place among the bins, but no meaning.
-        histogram=jnp.where(jnp.isnan(total), total, counts / jnp.maximum(jnp.sum(counts), 1)),
+        # 0 / 0 = 0, because without gradients there is no signal.
+        snr=jnp.where(total == 0, 0, jnp.clip(1 - leaf.noise / jnp.where(total == 0, 1, total), 0, 1)),
+        bound_utilisation=jnp.sqrt(leaf.longest),
+        histogram=jnp.where(spoiled, jnp.expand_dims(total, -1), shares),
     )
-    is_stepped = jnp.all(jnp.stack([leaf.is_stepped for leaf in known]))
-    is_noise = jnp.all(jnp.stack([leaf.is_noise for leaf in known]))
-    is_own = len(leaves) > 1 or known[0].is_own
     defined = Statistics(
-        snr=is_stepped & is_noise & is_own,
-        bound_utilisation=is_stepped,
-        histogram=is_stepped & all(leaf.is_rated for leaf in known),
+        snr=leaf.is_stepped & leaf.is_noise & leaf.is_own,
+        bound_utilisation=leaf.is_stepped,
+        histogram=leaf.is_stepped & leaf.is_rated,
     )
-    return Statistics(*(x.astype(dtype) for x in values)), defined
+    return values, defined
 
 
 def _undefined(dtype: Any, shape: tuple[int, ...]) -> tuple[Statistics, Statistics]:
@@ -124,10 +150,9 @@ def _undefined(dtype: Any, shape: tuple[int, ...]) -> tuple[Statistics, Statisti
 
 
 def _leaves_of(state: ScaleByAdamState, rate: jax.Array | None, dtype: Any) -> dict[str, _Leaf]:
-    first = dict(paths_and_leaves(dense(state.mu)))
-    second, largest = (dict(paths_and_leaves(dense(moment))) for moment in (state.nu, state.nu_max))
+    first, second, largest = (dict(paths_and_leaves(moment)) for moment in moments_of(state))
     is_shared = second.keys() != first.keys()
-    if is_shared:  # by all, or by labels, of which the state does not tell the leaves
+    if is_shared:  # by all leaves, or by labels, whose leaves the state does not reveal
         values = list(second.values())
         if len(values) != 1 or values[0].ndim:
             return {}
@@ -139,47 +164,42 @@ def _leaves_of(state: ScaleByAdamState, rate: jax.Array | None, dtype: Any) -> d
     )
     is_stepped = w1 > 0
     w1, w2, bound_sq = (jnp.where(is_stepped, x, 1) for x in (w1, w2, bound_sq))
-    bound_sq = bound_sq * w2 / jnp.square(w1)
-    one_over_n = (1 - b1) / (1 + b1) * (2 - w1) / w1  # of the variance is left in that of m-hat
+    bound_sq = corrected_bound_sq(bound_sq, w1, w2)
+    one_over_n = (1 - b1) / (1 + b1) * (2 - w1) / w1  # the variance of m-hat as a fraction of the gradient's
     is_noise = 1 - one_over_n > _LEAST_NOISE
     found = {}
     for path, m in first.items():
+        if not is_own_statistic(second[path].shape, m.shape):
+            continue  # a granularity with its own `spread`, which the state does not reveal
         m, v = scale(m, 1 / w1), scale(second[path], 1 / w2)
         total = jnp.sum(v / max(v.size, 1))
         mean_sq = jnp.sum(abs_square(m) / max(m.size, 1))
-        used = largest.get(path)  # amsgrad's, which is corrected already
+        used = largest.get(path)  # of amsgrad, already bias-corrected
         used = v if used is None else used
         root = jnp.sqrt(used) + eps.astype(v.dtype)
-        lengths = _group_means(jnp.where(root == 0, 0, abs_square(m) / jnp.square(root)), v.shape)
+        lengths = mean_over_groups(jnp.where(root == 0, 0, abs_square(m) / jnp.square(root)), v.shape)
         rates = (jnp.zeros((), dtype) if rate is None else rate).astype(v.dtype) / root
         found[path] = _Leaf(
             size=float(m.size),
             second=total.astype(dtype),
             noise=(total - mean_sq).astype(dtype) / jnp.where(is_noise, 1 - one_over_n, 1),
             longest=jnp.max(lengths, initial=0).astype(dtype) / bound_sq,
-            counts=_counts(rates).astype(dtype) * (m.size / max(v.size, 1)),  # coordinates a value
+            counts=_counts(rates).astype(dtype) * (m.size / max(v.size, 1)),  # coordinates per value
             is_noise=is_noise,
             is_stepped=is_stepped,
             is_own=not is_shared or len(first) == 1,
             is_rated=rate is not None,
         )
-    if is_shared:  # the leaves are one group
+    if is_shared:  # the leaves form one group
         whole = max(sum(leaf.size for leaf in found.values()), 1.0)
         longest = sum(leaf.longest * (leaf.size / whole) for leaf in found.values())
         found = {path: leaf._replace(longest=longest) for path, leaf in found.items()}
     return found
 
 
-def _group_means(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """The means over what shares one of `shape` values, which broadcasts to x."""
-    aligned = (1,) * (x.ndim - len(shape)) + shape
-    axes = tuple(axis for axis in range(x.ndim) if aligned[axis] != x.shape[axis])
-    return jnp.sum(x, axis=axes) / max(1, math.prod(x.shape[axis] for axis in axes))
-
-
 def _counts(rates: jax.Array) -> jax.Array:
-    """The number of rates in each octave; a float's exponent is its octave."""
+    """The number of rates in each octave, which is the exponent of the float."""
     bits = jax.lax.bitcast_convert_type(rates.astype(jnp.float32), jnp.int32)
     octaves = (bits >> 23) - 127
     index = jnp.clip(octaves - _LOWEST, 0, BINS - 1)
-    return jnp.zeros(BINS, jnp.int32).at[jnp.ravel(index)].add(1)
+    return jnp.zeros(BINS, jnp.int32).at[index].add(1, out_sharding=replicated_like(index))

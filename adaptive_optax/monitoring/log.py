@@ -1,33 +1,51 @@
-"""Measurements of `telemetry` collected over a run: a table, a picture, TensorBoard."""
+"""Collecting the measurements of `telemetry` over a run, for a table, a plot or TensorBoard."""
 
 from __future__ import annotations
 
+import collections
 import os
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
-from adaptive_optax._extras import require
-from adaptive_optax._paths import paths_and_leaves
-from adaptive_optax.control.telemetry import Telemetry, get_telemetry
+from adaptive_optax._core.extras import require
+from adaptive_optax._core.paths import paths_and_leaves
+from adaptive_optax._core.trees import PyTree
+from adaptive_optax._core.undefined import or_nan
+from adaptive_optax.monitoring.telemetry import (
+    Telemetry,
+    TelemetryState,
+    last_measurement,
+    measurement_on_host,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
 _SCALARS = Telemetry._fields[1:-1]
-_MOST_POINTS = 50  # on a line: single steps are noisy
+_MOST_POINTS = 50  # per line, because single steps are noisy
+_MOST_PENDING = 128
+
+
+@jax.jit
+def _copied(tree):
+    return jax.tree.map(jnp.copy, tree)
 
 
 class TelemetryLog:
-    """Collects what `telemetry` measures, outside of jit.
+    """Collects the measurements of `telemetry`, outside of jit.
 
-    Append the optimizer's state when you log: the values are copied to the host, which waits for the step.
-    In a scan, return `get_telemetry(state)` for every step and give the stacked result to `extend`.
+    Append the optimizer's state as often as you like, even at every step: `append` starts a copy of the
+    measurement on the device and does not wait for the step. Copies reach the host asynchronously; at most
+    about a hundred are pending, and reading the log waits for them. In a scan, return `get_telemetry(state)`
+    for every step and pass the stacked result to `extend`.
 
     Args:
-        params: The parameters, or their shapes, whose paths name the tensors of
+        params: The parameters, or their shapes. Their paths name the tensors of
             `telemetry(..., per="tensor")`; not needed for "tree".
 
     Example:
@@ -42,65 +60,97 @@ class TelemetryLog:
         (True, [1, 2, 3, 4, 5])
     """
 
-    def __init__(self, params: Any = None):
-        self.tensors = [path for path, _ in paths_and_leaves(params)]
-        self._records: list[Telemetry] = []
+    def __init__(self, params: PyTree = None):
+        self.tensors: list[str] = [path for path, _ in paths_and_leaves(params)]
+        self._fetched: list[Telemetry] = []
+        self._pending: collections.deque[TelemetryState] = collections.deque()
         self._written = 0
 
     def __len__(self) -> int:
         return len(self._records)
 
-    def append(self, opt_state: Any) -> None:
-        """Notes the last measurement, unless it is noted already or there is none yet.
+    def append(self, opt_state: PyTree) -> None:
+        """Records the last measurement, unless it is already recorded or there is none yet.
 
         Args:
-            opt_state: A state with one `telemetry` in it, such as `nnx.Optimizer(...).opt_state`.
+            opt_state: A state that contains one `telemetry`, such as `nnx.Optimizer(...).opt_state`.
 
         Raises:
-            ValueError: If it has none or several, or the tensors are not those of `params`.
+            ValueError: If it contains none or several or is traced, or the tensors do not match `params`.
         """
-        self._note(jax.device_get(get_telemetry(opt_state)))
+        state = last_measurement(opt_state)
+        if isinstance(state.values, Tracer):
+            raise ValueError(
+                "TelemetryLog.append works outside of jit, got a traced state: return get_telemetry(state) "
+                "from the jitted function, and pass the stacked result of a scan to extend."
+            )
+        self._check(np.shape(state.values)[:-1])
+        # A copy, because the step may donate the state.
+        copied = _copied(state._replace(count=None))
+        for x in jax.tree.leaves(copied):
+            x.copy_to_host_async()
+        self._pending.append(copied)
+        if len(self._pending) > _MOST_PENDING:
+            # The older half has usually arrived, so the host waits only if it is far ahead of the device.
+            self._fetch(_MOST_PENDING // 2)
 
     def extend(self, measurements: Telemetry) -> None:
-        """Notes several measurements.
+        """Records several measurements.
 
         Args:
-            measurements: What `get_telemetry` returned for each of several steps, stacked on a leading axis.
+            measurements: The results of `get_telemetry` for several steps, stacked along a leading axis.
 
         Raises:
-            ValueError: If it is not that, or the tensors are not those of `params`.
+            ValueError: If it is anything else, or the tensors do not match `params`.
         """
         if not isinstance(measurements, Telemetry) or np.ndim(measurements.count) != 1:
             raise ValueError(
-                "measurements must be a Telemetry with a leading axis of steps, as a scan stacks what "
-                f"get_telemetry returns, got {type(measurements).__name__}."
+                "measurements must be a Telemetry with a leading axis of steps, such as results of "
+                f"get_telemetry stacked by a scan, got {type(measurements).__name__}."
             )
-        stacked = jax.device_get(measurements)
-        for i in range(len(stacked.count)):
-            self._note(Telemetry(*(x[i] for x in stacked)))
+        self._check(np.shape(measurements.gradient_norm)[1:])
+        self._fetch()
+        count, *fields = jax.device_get(measurements)
+        stacked = Telemetry._make([count, *map(or_nan, fields)])
+        for i in range(len(count)):
+            self._add(Telemetry(*(x[i] for x in stacked)))
 
-    def _note(self, seen: Telemetry) -> None:
-        if seen.gradient_norm.ndim and len(seen.gradient_norm) != len(self.tensors):
+    def _check(self, shape: tuple[int, ...]) -> None:
+        if shape and shape != (len(self.tensors),):
             raise ValueError(
-                f"params of TelemetryLog must have the {len(seen.gradient_norm)} tensors that were measured, "
-                f"got {len(self.tensors)}: give it the tree that telemetry was initialised with."
+                f"params of TelemetryLog must have the {shape[0]} tensors that were measured, "
+                f"got {len(self.tensors)}: pass the tree with which telemetry was initialised."
             )
-        if seen.count > 0 and (not self._records or seen.count != self._records[-1].count):
-            self._records.append(seen)
+
+    def _fetch(self, left: int = 0) -> None:
+        """Records the pending measurements, except for the last `left`."""
+        while len(self._pending) > left:
+            # Remove it first: if its step failed, the error is raised once and the others can still be read.
+            self._add(measurement_on_host(jax.tree.map(np.asarray, self._pending.popleft())))
+
+    def _add(self, seen: Telemetry) -> None:
+        if seen.count > 0 and (not self._fetched or seen.count != self._fetched[-1].count):
+            self._fetched.append(seen)
+
+    @property
+    def _records(self) -> list[Telemetry]:
+        """All measurements."""
+        self._fetch()
+        return self._fetched
 
     @property
     def steps(self) -> np.ndarray:
-        """The steps that were measured, counted from 1."""
+        """The measured steps, counted from 1."""
         return np.array([int(record.count) for record in self._records], int)
 
     @property
     def histograms(self) -> np.ndarray:
-        """The shares of coordinates in each bin of `Telemetry.histogram_edges`: step (by tensor) by bin."""
+        """The fraction of coordinates in each bin of `Telemetry.histogram_edges`: step (by tensor) by bin."""
         return np.array([record.histogram for record in self._records])
 
     @property
     def table(self) -> pd.DataFrame:
-        """The measurements, one row a step, or with `per="tensor"` one for each step and tensor.
+        """The measurements, with one row per step, or with `per="tensor"` one per step and tensor.
 
         Raises:
             ImportError: If pandas is missing.
@@ -120,23 +170,23 @@ class TelemetryLog:
         return bool(self._records) and self._records[0].gradient_norm.ndim == 1
 
     def plot(self, *, theme: str = "light") -> Figure:
-        """Draws the effective learning rate of every layer over the steps, and dotted the rate as given.
+        """Plots the effective learning rate of each layer over the steps, with the nominal rate dotted.
 
-        A layer is what stands before the last "/" of a path. Its effective rate is that of its tensors
-        together. A line has at most 50 points, means over the steps between them.
+        A layer is the part of a path before its last "/". Its effective rate is that of all its tensors
+        together. A line has at most 50 points; each is the mean over an interval of steps.
 
         Args:
             theme: "light" or "dark".
 
         Returns:
-            The figure, which belongs to nobody but the caller.
+            The figure, which is not registered with pyplot.
 
         Raises:
-            ValueError: If nothing was noted yet.
+            ValueError: If nothing has been recorded yet.
             ImportError: If matplotlib is missing.
         """
         require("TelemetryLog.plot", "study", "matplotlib")
-        from adaptive_optax.control.telemetry_picture import draw
+        from adaptive_optax.monitoring.picture import draw
 
         if not self._records:
             raise ValueError("TelemetryLog.plot needs a measurement: append the optimizer's state first.")
@@ -168,12 +218,12 @@ class TelemetryLog:
         return layers
 
     def to_tensorboard(self, writer: Any, prefix: str = "telemetry") -> None:
-        """Writes what has not been written yet as TensorBoard scalars and histograms.
+        """Writes the measurements since the last call as TensorBoard scalars and histograms.
 
         Args:
             writer: The folder of the run, or a writer with `add_scalar` and `add_histogram_raw`, such as
                 `tensorboardX.SummaryWriter`, which stays open.
-            prefix: Stands before every tag: "telemetry/snr", or "telemetry/snr/encoder/kernel" per tensor.
+            prefix: The prefix of all tags: "telemetry/snr", or "telemetry/snr/encoder/kernel" per tensor.
 
         Raises:
             ImportError: If `writer` is a folder and tensorboardX is missing.
@@ -182,7 +232,7 @@ class TelemetryLog:
             require("TelemetryLog.to_tensorboard", "tensorboard", "tensorboardX")
             from tensorboardX import SummaryWriter
 
-            # Files are named by the second: another call must not overwrite this one's.
+            # File names have a resolution of one second, and another call must not overwrite this file.
             with SummaryWriter(os.fspath(writer), filename_suffix=f".{self._written}") as opened:
                 self.to_tensorboard(opened, prefix)
             return
@@ -203,7 +253,7 @@ class TelemetryLog:
 
 
 def _add_histogram(writer: Any, tag: str, shares: np.ndarray, step: int) -> None:
-    """Adds a histogram of the binary logarithm of the coordinates' effective rates."""
+    """Adds a histogram of the binary logarithms of the effective rates of coordinates."""
     edges = np.log2(Telemetry.histogram_edges)
     middles = (edges[:-1] + edges[1:]) / 2
     seen = np.flatnonzero(shares)

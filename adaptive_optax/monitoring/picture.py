@@ -1,4 +1,4 @@
-"""The picture of `TelemetryLog`: effective learning rates of layers over training."""
+"""The plot of `TelemetryLog`: effective learning rates of layers over training."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from adaptive_optax._checks import check_choice
-from adaptive_optax._drawing import LINES, PALETTE, THEMES, dress, set_range, set_step_axis, shortened
+from adaptive_optax._core.checks import check_choice
+from adaptive_optax._core.drawing import LINES, PALETTE, THEMES, dress, set_range, set_step_axis
+from adaptive_optax._core.names import shortened
 
 _MOST_NAMES = 10
 
 
 def draw(steps: np.ndarray, layers: dict[str, np.ndarray], rate: np.ndarray, theme: str) -> Figure:
-    """Draws a line for each layer, and dotted the learning rate as given.
+    """Draws a line for each layer, and a dotted line for the nominal learning rate.
 
-    Up to ten layers are told apart by colour and line and named; more are coloured from dark to bright in the
-    order of the tree, and some of them named.
+    Up to ten layers have distinct colours and line styles and are named. More layers are coloured from dark
+    to bright in the order of the tree, and only some are named.
     """
     check_choice("theme", theme, THEMES)
     colours = THEMES[theme]

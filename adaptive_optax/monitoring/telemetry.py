@@ -1,8 +1,8 @@
-"""What a step did, kept in the state: rates, norms, angles, noise.
+"""Measurements of steps, kept in the state: learning rates, norms, angles, noise.
 
-"Adam lowers the learning rate by itself": here one sees whether it does. The structure of the state is fixed
-from `init` on, so it lives in scans, in nnx and in checkpoints, and it holds no NaN, at which
-`jax_debug_nans` would stop: what is not defined is marked, and read as NaN.
+"Adam lowers the learning rate by itself": telemetry shows whether it does. The structure of the state is
+fixed by `init`, so it works in scans, in nnx and in checkpoints. The state holds no NaN, which would trigger
+`jax_debug_nans`: undefined values are marked, and read as NaN.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adaptive_optax._checks import (
+from adaptive_optax._core.checks import (
+    Settings,
     check_choice,
     check_inexact,
     check_integer,
@@ -23,52 +24,59 @@ from adaptive_optax._checks import (
     check_state,
     check_transformation,
 )
-from adaptive_optax._paths import paths_and_leaves
-from adaptive_optax._precision import abs_square, divide, incremented, moved, scalar_dtype, widen
-from adaptive_optax._states import one_state_of, states_of, unwrapped
-from adaptive_optax.control.adam_statistics import BINS, HISTOGRAM_EDGES, adam_statistics
-from adaptive_optax.control.hyperparams import learning_rates
-from adaptive_optax.control.plateau import ReduceOnPlateauState
+from adaptive_optax._core.norms import is_safe
+from adaptive_optax._core.paths import paths_and_leaves
+from adaptive_optax._core.precision import abs_square, divide, incremented, scalar_dtype, updated_param, widen
+from adaptive_optax._core.states import one_state_of, states_of, unwrapped
+from adaptive_optax._core.transformation import transformation, with_array_state
+from adaptive_optax._core.trees import PyTree
+from adaptive_optax._core.undefined import nan_unless
+from adaptive_optax.hyperparams import learning_rates
+from adaptive_optax.monitoring.adam import BINS, HISTOGRAM_EDGES, adam_statistics
+from adaptive_optax.wrappers.parameter_dtype import outgoing
+from adaptive_optax.wrappers.plateau import ReduceOnPlateauState
 
 
 class Telemetry(NamedTuple):
-    r"""What one step did. NaN where a value is not defined, and before the first measurement.
+    r"""The measurement of one step. Values that are undefined, or not measured yet, are NaN.
 
-    With `per="tensor"` all but `count` and `learning_rate` have a leading axis, the leaves in the order of
-    `jax.tree.leaves`; otherwise they are of the whole tree. With g the gradient, :math:`\Delta` the update
-    and :math:`\theta` the parameters after it (which a step can measure without keeping a copy of those
-    before):
+    With `per="tensor"` all fields except `count` and `learning_rate` have a leading axis, with leaves in the
+    order of `jax.tree.leaves`; otherwise they are for the whole tree. Below, g is the gradient,
+    :math:`\Delta` the update and :math:`\theta` the parameters after it (which a step can measure without
+    keeping a copy of the old ones).
 
     Attributes:
-        count: The step that was measured, counted from 1, int32 scalar; 0 before the first.
-        learning_rate: The learning rate used, times the scale of a `reduce_on_plateau`; NaN where there are
-            several, or none that is this library's.
-        gradient_norm: :math:`\lVert g \rVert`, right from 1e-30 to 1e30.
-        update_norm: :math:`\lVert \Delta \rVert`, likewise.
-        param_norm: :math:`\lVert \theta \rVert`, likewise; NaN without `params`.
-        effective_learning_rate: :math:`-\langle \Delta, g \rangle / \lVert g \rVert^2`, the rate of the
-            gradient step that comes nearest to :math:`\Delta`; 0 for a gradient of 0.
+        count: The measured step, counted from 1, int32 scalar; 0 before the first.
+        learning_rate: The learning rate used, times the scale of any `reduce_on_plateau`; NaN if there are
+            several, or none from this library.
+        gradient_norm: :math:`\lVert g \rVert`, accurate from 1e-30 to 1e30.
+        update_norm: :math:`\lVert \Delta \rVert`, with the same accuracy.
+        param_norm: :math:`\lVert \theta \rVert`, with the same accuracy; NaN without `params`.
+        effective_learning_rate: :math:`-\langle \Delta, g \rangle / \lVert g \rVert^2`, the learning rate of
+            the gradient step closest to :math:`\Delta`; 0 for a gradient of 0.
         update_to_weight: :math:`\text{RMS}(\Delta) / \max(\text{RMS}(\theta), 10^{-3})`; NaN without
             `params`.
         cosine: :math:`-\langle \Delta, g \rangle / (\lVert \Delta \rVert \lVert g \rVert)`, in [-1, 1]: 1
-            down the gradient, below 0 up it; 0 where either is 0.
-        snr: The share of signal in the gradient's second moment, in [0, 1]: of Adam's
-            :math:`\hat v = E[g]^2 + \text{Var}[g]` what is not variance, without the bias of
-            :math:`\hat m^2 / \hat v`, which reads 0.053 on pure noise at b1 = 0.9. NaN at the first step,
-            and where Adam has no first moment (b1 = 0).
-        bound_utilisation: Adam's direction over its tight bound (`adam_bound`) where it is longest, in
-            [0, 1] but for rounding; of the root mean square in a group where coordinates share a second
-            moment.
-        histogram: The share of coordinates whose effective learning rate
+            down the gradient, negative up the gradient; 0 if either is 0.
+        snr: The fraction of signal in the gradient's second moment, in [0, 1]: the part of Adam's
+            :math:`\hat v = E[g]^2 + \text{Var}[g]` that is not variance. It does not have the bias of
+            :math:`\hat m^2 / \hat v`, which is 0.053 for pure noise at b1 = 0.9. NaN at the first step, and
+            if Adam has no first moment (b1 = 0).
+        bound_utilisation: The largest magnitude of Adam's direction divided by its tight bound
+            (`adam_bound`), in [0, 1] up to rounding; where coordinates share a second moment, it uses the
+            root mean square over the group.
+        histogram: The fraction of coordinates whose effective learning rate
             :math:`\alpha / (\sqrt{\hat v} + \epsilon)` lies between two powers of 2 from :math:`2^{-33}` to
-            128 (`Telemetry.histogram_edges`; those beyond are in the first or the last bin). In groups with
-            rates of their own the rate is that of the group; NaN where there is none, or several.
+            128 (`Telemetry.histogram_edges`; rates outside are counted in the first or last bin). In groups
+            with their own learning rates, :math:`\alpha` is that of the group; NaN if there is none, or
+            several.
 
-    The last three are NaN for leaves that no `scale_by_adam` moves or whose second moment is shared by
-    `Labels` (`snr` of a single tensor also if it is shared by `Global`). They take Adam's usual form:
-    mean squares, bias correction, eps beside the root, constant b1. Moments in low precision are taken as
-    they are stored, so that `bound_utilisation` of `Int8` can be a quarter off. What `ByPath` shares among
-    leaves, by `Global` or `Labels` in it, is taken for each leaf's own.
+    The last three are NaN for leaves without `scale_by_adam`, and for leaves whose second moment cannot be
+    determined from the state alone: shared by `Labels`, or by a custom granularity that does not broadcast
+    (also the `snr` of a single tensor under `Global`). They assume Adam's usual form: mean squares, bias
+    correction, eps outside the root, constant b1. Low-precision moments are read as the next step will decode
+    them. Moments that `ByPath` shares among leaves, with `Global` or `Labels` inside, are treated as each
+    leaf's own.
     """
 
     count: jax.Array
@@ -83,57 +91,61 @@ class Telemetry(NamedTuple):
     bound_utilisation: jax.Array
     histogram: jax.Array
 
-    histogram_edges = HISTOGRAM_EDGES  # not a field: it has no annotation
+    histogram_edges = HISTOGRAM_EDGES  # not a field, because it has no annotation
 
 
 class TelemetryState(NamedTuple):
-    """State of `telemetry`, few arrays so that a step has few to hand over; `get_telemetry` reads it.
+    """State of `telemetry`, with few arrays, so that passing it to a step is cheap; `get_telemetry` reads it.
 
     Attributes:
         count: Number of steps taken, int32 scalar.
-        inner_state: The inner transformation's.
-        measured: The step that was measured last, int32 scalar.
-        learning_rate: The learning rate of that step, negative for none; float32, or float64 if a parameter
-            is.
-        values: The fields of `Telemetry` after it on the last axis, then the bins of the histogram; 0 where a
-            field is not defined.
-        defined: Which of these fields are defined, the histogram last, bools.
+        inner_state: State of the inner transformation.
+        measured: The last measured step, int32 scalar.
+        rate: The learning rate of that step, negative for none; float32, or float64 if a parameter is.
+        values: The fields of `Telemetry` after `learning_rate` along the last axis, followed by the bins of
+            the histogram; 0 if a field is undefined.
+        defined: Which of these fields are defined, with the histogram last, bools.
     """
 
     count: jax.Array
-    inner_state: Any
+    inner_state: PyTree
     measured: jax.Array
-    learning_rate: jax.Array
+    rate: jax.Array
     values: jax.Array
     defined: jax.Array
 
 
 _FIELDS = Telemetry._fields[2:]
+_SETTINGS: dict[str, Settings] = dict.fromkeys(
+    ("values", "defined"), Settings(shape="per=, or for another number of leaves")
+)
 
 
 def telemetry(
     inner: optax.GradientTransformation, *, every: int = 1, per: Literal["tree", "tensor"] = "tree"
 ) -> optax.GradientTransformationExtraArgs:
-    """Measures what the steps of a transformation do, and keeps the last measurement in the state.
+    """Measures the steps of a transformation and keeps the last measurement in the state.
 
-    Wrap a whole optimizer in it: the gradient that it is given and the update that it returns are compared.
-    Inside `accumulate_gradients` it measures emissions. The updates are those of `inner`, float32 at least.
-    Read it with `get_telemetry`, collect it with `TelemetryLog`; the fields are explained in `Telemetry`.
+    Wrap a whole optimizer in it: it compares the gradient that goes in with the update that comes out.
+    Inside `accumulate_gradients` it measures emissions. The updates are those of `inner`, float32 or wider.
+    A NaN or a huge gradient shows in the measurement of its step, and otherwise has the same effect as on
+    `inner`. Read the measurement with `get_telemetry` or collect it with `TelemetryLog`; `Telemetry` explains
+    the fields.
 
     Args:
         inner: The transformation that takes the steps.
-        every: The first and then every k-th step is measured, at least 1. The others cost little: the update,
-            which XLA would fuse away, is written to memory.
-        per: "tree" for one number for everything, "tensor" for one a leaf.
+        every: Measure every k-th step, starting with the first; k is at least 1. Other steps cost little:
+            the update, which XLA would otherwise fuse away, is written to memory.
+        per: "tree" for one number for the whole tree, "tensor" for one per leaf.
 
     Returns:
-        The transformation. Norms of parameters need `params`; extra arguments go to `inner`.
+        The transformation. Norms of parameters need `params`; extra arguments are forwarded to `inner`.
 
     Raises:
-        ValueError: If an argument is out of range (at construction), a leaf is not floating (at init) or the
-            updates' tree is not that of the gradients (at update).
+        ValueError: If an argument is out of range (at construction), a leaf is not floating (at init), or the
+            updates' tree differs from the gradients' (at update).
 
-    State cost: that of `inner`, and some 60 values, with `per="tensor"` as many a leaf.
+    State cost: the state of `inner`, and about 60 values, or about 60 per leaf with `per="tensor"`.
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp
@@ -144,49 +156,48 @@ def telemetry(
         >>> [round(float(x), 3) for x in (seen.gradient_norm, seen.effective_learning_rate, seen.cosine)]
         [10.0, 0.1, 1.0]
 
-    Source: the estimate of the noise is derived for this library; update-to-weight ratios as in Kosson et
-    al. 2023, "Rotational equilibrium".
+    Source: the noise estimate is derived for this library; update-to-weight ratios as in Kosson et al. 2023,
+    "Rotational equilibrium".
     """
     check_transformation("inner", inner)
     check_integer("every", every, "[1, inf)")
     check_choice("per", per, ("tree", "tensor"))
-    inner = optax.with_extra_args_support(inner)
+    inner = with_array_state(inner)
     per_tensor = per == "tensor"
 
-    def init_fn(params):
+    def own_init(params):
         check_inexact("telemetry", "params", params)
         shape = (len(jax.tree.leaves(params)),) if per_tensor else ()
         dtype = scalar_dtype(params)
         return TelemetryState(
             count=jnp.zeros((), jnp.int32),
-            inner_state=inner.init(params),
+            inner_state=None,
             measured=jnp.zeros((), jnp.int32),
-            learning_rate=jnp.full((), -1, dtype),
+            rate=jnp.full((), -1, dtype),
             values=jnp.zeros((*shape, len(_FIELDS) - 1 + BINS), dtype),
             defined=jnp.zeros((*shape, len(_FIELDS)), jnp.bool_),
         )
 
+    def init_fn(params):
+        return own_init(params)._replace(inner_state=inner.init(params))
+
     def update_fn(updates, state, params=None, **extra_args):
-        check_state("telemetry", state, TelemetryState)
         check_inexact("telemetry", "updates", updates)
-        count, leaves = incremented(state.count), len(jax.tree.leaves(updates))
-        if per_tensor and leaves != len(state.values):
-            raise ValueError(
-                f"telemetry: the updates have {leaves} leaves, those at init had {len(state.values)}."
-            )
+        check_state("telemetry", state, own_init, "updates", updates, _SETTINGS)
+        count = incremented(state.count)
         new_updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         check_same_tree("telemetry", "the updates of inner", new_updates, "the gradients", updates)
-        new_updates = widen(new_updates)
+        new_updates = outgoing(new_updates, inner_state)
         dtype = state.values.dtype
         after = None
         if params is not None:
             check_same_tree("telemetry", "params", params, "the gradients", updates)
-            # The caller computes them too, and XLA once. A conditional that reads `params` has them copied
-            # first, where they are donated.
+            # The caller computes them as well, and XLA merges the two. If the cond read `params` instead,
+            # donated parameters would be copied first.
             pairs = zip(jax.tree.leaves(params), jax.tree.leaves(new_updates), strict=True)
-            after = [moved(jnp.asarray(p), u) for p, u in pairs]
+            after = [updated_param(jnp.asarray(p), u) for p, u in pairs]
 
-        def look():
+        def measurement():
             seen, defined = measure(updates, new_updates, after, inner_state, dtype, per_tensor=per_tensor)
             fields = [getattr(seen, name) for name in _FIELDS]
             values = jnp.concatenate([jnp.stack(fields[:-1], axis=-1), fields[-1]], axis=-1)
@@ -194,62 +205,72 @@ def telemetry(
             return count, rate, values, jnp.stack([getattr(defined, name) for name in _FIELDS], axis=-1)
 
         if every == 1:
-            last = look()
+            last = measurement()
         else:
-            kept = state.measured, state.learning_rate, state.values, state.defined
-            last = jax.lax.cond((count - 1) % every == 0, look, lambda: kept)
+            previous = state.measured, state.rate, state.values, state.defined
+            last = jax.lax.cond((count - 1) % every == 0, measurement, lambda: previous)
         return new_updates, TelemetryState(count, inner_state, *last)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("telemetry", init_fn, update_fn)
 
 
-def get_telemetry(opt_state: Any) -> Telemetry:
+def get_telemetry(opt_state: PyTree) -> Telemetry:
     """Reads the last measurement of `telemetry`.
 
     Args:
-        opt_state: A state with one `telemetry` in it, at any depth; it may be traced, as in a scan that
+        opt_state: A state that contains one `telemetry`, at any depth; it may be traced, as in a scan that
             returns it for every step.
 
     Returns:
-        The measurement, NaN where it is not defined.
+        The measurement, with NaN for undefined values. (With `jax_debug_nans`, inside a jitted function, it
+        is the lowest finite number instead, because such a function cannot return a NaN.
+        `TelemetryLog.extend` converts it to NaN.)
 
     Raises:
-        ValueError: If there is none, or more than one.
+        ValueError: If there is none or more than one.
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> ao.get_telemetry(ao.telemetry(ao.adam(0.1)).init(jnp.ones(2))).count.item()
         0
     """
+    state = last_measurement(opt_state)
+    return Telemetry(state.measured, *(nan_unless(*pair) for pair in _defined_and_values(state)))
+
+
+def last_measurement(opt_state: PyTree) -> TelemetryState:
+    """Returns the arrays of the last measurement as stored, without the inner state."""
     state = one_state_of(TelemetryState, opt_state, "telemetry")._replace(inner_state=None)
-    state = TelemetryState(*map(unwrapped, state))
-    fields = [state.values[..., i] for i in range(len(_FIELDS) - 1)] + [state.values[..., -BINS:]]
-    seen = Telemetry(state.measured, state.learning_rate, *fields)
-    defined = [state.defined[..., i] for i in range(len(_FIELDS))]
-    return with_nan(seen, Telemetry(jnp.ones((), jnp.bool_), state.learning_rate >= 0, *defined))
+    return TelemetryState(*map(unwrapped, state))
 
 
-def with_nan(seen: Telemetry, defined: Telemetry) -> Telemetry:
-    """Returns a measurement with NaN where it is not defined."""
-    marked = (_where(d, x, np.nan) for x, d in zip(seen[1:], defined[1:], strict=True))
-    return Telemetry(seen.count, *marked)
+def measurement_on_host(state: TelemetryState) -> Telemetry:
+    """Does the same as `get_telemetry`, for NumPy arrays."""
+    fields = [np.where(d, x, np.nan).astype(x.dtype) for d, x in _defined_and_values(state)]
+    return Telemetry._make([state.measured, *fields])
 
 
-def _where(defined: jax.Array, value: jax.Array, otherwise: float) -> jax.Array:
-    defined = jnp.expand_dims(defined, range(defined.ndim, value.ndim))
-    return jnp.where(defined, value, jnp.asarray(otherwise, value.dtype))
+def _defined_and_values(state: TelemetryState) -> list[tuple[Any, Any]]:
+    """For each field after `count`, whether it is defined (in the dimensions of its value), and the value."""
+    values = [state.values[..., i] for i in range(len(_FIELDS) - 1)]
+    defined = [state.defined[..., i] for i in range(len(_FIELDS) - 1)]
+    return [
+        (state.rate >= 0, state.rate),
+        *zip(defined, values, strict=True),
+        (state.defined[..., -1:], state.values[..., -BINS:]),
+    ]
 
 
 def measure(
     g: Any,
     u: Any,
-    params: Any,
-    inner_state: Any,
+    params: PyTree,
+    inner_state: PyTree,
     dtype: Any = jnp.float32,
     *,
     per_tensor: bool = False,
 ) -> tuple[Telemetry, Telemetry]:
-    """Measures one step, its count aside; gives 0 where a value is not defined, and what is.
+    """Measures one step, except for its count. Returns values, 0 if undefined, and whether they are defined.
 
     Args:
         g: The gradients.
@@ -267,7 +288,7 @@ def measure(
     root = jnp.sqrt(jnp.maximum(space.size, 1))
     rates, scales = learning_rates(inner_state), states_of(ReduceOnPlateauState, inner_state)
     rate_scale = math.prod((state.scale.astype(dtype) for state in scales), start=jnp.ones((), dtype))
-    is_scaled = len(scales) <= 1  # one plateau is that of all groups
+    is_scaled = len(scales) <= 1  # a single plateau applies to all groups
     adam, adam_defined = adam_statistics(
         [path for path, _ in paths_and_leaves(g)], inner_state, rate_scale, dtype, per_tensor=per_tensor
     )
@@ -300,11 +321,20 @@ def measure(
         bound_utilisation=adam_defined.bound_utilisation,
         histogram=adam_defined.histogram & is_scaled,
     )
-    return jax.tree.map(lambda x, d: _where(d, x, 0), values, defined), defined
+    return jax.tree.map(_or_zero, values, defined), defined
+
+
+def _or_zero(value: jax.Array, defined: jax.Array) -> jax.Array:
+    return jnp.where(_alongside(defined, value), value, jnp.zeros((), value.dtype))
+
+
+def _alongside(defined: jax.Array, value: jax.Array) -> jax.Array:
+    """`defined` with the dimensions of its value, which may have a bin axis."""
+    return jnp.expand_dims(defined, range(defined.ndim, value.ndim))
 
 
 class _Lengths(NamedTuple):
-    """Norms of gradient, step and weights; the cosine between the first two and the ratio step / gradient."""
+    """Norms of gradient, step and weights, the cosine of the first two, and the ratio step / gradient."""
 
     gradient: jax.Array
     step: jax.Array
@@ -325,12 +355,12 @@ class _Space:
         self.size = self._sum([float(x.size) for x in like])
 
     def lengths(self, gradient: list[Any], step: list[Any], weights: list[Any]) -> _Lengths:
-        """Measures three trees; right from 1e-30 to 1e30."""
+        """Measures three trees; accurate from 1e-30 to 1e30."""
         trees = gradient, step, weights
         squares = [self._squares(tree) for tree in trees]
         product = self._product(gradient, step)
 
-        def plainly():
+        def unscaled():
             return self._lengths([jnp.sqrt(s) for s in squares], product, [jnp.ones_like(s) for s in squares])
 
         def scaled():
@@ -339,14 +369,11 @@ class _Space:
             roots = [jnp.sqrt(self._squares(part)) for part in parts]
             return self._lengths(roots, self._product(parts[0], parts[1]), tops)
 
-        # As in `global_norm`: below the lowest sum, squares that were flushed to 0 could matter.
-        limits = jnp.finfo(self.dtype)
-        lowest = float(limits.tiny) / float(limits.eps) * jnp.maximum(self.size, 1)
-        fits = [(self.size == 0) | ((s >= lowest) & (s < jnp.inf)) for s in squares]
-        return jax.lax.cond(jnp.all(jnp.stack(fits)), plainly, scaled)
+        fits = [(self.size == 0) | is_safe(s, jnp.maximum(self.size, 1)) for s in squares]
+        return jax.lax.cond(jnp.all(jnp.stack(fits)), unscaled, scaled)
 
     def _lengths(self, norms: list[jax.Array], product: jax.Array, units: list[jax.Array]) -> _Lengths:
-        """Puts together norms and the inner product of gradient and step, measured in these units."""
+        """Combines norms and the inner product of gradient and step, all in the given units."""
         area = norms[0] * norms[1]
         cosine = jnp.where(area == 0, 0, product / jnp.where(area == 0, 1, area))
         is_zero = (norms[0] == 0) | (units[0] == 0)
@@ -380,7 +407,7 @@ class _Space:
 
 
 def _capped(x: jax.Array, is_finite: jax.Array) -> jax.Array:
-    """Keeps what finite entries give finite: a step would be rejected for it."""
+    """Keeps a result of finite entries finite, because an infinity would cause a rejection of the step."""
     return jnp.where(is_finite, jnp.minimum(x, jnp.finfo(x.dtype).max), x)
 
 

@@ -1,4 +1,4 @@
-"""Schedules: functions of the step count, exact past 2**24 steps, with peak values that may be traced."""
+"""Schedules: functions of the step count, exact beyond 2**24 steps, whose peak values may be traced."""
 
 from adaptive_optax.schedules.batch_growth import BatchGrowth as BatchGrowth
 from adaptive_optax.schedules.batch_growth import grow_batch as grow_batch
@@ -11,3 +11,4 @@ from adaptive_optax.schedules.decay import warmup_cosine as warmup_cosine
 from adaptive_optax.schedules.decay import warmup_stable_decay as warmup_stable_decay
 from adaptive_optax.schedules.one_cycle import OneCycle as OneCycle
 from adaptive_optax.schedules.one_cycle import one_cycle as one_cycle
+from adaptive_optax.schedules.restarts import cosine_restarts as cosine_restarts

@@ -1,7 +1,7 @@
-"""Schedules made of phases, each going from one value to another between two positions in the run.
+"""Schedules made of phases, each of which goes from one value to another between two positions in the run.
 
 Warm-up, one-cycle and cool-down schedules are lists of phases. Between two phases, and after the last one,
-the value that was reached is held.
+the schedule holds the value it has reached.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def _linear(done: jax.Array, left: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _cosine(done: jax.Array, left: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # (1 + cos(pi x)) / 2 = sin(pi (1 - x) / 2)**2, which keeps its digits where it is near 0
+    # (1 + cos(pi x)) / 2 = sin(pi (1 - x) / 2)**2, which stays accurate near 0
     return jnp.sin(np.pi / 2 * left) ** 2, jnp.sin(np.pi / 2 * done) ** 2
 
 
@@ -41,16 +41,16 @@ def _one_minus_sqrt(done: jax.Array, left: jax.Array) -> tuple[jax.Array, jax.Ar
     return left / (1.0 + root), root  # 1 - sqrt(x) = (1 - x) / (1 + sqrt(x))
 
 
-# From the fractions of a phase that are done and left (x and 1 - x, each with its own digits) to the weights
-# of the start and end values, which sum to 1. All are sums of non-negative terms: nothing cancels.
+# Maps the fractions of a phase that are done and left (x and 1 - x, each to full precision) to the weights of
+# the start and end values, which sum to 1. All are sums of non-negative terms, so nothing cancels.
 SHAPES = {"linear": _linear, "cosine": _cosine, "1-sqrt": _one_minus_sqrt}
 
 
 def in_phases(phases: Sequence[Phase]) -> optax.Schedule:
-    """Builds the schedule that goes through `phases`, the first of which begins at or before step 0.
+    """Builds a schedule from `phases`; the first must begin at or before step 0.
 
-    An empty phase is passed at once, to its end value, so that a run without warm-up starts at the peak. An
-    empty last phase is left out, so that a run that is all warm-up ends at the peak.
+    An empty phase jumps to its end value, so that a run without warm-up starts at the peak. An empty last
+    phase is skipped, so that a run that is all warm-up ends at the peak.
     """
 
     def schedule(count: jax.typing.ArrayLike) -> jax.Array:

@@ -1,8 +1,8 @@
-"""Arithmetic on step counts that stays exact where float32 does not: past 2**24 steps, and in long powers.
+"""Arithmetic on step counts that stays exact where float32 does not: beyond 2**24 steps, and in high powers.
 
-A float32 holds integers only up to 2**24, so a count is divided, compared and subtracted as an integer, and
-only what is left (a position within a phase, a fraction of a period) becomes a float. Counts may also be
-floats, for example a fractional number of epochs; then the same operations are done on floats.
+float32 represents all integers only up to 2**24. A count is therefore divided, compared and subtracted as an
+integer, and only the remainder (a position within a phase, a fraction of a period) becomes a float. Counts
+may also be floats, for example a fractional number of epochs; the same operations then use floats.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adaptive_optax._precision import concrete
+from adaptive_optax._core.precision import static_value
 
 MAX_STEPS = 2**31 - 1  # the largest value of optax's int32 counters
 
@@ -28,8 +28,8 @@ def as_real(value: Any) -> jax.Array:
 
 
 def as_number(value: Any) -> Number:
-    """Returns a concrete scalar as a Python float, which no later step rounds before it must, or a tracer."""
-    known = concrete(value)
+    """Returns a concrete scalar as a Python float, so that it is rounded as late as possible, or a tracer."""
+    known = static_value(value)
     return as_real(value) if known is None else known
 
 
@@ -47,32 +47,32 @@ def as_count(count: Any) -> jax.Array:
         raise TypeError(f"A count must be an integer or a float, got an array of type {count.dtype}.")
     dtype = jnp.result_type(int)
     if jnp.iinfo(count.dtype).max > jnp.iinfo(dtype).max:
-        count = count.clip(max=jnp.iinfo(dtype).max)  # saturates, as optax's counters do; a cast would wrap
+        count = count.clip(max=jnp.iinfo(dtype).max)  # saturates like optax's counters; a cast would wrap
     return jnp.maximum(jnp.asarray(count, dtype), 0)
 
 
 def whole_steps(position: Number) -> Number:
-    """Returns the number of whole steps before a position in the run: 0 for one before its beginning."""
+    """Returns the number of whole steps before a position in the run; 0 if it is before the start."""
     if isinstance(position, jax.Array):
         return jnp.maximum(jnp.floor(position), 0.0)
     return max(math.floor(position), 0)
 
 
 def steps_since(position: Number, count: jax.Array) -> jax.Array:
-    """Returns `count - position` with the right sign at any count, for a `position` between two steps too."""
+    """Returns `count - position` with the correct sign at any count, even if `position` is fractional."""
     whole = whole_steps(position)
     fraction = position - whole
-    # The difference of integers is exact and the fraction below 1, so rounding never changes the sign; and
-    # neither integer is negative, so their difference fits even at the last int32.
+    # The difference of integers is exact and the fraction is below 1, so rounding never changes the sign.
+    # Neither integer is negative, so their difference fits even at the largest int32.
     return as_real(count - jnp.asarray(whole, count.dtype)) - as_real(fraction)
 
 
 def power(base: Number, steps: jax.Array, per: int = 1) -> jax.Array:
-    """Returns `base ** (steps / per)` to a few rounding errors, however many the steps.
+    """Returns `base ** (steps / per)` to within a few rounding errors, for any number of steps.
 
-    A float32 base is off by up to 6e-8, which the exponent multiplies: 0.999 ** 1000 would be off by 1e-5.
-    So the whole part of the exponent is taken by its binary digits, from a table of `base ** 2**k` made in
-    float64 (for a traced base in its own precision), and only the fraction is left to `jnp.power`.
+    A float32 base has an error of up to 6e-8, which the exponent multiplies: 0.999 ** 1000 would be off by
+    1e-5. The integer part of the exponent is therefore applied bit by bit, with a table of `base ** 2**k`
+    computed in float64 (in its own precision for a traced base), and only the fraction uses `jnp.power`.
     """
     whole = (steps // per).astype(jnp.result_type(int))
     bits = jnp.iinfo(whole.dtype).bits - 1
@@ -80,7 +80,7 @@ def power(base: Number, steps: jax.Array, per: int = 1) -> jax.Array:
     if isinstance(base, jax.Array):
         table = jnp.power(as_real(base), as_real(places))
     else:
-        with np.errstate(over="ignore", under="ignore"):  # entries past the range belong to digits that are 0
+        with np.errstate(over="ignore", under="ignore"):  # entries that overflow belong to digits that are 0
             table = as_real(np.power(base, places).astype(jnp.result_type(float)))
     digits = (whole[..., None] >> jnp.arange(bits, dtype=whole.dtype)) & 1
     result = jnp.prod(jnp.where(digits == 1, table, 1.0), axis=-1)

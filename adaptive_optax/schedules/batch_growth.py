@@ -1,4 +1,4 @@
-"""Growing the batch in place of decaying the learning rate: the same noise, in fewer updates."""
+"""Growing the batch instead of decaying the learning rate: the same noise in fewer updates."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from adaptive_optax._checks import check_choice, check_integer, check_scalar
-from adaptive_optax._precision import concrete
+from adaptive_optax._core.checks import check_choice, check_integer
+from adaptive_optax._core.hyperparameters import check_hyperparameter
+from adaptive_optax._core.precision import static_value
 from adaptive_optax.schedules._steps import MAX_STEPS, as_count, as_real
 
-_ROUNDING = 1e-5  # a rate that is a k-th of the largest allows k, whichever way float32 rounded it
+_ROUNDING = 1e-5  # a rate of 1/k of the largest must allow k, whichever way float32 rounded it
 
 
 class BatchGrowth(NamedTuple):
-    """What `grow_batch` returns: schedules of the number of emissions.
+    """The result of `grow_batch`: schedules of the number of emissions.
 
     Attributes:
-        accumulation_steps: Micro-batches in an emission, int32; the `every` of `accumulate_gradients`.
-        learning_rate: The learning rate that is left.
+        accumulation_steps: Micro-batches per emission, int32; the `every` of `accumulate_gradients`.
+        learning_rate: The remaining learning rate schedule.
         b1: Adam's b1; None for `kind="sgd"`.
-        b2: Adam's b2; None likewise.
-        eps: Adam's eps; None likewise.
+        b2: Adam's b2; None for `kind="sgd"`.
+        eps: Adam's eps; None for `kind="sgd"`.
     """
 
     accumulation_steps: _Table
@@ -36,7 +37,7 @@ class BatchGrowth(NamedTuple):
 
     @property
     def emissions(self) -> int:
-        """How many emissions the run has."""
+        """The number of emissions of the run."""
         return len(self.accumulation_steps)
 
 
@@ -50,18 +51,18 @@ def grow_batch(
     b2: float | None = None,
     eps: float | None = None,
 ) -> BatchGrowth:
-    r"""Spends a decay on the batch size first, and on the learning rate when the batch has grown enough.
+    r"""Grows the batch in place of a decay, and decays the learning rate once the batch has grown enough.
 
-    A learning rate decays to settle the gradient's noise; a larger batch settles it too, in fewer updates,
-    which pays where larger batches run faster or communication is dear. With `accumulate_gradients` the batch
-    grows by micro-batches, each of the size of the decayed run's batches, so the samples seen are the same::
+    A learning rate decays to average out gradient noise. A larger batch does so in fewer updates, which pays
+    off where larger batches run faster or communication is expensive. With `accumulate_gradients` the batch
+    grows by micro-batches of the same size as the decayed run's batches, so both runs see the same samples::
 
         growth = grow_batch(exponential_decay(0.1, 1000, 0.5), total_steps=5000, max_factor=16)
         tx = accumulate_gradients(sgd(growth.learning_rate), growth.accumulation_steps)
 
-    In the decayed run step t has the rate :math:`\eta(t)`, of which :math:`\hat\eta` is the largest. An
-    emission takes the place of k of its steps, whose mean rate is :math:`\bar\eta`. Up to the (first) step
-    with the largest rate, through a warm-up, k = 1. After it k is the largest number up to `max_factor` with
+    In the decayed run step t has the rate :math:`\eta(t)`, and :math:`\hat\eta` is the largest rate. An
+    emission replaces k of its steps, whose mean rate is :math:`\bar\eta`. Until the (first) step with the
+    largest rate, that is during a warm-up, k = 1. Then k is the largest number up to `max_factor` with
 
     .. math::
         k \max \eta \le \hat\eta \quad\text{("sgd")} \qquad \sqrt k \max \eta \le \hat\eta
@@ -74,38 +75,39 @@ def grow_batch(
         \text{"adam":} &\quad \sqrt k \bar\eta, \qquad 1 - k (1 - \beta_1), \qquad 1 - k (1 - \beta_2),
         \qquad \epsilon / \sqrt k
 
-    So the scale of the noise, :math:`\eta / B` or for Adam :math:`\eta / \sqrt B`, is that of the decayed
-    run, no rate exceeds :math:`\hat\eta`, and with "sgd" the rates sum to the same. The two runs' losses
-    agree to first order in :math:`\hat\eta`. The last emission is shortened to end on the last step. Where a
-    decay ends in rates of 0, its last emissions take k = `max_factor` and what rate there is, down to 0.
+    The noise scale, :math:`\eta / B` or for Adam :math:`\eta / \sqrt B`, is therefore the same as in the
+    decayed run, no rate exceeds :math:`\hat\eta`, and with "sgd" the rates have the same sum. The losses of
+    the two runs agree to first order in :math:`\hat\eta`. The last emission is shortened to end on the last
+    step. If a decay ends in rates of 0, the last emissions have k = `max_factor` and the remaining rate, down
+    to 0.
 
-    All schedules are of the number of emissions, the one clock that the inner transformation has; the map
-    from emissions to steps is tabulated here. The momentum of "sgd" stays as it is.
+    All schedules are functions of the number of emissions, the only clock of the inner transformation; the
+    map from emissions to steps is tabulated. The momentum of "sgd" is unchanged.
 
-    Two things to know with Adam. The highest stable rate is proportional to
-    :math:`(1 + \beta_1) / (1 - \beta_1)`, which the rule lowers: at k = 8 from 19 to 1.5. Where training is
-    at the edge of what is stable, the loss jumps when the batch grows; then leave the returned `b1` out and
-    keep Adam's, on which the noise does not depend to first order (`b1=0` here frees `max_factor` of it). And
-    the second moment has the smaller batches' noise in it for some :math:`1/(1 - \beta_2)` emissions after
-    the batch has grown; until then steps are a little short.
+    With Adam there are two caveats. First, the highest stable rate is proportional to
+    :math:`(1 + \beta_1) / (1 - \beta_1)`, which the rule lowers: at k = 8 from 19 to 1.5. If training is at
+    the edge of stability, the loss jumps when the batch grows. In that case do not use the returned `b1` but
+    keep Adam's; to first order the noise does not depend on it (with `b1=0` it does not limit `max_factor`).
+    Second, the second moment contains the noise of the smaller batches for about :math:`1/(1 - \beta_2)`
+    emissions after the batch has grown; during that time steps are slightly too short.
 
     Args:
         schedule: :math:`\eta`, a function of the step count, at least 0 and somewhere positive. Its values
-            must be known: for a peak that is traced give it a peak of 1, and multiply `learning_rate`.
-        total_steps: Steps of the decayed run, which are micro-batches, at least 1.
+            must be known: for a traced peak, use a schedule with a peak of 1 and multiply `learning_rate`.
+        total_steps: The number of steps (that is, micro-batches) of the decayed run, at least 1.
         max_factor: The largest k, at least 1. For Adam k (1 - b) may not exceed 1: up to 10 for b1 = 0.9.
         kind: "sgd", with or without momentum, or "adam".
-        b1: Adam's, in [0, 1), for `kind="adam"` only; 0 stays 0.
-        b2: Likewise.
-        eps: Adam's, at least 0, for `kind="adam"` only.
+        b1: Adam's b1, in [0, 1), only for `kind="adam"`; 0 stays 0.
+        b2: Adam's b2, in [0, 1), only for `kind="adam"`; 0 stays 0.
+        eps: Adam's eps, at least 0, only for `kind="adam"`.
 
     Returns:
-        The schedules, which hold their last values after the run, and the number of emissions. Each is a
-        table with an entry an emission.
+        The schedules, which hold their last values after the run, and the number of emissions. Each schedule
+        is a table with one entry per emission.
 
     Raises:
-        ValueError: If an argument is out of range, is missing or not used by `kind`, or the schedule is
-            traced, is negative or not finite somewhere, or 0 throughout.
+        ValueError: If an argument is out of range, missing or not used by `kind`, or if the schedule is
+            traced, somewhere negative or not finite, or 0 everywhere.
 
     Example:
         >>> growth = grow_batch(lambda t: 0.8 * 0.5 ** (t // 4), total_steps=12, max_factor=2)
@@ -116,15 +118,15 @@ def grow_batch(
 
     Source: Smith, Kindermans, Ying and Le 2018, "Don't decay the learning rate, increase the batch size"; for
     Adam the square root scaling rule of Malladi et al. 2022, "On the SDEs and scaling rules for adaptive
-    gradient algorithms"; on stability Cohen et al. 2022, "Adaptive gradient methods at the edge of
-    stability". The means over an emission are this library's.
+    gradient algorithms"; for stability Cohen et al. 2022, "Adaptive gradient methods at the edge of
+    stability". Averaging over an emission is new in this library.
     """
     if not callable(schedule):
         raise ValueError(f"schedule must be a function of the step count, got {schedule!r}.")
     check_integer("total_steps", total_steps, f"[1, {MAX_STEPS}]")
     check_integer("max_factor", max_factor, f"[1, {MAX_STEPS}]")
     check_choice("kind", kind, ("sgd", "adam"))
-    _check_adams(kind, max_factor, b1=b1, b2=b2, eps=eps)
+    _check_adam_arguments(kind, max_factor, b1=b1, b2=b2, eps=eps)
     rates = _rates(schedule, int(total_steps))
     power = 1.0 if kind == "sgd" else 0.5
     k = _factors(rates, int(max_factor), power)
@@ -132,7 +134,7 @@ def grow_batch(
     mean = np.add.reduceat(rates, starts) / k
 
     def decay(b):
-        # Not below 0: a b of 0 stays 0, and rounding may take k (1 - b) past 1.
+        # Clipped at 0: a b of 0 stays 0, and rounding may push k (1 - b) above 1.
         return None if b is None else _Table(np.maximum(1 - k * (1 - float(b)), 0))
 
     return BatchGrowth(
@@ -144,7 +146,7 @@ def grow_batch(
     )
 
 
-def _check_adams(kind: str, max_factor: int, **given: float | None) -> None:
+def _check_adam_arguments(kind: str, max_factor: int, **given: float | None) -> None:
     for name, value in given.items():
         if kind == "sgd":
             if value is not None:
@@ -152,23 +154,23 @@ def _check_adams(kind: str, max_factor: int, **given: float | None) -> None:
             continue
         if value is None:
             raise ValueError(f"{name} is needed with kind='adam', got None.")
-        check_scalar(name, value, "[0, inf)" if name == "eps" else "[0, 1)")
-        if concrete(value) is None:
+        check_hyperparameter(name, value)
+        if static_value(value) is None:
             raise ValueError(f"{name} must be concrete in grow_batch, got a tracer.")
         if name != "eps" and value > 0 and max_factor * (1 - value) > 1 + _ROUNDING:
             raise ValueError(
                 f"max_factor must be at most 1 / (1 - {name}) = {1 / (1 - value):.4g} with kind='adam', got "
-                f"{max_factor}: an average over {1 / (1 - value):.4g} steps has that many to put together."
+                f"{max_factor}: at most {1 / (1 - value):.4g} steps of the average can be merged into one."
             )
 
 
 def _rates(schedule: optax.Schedule, total_steps: int) -> np.ndarray:
-    """The rates of all steps, in float64; known ones, also where the caller is being traced."""
+    """The rates of all steps, in float64, computed eagerly even if the caller is being traced."""
     with jax.ensure_compile_time_eval():
         rates = jax.vmap(schedule)(jnp.arange(total_steps))
     if isinstance(rates, Tracer):
         raise ValueError(
-            "schedule must have values that are known, got a tracer: for a traced peak give grow_batch a "
+            "schedule must return concrete values, got a tracer: for a traced peak pass grow_batch a "
             "schedule with a peak of 1, and multiply its learning_rate by the peak."
         )
     if jnp.shape(rates) != (total_steps,):
@@ -183,7 +185,7 @@ def _rates(schedule: optax.Schedule, total_steps: int) -> np.ndarray:
 
 
 def _factors(rates: np.ndarray, max_factor: int, power: float) -> np.ndarray:
-    """How many steps each emission takes the place of."""
+    """The number of steps that each emission replaces."""
     top, peak = rates.max() * (1 + _ROUNDING), int(rates.argmax())
     factors = [1] * peak
     at = peak
@@ -200,7 +202,7 @@ def _factors(rates: np.ndarray, max_factor: int, power: float) -> np.ndarray:
 
 
 class _Table:
-    """A schedule that looks values up, and stays at the last one."""
+    """A schedule that looks up its values and holds the last one."""
 
     def __init__(self, values: np.ndarray):
         self.values = values

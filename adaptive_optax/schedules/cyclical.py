@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from adaptive_optax._checks import check_choice, check_integer, check_scalar
-from adaptive_optax._precision import concrete
+from adaptive_optax._core.checks import check_choice, check_integer
+from adaptive_optax._core.hyperparameters import check_hyperparameter
+from adaptive_optax._core.precision import static_value
 from adaptive_optax.schedules._steps import MAX_STEPS, as_count, as_number, as_real, power
 
 _MODES = ("triangular", "triangular2", "exp_range")
@@ -21,9 +22,9 @@ def cyclical(
     mode: str = "triangular",
     gamma: ArrayLike = 1.0,
 ) -> optax.Schedule:
-    r"""Goes up and down between two values for ever.
+    r"""Cycles up and down between two values indefinitely.
 
-    To explore a range of learning rates within one run, or to take snapshots at the low points. A
+    Use it to explore a range of learning rates within one run, or to take snapshots at the low points. A
     `peak_value` below `base_value` cycles downwards, which suits a momentum that mirrors the learning rate.
 
     .. math::
@@ -37,9 +38,9 @@ def cyclical(
     Args:
         base_value: The value at the beginning of every cycle, at least 0. May be traced.
         peak_value: The value in the middle of the first cycle, at least 0. May be traced.
-        half_cycle: The steps from one end to the other, at least 1. Smith advises 2 to 10 epochs.
-        mode: "triangular", "triangular2" (every cycle half as high as the one before) or "exp_range" (height
-            falling by `gamma` each step). Default "triangular", the paper's first.
+        half_cycle: The number of steps from one value to the other, at least 1. Smith advises 2 to 10 epochs.
+        mode: "triangular", "triangular2" (each cycle is half as high as the previous one) or "exp_range" (the
+            height is multiplied by `gamma` each step). Default "triangular", the first in the paper.
         gamma: The factor per step in "exp_range", in (0, 1]; must be left at its default in the other modes.
             Default 1.0: constant height. May be traced.
 
@@ -56,12 +57,12 @@ def cyclical(
 
     Source: Smith (2017), "Cyclical learning rates for training neural networks", section 3.
     """
-    check_scalar("base_value", base_value, "[0, inf)")
-    check_scalar("peak_value", peak_value, "[0, inf)")
+    check_hyperparameter("base_value", base_value)
+    check_hyperparameter("peak_value", peak_value)
     check_integer("half_cycle", half_cycle, f"[1, {MAX_STEPS // 2}]")
     check_choice("mode", mode, _MODES)
-    check_scalar("gamma", gamma, "(0, 1]")
-    if mode != "exp_range" and concrete(gamma) != 1.0:
+    check_hyperparameter("gamma", gamma)
+    if mode != "exp_range" and static_value(gamma) != 1.0:
         raise ValueError(
             f"gamma must be left at 1.0 with mode={mode!r}, which does not use it, got {gamma!r}."
         )

@@ -1,7 +1,7 @@
-"""The one-cycle policy: the learning rate up and down once, the momentum down and up.
+"""The one-cycle policy: the learning rate goes up and down once, the momentum down and up.
 
-PyTorch, fastai and optax place the peak and the end at different steps and divide by different factors; a
-preset gives the values of one of them, step for step.
+PyTorch, fastai and optax place the peak and the end at different steps and divide by different factors. A
+preset reproduces the values of one of them, step for step.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import NamedTuple
 import optax
 from jax.typing import ArrayLike
 
-from adaptive_optax._checks import check_bool, check_choice, check_integer, check_scalar
-from adaptive_optax._precision import concrete
+from adaptive_optax._core.checks import check_bool, check_choice, check_integer, check_scalar
+from adaptive_optax._core.hyperparameters import check_hyperparameter
+from adaptive_optax._core.precision import static_value
 from adaptive_optax.schedules._phases import Phase, in_phases
 from adaptive_optax.schedules._steps import MAX_STEPS, Number, as_number, whole_steps
 
@@ -49,13 +50,13 @@ def one_cycle(
     base_momentum: ArrayLike = 0.85,
     three_phase: bool = False,
 ) -> OneCycle:
-    r"""Builds the one-cycle schedules of the learning rate and of the momentum.
+    r"""Builds the one-cycle schedules for the learning rate and the momentum.
 
-    For short runs of known length with a high learning rate. Give the second schedule to an optimizer's
+    For short runs of known length with a high learning rate. Pass the second schedule as an optimizer's
     momentum, such as `momentum=` of `sgd` or `b1=` of `adam`.
 
     The learning rate rises from the initial value \eta_0 = \hat\eta / `div_factor` to the peak \hat\eta at
-    position p, and falls to the final value \eta_f at position e, each time along half a cosine:
+    position p, and then falls to the final value \eta_f at position e, both along half a cosine:
 
     .. math:: \eta_t = \eta_a \tfrac12 (1 + \cos \pi x) + \eta_b \tfrac12 (1 - \cos \pi x), \qquad
               x = \frac{t - a}{b - a}
@@ -75,20 +76,24 @@ def one_cycle(
     the peak. With `three_phase` the rate falls from the peak to \eta_0 at 2 P T - 2, and from there to \eta_f
     at constant momentum.
 
+    The schedules equal those of the libraries step for step. A run of Adam with the momentum as `b1` does
+    not, because the bias correction here is exact for a changing b1, while PyTorch's :math:`1 - b_1^t` treats
+    b1 as constant.
+
     Args:
         peak_value: The highest learning rate, at least 0. May be traced.
-        total_steps: The number of steps of the run, at least 1.
-        preset: The library whose values to give. Default "torch", which fits the run exactly.
-        pct_start: The part of the run that warms up, in (0, 1], or (0, 0.5] with `three_phase`. Default: the
-            preset's. May be traced; then the peak's position has the precision of a float.
-        div_factor: The peak over the initial learning rate, at least 1. Default: the preset's. May be traced.
-        final_div_factor: The initial learning rate (the peak in "fastai") over the final one, above 0.
-            Default: the preset's. May be traced.
-        max_momentum: The momentum at both ends, in [0, 1). Default 0.95, as in PyTorch and fastai; optax
-            does not cycle the momentum, so its preset does it on the phases of the learning rate. May be
+        total_steps: The number of steps in the run, at least 1.
+        preset: The library whose values to reproduce. Default "torch", which fits the run exactly.
+        pct_start: The fraction of the run that warms up, in (0, 1], or (0, 0.5] with `three_phase`. Default:
+            the preset's. May be traced; then the peak's position has the precision of a float.
+        div_factor: The peak divided by the initial learning rate, at least 1. Default: the preset's. May be
             traced.
+        final_div_factor: The initial learning rate (the peak in "fastai") divided by the final one, above 0.
+            Default: the preset's. May be traced.
+        max_momentum: The momentum at both ends, in [0, 1). Default 0.95, as in PyTorch and fastai. optax does
+            not cycle the momentum; its preset does so in the phases of the learning rate. May be traced.
         base_momentum: The momentum at the peak, at most `max_momentum`. Default 0.85. May be traced.
-        three_phase: Whether to add PyTorch's third phase; only with the preset "torch". Default False.
+        three_phase: Whether to add PyTorch's third phase; only for the preset "torch". Default False.
 
     Returns:
         A `OneCycle(learning_rate, momentum)` of two schedules.
@@ -104,10 +109,10 @@ def one_cycle(
         [0.95, 0.85, 0.95]
 
     Source: Smith and Topin (2019), "Super-convergence", and Smith (2018), "A disciplined approach to neural
-    network hyper-parameters"; the phases are those of PyTorch's `OneCycleLR` (cosine annealing), fastai's
+    network hyper-parameters"; the phases follow PyTorch's `OneCycleLR` (cosine annealing), fastai's
     `fit_one_cycle` and optax's `cosine_onecycle_schedule`.
     """
-    check_scalar("peak_value", peak_value, "[0, inf)")
+    check_hyperparameter("peak_value", peak_value)
     check_integer("total_steps", total_steps, f"[1, {MAX_STEPS}]")
     check_choice("preset", preset, _PRESETS)
     check_bool("three_phase", three_phase)
@@ -120,11 +125,13 @@ def one_cycle(
     div_factor = defaults.div_factor if div_factor is None else div_factor
     final_div_factor = defaults.final_div_factor if final_div_factor is None else final_div_factor
     check_scalar("pct_start", pct_start, "(0, 0.5]" if three_phase else "(0, 1]")
-    check_scalar("div_factor", div_factor, "[1, inf)")
-    check_scalar("final_div_factor", final_div_factor, "(0, inf)")
-    check_scalar("max_momentum", max_momentum, "[0, 1)")
-    highest = concrete(max_momentum)
-    check_scalar("base_momentum", base_momentum, "[0, 1)" if highest is None else f"[0, {highest}]")
+    check_hyperparameter("div_factor", div_factor)
+    check_hyperparameter("final_div_factor", final_div_factor)
+    check_hyperparameter("max_momentum", max_momentum)
+    highest = static_value(max_momentum)
+    check_hyperparameter(
+        "base_momentum", base_momentum, interval=None if highest is None else f"[0, {highest}]"
+    )
 
     peak, steps = as_number(peak_value), int(total_steps)
     initial = peak / as_number(div_factor)
@@ -141,7 +148,7 @@ def one_cycle(
 
 
 def _in_cosines(positions: list[Number], values: list[Number]) -> optax.Schedule:
-    """Goes through `values` from step 0, reaching the one after the first at the first of `positions`."""
+    """Starts at the first of `values` and reaches the others at `positions`, in order."""
     begins = [0, *positions]
     return in_phases(
         [

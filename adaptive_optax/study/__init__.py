@@ -1,14 +1,44 @@
-"""Answers learning-rate questions on the user's own model: a range test, and comparisons with a verdict."""
+"""Answers learning-rate questions on the user's own model: a range test, and comparisons with a verdict.
+
+Glossary:
+
+    task          what is trained: initial parameters, loss, data, metric
+    arm           a way to train: a function from peak learning rate and number of steps to an optimizer
+    trial         one training run of an arm, at one peak rate and one seed, from the first step to the last
+    study         trials that belong together: those of one call, or of all calls that share a folder
+    chunk         the trials in one call of a compiled program
+    placement     how the trials of a chunk are distributed over devices
+    measurement   what telemetry measures at one step of a trial
+    look          a judgement of the existing trials; adding seeds and judging again is another look
+    verdict       what a look says about one arm compared with the baseline
+    record        what a comparison found: trials, curves and details, from which its verdicts follow
+
+Elsewhere in this package, "a run" means the user's own training, outside a study.
+"""
 
 from adaptive_optax.study import _requirements as _requirements
+from adaptive_optax.study.arms import NamedArm as NamedArm
 from adaptive_optax.study.arms import arm as arm
 from adaptive_optax.study.comparison import compare as compare
-from adaptive_optax.study.ramp import suggest as suggest
+from adaptive_optax.study.details import Details as Details
+from adaptive_optax.study.details import Samples as Samples
+from adaptive_optax.study.direction import Direction as Direction
+from adaptive_optax.study.evaluation import Arm as Arm
+from adaptive_optax.study.evaluation import Evaluate as Evaluate
+from adaptive_optax.study.evaluation import EvaluatedArm as EvaluatedArm
+from adaptive_optax.study.evaluation import judged_by as judged_by
+from adaptive_optax.study.evaluation import recompute_batch_statistics as recompute_batch_statistics
+from adaptive_optax.study.judged import Judged as Judged
+from adaptive_optax.study.range_test import Optimizer as Optimizer
 from adaptive_optax.study.range_test import RangeTest as RangeTest
 from adaptive_optax.study.range_test import lr_range_test as lr_range_test
 from adaptive_optax.study.result import Comparison as Comparison
 from adaptive_optax.study.result import load as load
+from adaptive_optax.study.statistics.judge import judge as judge
+from adaptive_optax.study.statistics.ramp import suggest as suggest
+from adaptive_optax.study.statistics.verdict import Verdict as Verdict
+from adaptive_optax.study.task import Batch as Batch
+from adaptive_optax.study.task import ModelState as ModelState
+from adaptive_optax.study.task import Params as Params
 from adaptive_optax.study.task import Task as Task
 from adaptive_optax.study.task import nnx_task as nnx_task
-from adaptive_optax.study.verdict import Verdict as Verdict
-from adaptive_optax.study.verdict import judge as judge

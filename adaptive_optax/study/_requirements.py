@@ -1,5 +1,5 @@
-"""Says which package is missing before the study's modules fail to find it. Imported first."""
+"""Names a missing package before the study's modules fail to import it. Imported first."""
 
-from adaptive_optax._extras import require
+from adaptive_optax._core.extras import require
 
-require("adaptive_optax.study", "study", "filelock", "matplotlib", "pandas", "rich", "scipy")
+require("adaptive_optax.study", "study", "filelock", "jinja2", "matplotlib", "pandas", "rich", "scipy")

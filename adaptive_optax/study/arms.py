@@ -1,11 +1,13 @@
-"""Arms: ways to train at a peak learning rate. The usual ones by name, and the check of any of them.
+"""Arms: ways to train at a peak learning rate. Defines the standard arms by name, and checks any arm.
 
 An arm is a function `arm(learning_rate, total_steps) -> transformation`. The study calls it with a traced
-learning rate, so that all rates share one compilation.
+learning rate, so that all rates share one compilation. An attribute `evaluate` determines which parameters
+are judged (`study.evaluation`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,9 +18,11 @@ import numpy as np
 import optax
 
 from adaptive_optax import optimizers, schedules
-from adaptive_optax._paths import paths_and_leaves
+from adaptive_optax._core.paths import paths_and_leaves
+from adaptive_optax.study.engine.trials import Plan, Trials, make_trial
+from adaptive_optax.study.evaluation import AVERAGE_IF_KEPT, Arm, Evaluate
+from adaptive_optax.study.origin import described
 from adaptive_optax.study.task import Task
-from adaptive_optax.study.trials import Arm, Evaluate, Plan, Trials, make_trial
 from adaptive_optax.transforms.averaging import average_parameters
 
 SCHEDULES: dict[str, Callable[[Any, int], Any]] = {
@@ -44,12 +48,40 @@ OPTIMIZERS: dict[str, Callable[..., Any]] = {
     "sgd": optimizers.sgd,
     "momentum": functools.partial(optimizers.sgd, momentum=0.9),
 }
-# The argument that takes one-cycle's momentum, where there is one.
+# The argument that receives one-cycle's momentum, if any.
 MOMENTUM = {"adam": "b1", "adamw": "b1", "nadam": "b1", "amsgrad": "b1", "momentum": "momentum"}
 
 
-def arm(name: str) -> Arm:
-    """Gives a usual arm by its name, `"optimizer:schedule"` or `"optimizer:schedule:averaged"`.
+@dataclasses.dataclass(frozen=True)
+class NamedArm:
+    """A standard arm; equal for equal names, so that it compiles once."""
+
+    optimizer: str
+    schedule: str
+    averaged: bool
+
+    def __call__(self, learning_rate: Any, total_steps: int) -> optax.GradientTransformationExtraArgs:
+        """Builds the transformation."""
+        rate, keywords = SCHEDULES[self.schedule](learning_rate, total_steps), {}
+        if isinstance(rate, schedules.OneCycle):
+            if self.optimizer in MOMENTUM:
+                keywords[MOMENTUM[self.optimizer]] = rate.momentum
+            rate = rate.learning_rate
+        tx = OPTIMIZERS[self.optimizer](rate, **keywords)
+        return optax.chain(tx, average_parameters()) if self.averaged else tx
+
+    @property
+    def __name__(self) -> str:
+        return f"{self.optimizer}:{self.schedule}{':averaged' if self.averaged else ''}"
+
+    @property
+    def evaluate(self) -> Evaluate | None:
+        """What is judged; None for the trained parameters."""
+        return AVERAGE_IF_KEPT if self.averaged else None
+
+
+def arm(name: str) -> NamedArm:
+    """Returns a standard arm by its name, `"optimizer:schedule"` or `"optimizer:schedule:averaged"`.
 
     | optimizer | |
     |---|---|
@@ -57,7 +89,7 @@ def arm(name: str) -> Arm:
     | nadam, amsgrad | `adam` with `nesterov` or `amsgrad` |
     | momentum | `sgd` with momentum 0.9 |
 
-    | schedule | over a run of T steps |
+    | schedule | over T steps |
     |---|---|
     | constant | the peak throughout |
     | exponential | smoothly down to 1 % of the peak |
@@ -65,11 +97,11 @@ def arm(name: str) -> Arm:
     | linear, cosine | down to 0 |
     | warmup_cosine | up for T/10, then down to 0 |
     | warmup_stable_decay | up for T/10, constant, down over the last T/5 |
-    | inverse_sqrt | up for T/10, then with 1/sqrt(step) |
-    | one_cycle | PyTorch's, with momentum where the optimizer has one |
+    | inverse_sqrt | up for T/10, then proportional to 1/sqrt(step) |
+    | one_cycle | PyTorch's, including momentum if the optimizer has one |
 
-    With `:averaged`, parameters are averaged by `average_parameters` and the average is judged; then give
-    `evaluate=averaged_parameters` to `compare` (the command line does).
+    With `:averaged`, `average_parameters` averages the parameters and the average is judged, with batch
+    statistics recomputed for it (`recompute_batch_statistics`).
 
     Raises:
         ValueError: If the optimizer, the schedule or the suffix is unknown.
@@ -88,24 +120,15 @@ def arm(name: str) -> Arm:
     if suffix not in ("", "averaged"):
         raise ValueError(f"arm {name!r}: only ':averaged' may follow the schedule, got {suffix!r}.")
 
-    def build(learning_rate: Any, total_steps: int) -> optax.GradientTransformationExtraArgs:
-        rate, keywords = SCHEDULES[schedule](learning_rate, total_steps), {}
-        if isinstance(rate, schedules.OneCycle):
-            if optimizer in MOMENTUM:
-                keywords[MOMENTUM[optimizer]] = rate.momentum
-            rate = rate.learning_rate
-        tx = OPTIMIZERS[optimizer](rate, **keywords)
-        return optax.chain(tx, average_parameters()) if suffix else tx
-
-    return build
+    return NamedArm(optimizer, schedule, bool(suffix))
 
 
 def check_arm(name: str, arm: Arm, task: Task, plan: Plan, evaluate: Evaluate | None, rate: float) -> str:
-    """Traces one step of an arm; gives "once", or "per rate" where the arm refuses a traced rate.
+    """Traces one step of an arm; returns "once", or "per rate" if the arm refuses a traced rate.
 
     Raises:
-        ValueError: If the arm is no `arm(learning_rate, total_steps) -> transformation`, if its update fails,
-            or if its state changes structure, shapes or dtypes, naming the arm.
+        ValueError: If the arm is not an `arm(learning_rate, total_steps) -> transformation`, its update
+            fails, or its state changes structure, shapes or dtypes. The message names the arm.
     """
     if not callable(arm):
         raise ValueError(
@@ -114,8 +137,7 @@ def check_arm(name: str, arm: Arm, task: Task, plan: Plan, evaluate: Evaluate | 
     try:
         compilation, before, after = _trace_arm(task, arm, plan, evaluate, rate)
     except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise ValueError(f"arm {name!r} cannot be run: {type(error).__name__}: {reason}") from error
+        raise ValueError(f"arm {name!r} cannot be run: {described(error)}") from error
     was, is_now = dict(paths_and_leaves(before)), dict(paths_and_leaves(after))
     for path in was.keys() | is_now.keys():
         old, new = was.get(path), is_now.get(path)
@@ -128,26 +150,25 @@ def check_arm(name: str, arm: Arm, task: Task, plan: Plan, evaluate: Evaluate | 
     return compilation
 
 
-@functools.lru_cache(maxsize=32)
 def _trace_arm(
     task: Task, arm: Arm, plan: Plan, evaluate: Evaluate | None, rate: float
 ) -> tuple[str, Any, Any]:
-    """Traces a step; gives how the arm compiles and what the state is before and after."""
+    """Traces one step; returns how the arm compiles, and the state before and after."""
 
     def one_step(rate, train, validation):
         tx = arm(rate, plan.steps)
         if not isinstance(tx, optax.GradientTransformation):
-            raise TypeError(f"it returns no optax transformation but {type(tx).__name__}")
-        trial = make_trial(task, arm, plan, evaluate)
-        element = Trials(rate, *(jnp.uint32(0) for _ in range(3)))
-        run = trial.start(element)
-        samples = trial.order(element, 0)
-        after = trial.step(run, element, jnp.int32(0), samples, train)
-        return run, after, trial.measure(after, validation)
+            raise TypeError(f"it must return an optax transformation, got {type(tx).__name__}")
+        functions = make_trial(task, arm, plan, evaluate)
+        trial = Trials(rate, *(jnp.uint32(0) for _ in range(3)))
+        before = functions.start(trial)
+        samples = functions.order(trial, 0)
+        after = functions.step(before, trial, jnp.int32(0), samples, train)
+        return before, after, functions.metric(after, train, validation)
 
     data = task.train, task.validation
     real = jax.dtypes.canonicalize_dtype(np.float64)
     try:
         return "once", *jax.eval_shape(one_step, jax.ShapeDtypeStruct((), real), *data)[:2]
-    except Exception:  # whatever a traced rate breaks; what fails with a number too is raised below
+    except Exception:  # a traced rate can fail in any way; an arm that also fails with a number raises below
         return "per rate", *jax.eval_shape(functools.partial(one_step, rate), *data)[:2]

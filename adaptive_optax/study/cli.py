@@ -1,31 +1,34 @@
-"""The command `adaptive-optax`: compare arms, or look for a learning rate, on a task of one's own."""
+"""The command `adaptive-optax`: compares arms, or finds a learning rate, on the user's own task."""
 
 from __future__ import annotations
 
 import contextlib
-import importlib
-import importlib.util
+import dataclasses
 import os
-import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import typer
 from rich.console import Console
 
-from adaptive_optax.study.arms import OPTIMIZERS, SCHEDULES, arm
+from adaptive_optax._core.checks import check_integer
+from adaptive_optax.study.arms import OPTIMIZERS, SCHEDULES
 from adaptive_optax.study.comparison import compare
-from adaptive_optax.study.report import print_summary
+from adaptive_optax.study.engine.store import check_folder
+from adaptive_optax.study.loading import load_arm, load_arms, load_task
+from adaptive_optax.study.origin import described
+from adaptive_optax.study.report.findings import judge_all
+from adaptive_optax.study.report.page import print_summary
 from adaptive_optax.study.result import Comparison
-from adaptive_optax.study.task import Task
-from adaptive_optax.transforms.averaging import averaged_parameters
 
 DEFAULT_RATES = "3e-4,1e-3,3e-3,1e-2,3e-2"
-INTERRUPTED = 130  # the shell's exit code after Ctrl-C
+# Exit codes. FAILED covers later failures and a missing verdict; INTERRUPTED is the shell's code for Ctrl-C.
+WRONG_ARGUMENT, FAILED, INTERRUPTED = 2, 1, 130
 
-app = typer.Typer(
+app: typer.Typer = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -42,15 +45,13 @@ TaskArgument = Annotated[
         show_default=False,
     ),
 ]
-Out = Annotated[
-    Path | None,
-    typer.Option(
-        help="Folder for the report, tables and finished trials; run again to go on.", show_default=False
-    ),
-]
 CpuDevices = Annotated[
     int,
-    typer.Option(min=0, help="Devices to split a CPU into; 0 for one a core.", rich_help_panel="Execution"),
+    typer.Option(help="Devices to split a CPU into; 0 for one per core.", rich_help_panel="Execution"),
+]
+Traceback = Annotated[
+    bool,
+    typer.Option("--traceback", help="Show where an error comes from.", rich_help_panel="Execution"),
 ]
 
 
@@ -60,8 +61,10 @@ def compare_command(
     arms: Annotated[
         str,
         typer.Option(
-            help=f"Comma-separated optimizer:schedule[:averaged]; the first is the baseline. "
-            f"Optimizers: {', '.join(OPTIMIZERS)}. Schedules: {', '.join(SCHEDULES)}."
+            help="Comma-separated; the first is the baseline. Standard arms: optimizer:schedule[:averaged]. "
+            f"Optimizers: {', '.join(OPTIMIZERS)}. Schedules: {', '.join(SCHEDULES)}. Your own arms: "
+            "'package.module:arm' or 'path/to/file.py:arm', functions of (learning_rate, total_steps). "
+            "Prefix an arm with 'name=' to rename it."
         ),
     ] = "adam:constant,adam:exponential,adam:one_cycle",
     learning_rates: Annotated[
@@ -73,10 +76,25 @@ def compare_command(
     margin: Annotated[
         float | None,
         typer.Option(
-            help="Smaller differences are equivalent, in the metric's units.", show_default="1 % of it"
+            help="Differences below this count as equivalent, in the metric's units.",
+            show_default="1 % of the baseline's metric",
         ),
     ] = None,
-    out: Out = None,
+    maximize: Annotated[
+        bool | None,
+        typer.Option(
+            "--maximize/--minimize",
+            help="Whether a higher metric is better.",
+            show_default="the task's setting",
+        ),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder for the report, tables and finished trials; run again to resume.",
+            show_default=False,
+        ),
+    ] = None,
     base_seed: Annotated[int, typer.Option(help="Repeats the study with other random numbers.")] = 0,
     mode: Annotated[
         str | None,
@@ -85,88 +103,113 @@ def compare_command(
     chunk: Annotated[
         int | None,
         typer.Option(
-            help="Trials a call on each device.",
+            help="Trials per call on each device.",
             show_default="by speed or memory",
             rich_help_panel="Execution",
         ),
     ] = None,
     cpu_devices: CpuDevices = 0,
+    show_traceback: Traceback = False,
 ) -> None:
     """Compares ways to train, each at its own best peak rate, and gives a verdict."""
     console = Console(highlight=False)
-    with _plain_errors():
-        names = [name.strip() for name in arms.split(",") if name.strip()]
-        if duplicates := {name for name in names if names.count(name) > 1}:
-            raise ValueError(f"arms must differ, got {duplicates.pop()!r} twice.")
-        built = {name: arm(name) for name in names}
+    with _plain_errors(show_traceback):
         rates = _numbers("learning-rates", learning_rates)
         _split_cpu(cpu_devices)
-        loaded = _load_task(task)
+        loaded = load_task(task)
+        if maximize is not None:
+            loaded = dataclasses.replace(loaded, maximize=maximize)
+        sources = load_arms(arms)
         try:
             comparison = compare(
                 loaded,
-                built,
+                {name: found for name, found, _ in sources},
                 learning_rates=rates,
                 steps=steps,
                 seeds=seeds,
                 tuning_seeds=tuning_seeds,
                 margin=margin,
                 out=out,
-                evaluate=averaged_parameters,
                 base_seed=base_seed,
                 mode=mode,
                 chunk=chunk,
             )
         except KeyboardInterrupt as error:
-            partial: Comparison | None = vars(error).get("comparison")
-            console.print(f"Stopped after {0 if partial is None else len(partial.table)} finished trials.")
-            if out is not None:
-                console.print(f"They are kept in {out}; the same command goes on from there.")
+            _report_saved_trials(vars(error).get("comparison"), out, console)
             raise typer.Exit(INTERRUPTED) from None
+        own = {name: source for name, _, source in sources}
+        details = dataclasses.replace(comparison.details, own_arms=own)
+        comparison = dataclasses.replace(comparison, details=details)
+        print_summary(comparison, console)  # first, because writing may fail
+        judged = bool(judge_all(comparison)[0])
+        lost: set[Path] = set()
         if out is not None:
-            comparison.table.to_csv(out / "trials.csv", index=False)
-            comparison.save(out / "comparison.npz")
-            comparison.plot().savefig(out / "report.png", dpi=150)
-            comparison.to_html(out / "report.html")
-        print_summary(comparison, console)
-        if out is not None:
-            console.print(f"\nReport: {out / 'report.html'}")
+            report = Path(out, "report.html")
+            files = {
+                Path(out, "trials.csv"): comparison.to_csv,
+                Path(out, "comparison.npz"): comparison.save,
+                Path(out, "report.png"): lambda path: comparison.plot().savefig(path, dpi=150),
+                report: comparison.to_html,
+            }
+            lost = _write(files, show_traceback)
+            if report not in lost:
+                console.print(f"\nReport: {report}", markup=False)
+        if lost or not judged:
+            raise typer.Exit(FAILED)
 
 
 @app.command("lr-find")
 def lr_find_command(
     task: TaskArgument,
     optimizer: Annotated[
-        str, typer.Option(help=f"The optimizer at a constant rate: {', '.join(OPTIMIZERS)}.")
+        str,
+        typer.Option(
+            help=f"The optimizer at a constant rate: {', '.join(OPTIMIZERS)}; or your own arm, as in compare."
+        ),
     ] = "adam",
     low: Annotated[float, typer.Option(help="Lowest rate.")] = 1e-6,
     high: Annotated[float, typer.Option(help="Highest rate.")] = 1.0,
-    steps: Annotated[
-        int | None, typer.Option(help="Steps of a trial.", show_default="as in lr_range_test")
+    steps: Annotated[int, typer.Option(help="Steps per trial.")] = 100,
+    seeds: Annotated[int, typer.Option(help="Seeds per rate.")] = 5,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder for lr_find.csv and lr_find.png; a later call trains everything again and "
+            "overwrites them.",
+            show_default=False,
+        ),
     ] = None,
-    seeds: Annotated[
-        int | None, typer.Option(help="Seeds at every rate.", show_default="as in lr_range_test")
-    ] = None,
-    out: Out = None,
     cpu_devices: CpuDevices = 0,
+    show_traceback: Traceback = False,
 ) -> None:
-    """Looks for a learning rate with short trials at constant rates."""
+    """Finds a learning rate with short trials at constant rates."""
     from adaptive_optax.study.range_test import lr_range_test
 
     console = Console(highlight=False)
-    with _plain_errors():
-        build = arm(f"{optimizer}:constant")
+    with _plain_errors(show_traceback):
+        if optimizer.partition(":")[0] in OPTIMIZERS and optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"--optimizer must be an optimizer without a schedule, or MODULE:ARM, got {optimizer!r}."
+            )
+        folder = None if out is None else check_folder("--out", out)
         _split_cpu(cpu_devices)
-        loaded = _load_task(task)
-        given: dict[str, Any] = {"steps": steps, "seeds": seeds}
-        given = {name: value for name, value in given.items() if value is not None}
-        found = lr_range_test(loaded, lambda rate: build(rate, 1), low=low, high=high, **given)
-        console.print(found.sentence)
-        if out is not None:
-            out.mkdir(parents=True, exist_ok=True)
-            found.table.to_csv(out / "lr_find.csv", index=False)
-            found.plot().savefig(out / "lr_find.png", dpi=150)
-            console.print(f"Picture: {out / 'lr_find.png'}")
+        loaded = load_task(task)
+        arm = load_arm(f"{optimizer}:constant" if optimizer in OPTIMIZERS else optimizer).arm
+        found = lr_range_test(
+            loaded, lambda rate: arm(rate, steps), low=low, high=high, steps=steps, seeds=seeds
+        )
+        console.print(found.sentence, markup=False)
+        if folder is not None:
+            picture = folder / "lr_find.png"
+            files = {
+                folder / "lr_find.csv": lambda path: found.table.to_csv(path, index=False),
+                picture: lambda path: found.plot().savefig(path, dpi=150),
+            }
+            lost = _write(files, show_traceback)
+            if picture not in lost:
+                console.print(f"Picture: {picture}", markup=False)
+            if lost:
+                raise typer.Exit(FAILED)
 
 
 def main() -> None:
@@ -174,14 +217,48 @@ def main() -> None:
     app(prog_name="adaptive-optax")
 
 
+def _report_saved_trials(partial: Comparison | None, out: str | None, console: Console) -> None:
+    if partial is None or partial.table.empty:
+        console.print("Stopped before the first trials had finished.")
+        return
+    console.print(f"Stopped after {len(partial.table)} finished trials.")
+    if out is not None and any(Path(out).glob("trials/*.npz")):
+        console.print(f"They are saved in {out}; run the same command again to resume.", markup=False)
+
+
 @contextlib.contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Turns a wrong argument into one line and exit code 2."""
+def _plain_errors(show_traceback: bool) -> Iterator[None]:
+    """Turns an error into one line and an exit code."""
     try:
         yield
-    except ValueError as error:
-        typer.echo(f"adaptive-optax: {error}", err=True)
-        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        typer.echo("adaptive-optax: stopped.", err=True)
+        raise typer.Exit(INTERRUPTED) from None
+    except typer.Exit:
+        raise
+    except (Exception, SystemExit) as error:
+        _print_error("", error, show_traceback)
+        is_argument = isinstance(error, ValueError | OSError)
+        raise typer.Exit(WRONG_ARGUMENT if is_argument else FAILED) from None
+
+
+def _write(files: dict[Path, Callable[[Path], object]], show_traceback: bool) -> set[Path]:
+    """Writes files independently of each other; returns those that could not be written."""
+    lost = set()
+    for path, write in files.items():
+        try:
+            write(path)
+        except Exception as error:
+            _print_error(f"{path} was not written: ", error, show_traceback)
+            lost.add(path)
+    return lost
+
+
+def _print_error(what: str, error: BaseException, show_traceback: bool) -> None:
+    if show_traceback:
+        traceback.print_exception(error)
+    message = str(error) if type(error) is ValueError else f"{described(error)}; use --traceback for details."
+    typer.echo(f"adaptive-optax: {' '.join((what + message).split())}", err=True)
 
 
 def _numbers(name: str, text: str) -> list[float]:
@@ -192,33 +269,7 @@ def _numbers(name: str, text: str) -> list[float]:
 
 
 def _split_cpu(devices: int) -> None:
-    with contextlib.suppress(RuntimeError):  # raised where JAX has started already
-        jax.config.update("jax_num_cpu_devices", devices or os.cpu_count() or 1)
-
-
-def _load_task(name: str) -> Task:
-    place, _, attribute = name.rpartition(":")
-    if not place or not attribute:
-        raise ValueError(f"MODULE:TASK must name a module and a task in it, got {name!r}.")
-    sys.path.insert(0, os.getcwd())
-    try:
-        if place.endswith(".py"):
-            if not Path(place).is_file():
-                raise FileNotFoundError("there is no such file")
-            spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            sys.modules[spec.name] = module  # classes in it may look themselves up
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(place)
-    except (ImportError, FileNotFoundError) as error:
-        raise ValueError(f"{place!r} cannot be imported: {error}") from error
-    found = getattr(module, attribute, None)
-    if found is None:
-        raise ValueError(f"module {place!r} has no {attribute!r}.")
-    if not isinstance(found, Task) and callable(found):
-        found = found()
-    if not isinstance(found, Task):
-        raise ValueError(f"{name} must be a study.Task or make one, got {type(found).__name__}.")
-    return found
+    cores = os.cpu_count() or 1
+    check_integer("--cpu-devices", devices, f"[0, {max(64, 4 * cores)}]", f"{cores} cores")
+    with contextlib.suppress(RuntimeError):  # raised if JAX has already started
+        jax.config.update("jax_num_cpu_devices", devices or cores)

@@ -1,14 +1,16 @@
 """Comparing arms: every arm at its own best rate, on fresh seeds, with a verdict.
 
-Tune: every arm runs every peak rate on the tuning seeds; a grid whose best rate lies on its edge grows.
-Confirm: every arm at its best rate runs on seeds that tuning has not seen.
-Judge: `verdict.judge` on the confirming trials alone.
+Tune: every arm runs at every peak rate on the tuning seeds; a grid whose best rate is on its edge grows.
+Confirm: every arm runs at its best rate on seeds that tuning has not seen.
+Judge: `judge` uses the confirming trials alone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
+import functools
 import importlib.metadata
 import os
 import platform
@@ -21,23 +23,32 @@ from typing import Any
 import jax
 import numpy as np
 
-from adaptive_optax._checks import check_bool, check_choice, check_integer, check_scalar
+from adaptive_optax._core.checks import check_bool, check_choice, check_integer, check_name, check_scalar
+from adaptive_optax._core.hyperparameters import check_hyperparameter
+from adaptive_optax.study.arms import NamedArm, check_arm
 from adaptive_optax.study.arms import arm as named_arm
-from adaptive_optax.study.arms import check_arm
-from adaptive_optax.study.fingerprint import describe_study
-from adaptive_optax.study.layout import MODES, settle_layout
-from adaptive_optax.study.progress import TrialProgress
-from adaptive_optax.study.result import FIRST_FRESH_SEED, Comparison, collect, tuning_means
-from adaptive_optax.study.runner import ArmSpec, Runner
-from adaptive_optax.study.store import Key, Store
+from adaptive_optax.study.details import Details, Samples
+from adaptive_optax.study.direction import Direction
+from adaptive_optax.study.engine.chunks import Key
+from adaptive_optax.study.engine.fingerprint import describe_arm, describe_study, stream_of
+from adaptive_optax.study.engine.placement import MODES, MOST_CHUNK, settle_placement
+from adaptive_optax.study.engine.progress import TrialProgress
+from adaptive_optax.study.engine.runner import ArmSpec, Runner
+from adaptive_optax.study.engine.store import ArmPrograms, Look, Store
+from adaptive_optax.study.engine.trials import Plan, one_study
+from adaptive_optax.study.evaluation import AVERAGE_IF_KEPT, Arm, Evaluate, check_evaluate, evaluate_of
+from adaptive_optax.study.judged import describe_judged
+from adaptive_optax.study.result import FIRST_FRESH_SEED, Comparison, collect
+from adaptive_optax.study.statistics.tuning import Grid, tuning_means
 from adaptive_optax.study.task import Task
-from adaptive_optax.study.trials import Arm, Evaluate, Plan
-from adaptive_optax.study.tuning import Grid
+
+MOST_STEPS = 2**31 - 1  # a step count is an int32
+MOST_SEEDS, MOST_POINTS = 100_000, 100_000
 
 
 def compare(
     task: Task,
-    arms: Mapping[str, Arm] | Sequence[str],
+    arms: Mapping[str, Arm | str] | Sequence[Arm | str],
     *,
     learning_rates: Sequence[float] | Mapping[str, Sequence[float]],
     seeds: int = 8,
@@ -46,7 +57,7 @@ def compare(
     baseline: str | None = None,
     margin: float | None = None,
     out: str | os.PathLike[str] | None = None,
-    evaluate: Evaluate | Mapping[str, Evaluate] | None = None,
+    evaluate: Evaluate | Mapping[str, Evaluate | None] | None = None,
     validation_points: int | Sequence[int] = 20,
     growth: int = 3,
     base_seed: int = 0,
@@ -57,48 +68,56 @@ def compare(
 ) -> Comparison:
     r"""Measures which of several ways to train is better on a task, each at its own best learning rate.
 
-    Every arm runs every peak rate on the tuning seeds; the rate with the lowest mean final metric is the
-    arm's own (the lower one at a tie). At that rate it runs on fresh seeds, and only those enter the verdict.
-    A seed decides the initial parameters, the order of the batches and the keys of the loss, the same for
-    every arm, so that arms are compared seed by seed.
+    Every arm runs at every peak rate on the tuning seeds; the rate with the best mean final metric is chosen
+    (the lower one at a tie). At that rate the arm runs on fresh seeds, and only those enter the verdict.
+    A seed determines the initial parameters, the order of the batches and the keys of the loss, identically
+    for every arm, so that arms are compared seed by seed.
 
     Args:
         task: What to train.
-        arms: `{name: arm}` with `arm(learning_rate, total_steps) -> transformation`, or names for
-            `study.arm`, such as `["adam:constant", "adam:one_cycle"]`. At least two.
-        learning_rates: Peak rates to try, positive, usually a factor of about 3 apart; or a mapping from
-            arm to its own.
-        seeds: Fresh seeds for the verdict, at least 5. With `out`, a later call with more adds to those that
-            are there, and the verdict pays for every look: look k may err with probability
+        arms: At least two, as `{name: arm}` or as a list. An arm is a function
+            `arm(learning_rate, total_steps) -> transformation`, or the name of a standard arm (`study.arm`)
+            such as `"adam:one_cycle"`. In a list, functions are named by their `__name__`.
+        learning_rates: Peak rates to try, positive as float32, usually a factor of about 3 apart; or a
+            mapping from arm names to rates.
+        seeds: Fresh seeds for the verdict, from 5 to 100,000. With `out`, a later call with more seeds adds
+            to the existing ones, and the error rate is shared among looks: look k may err with probability
             :math:`0.05 \cdot 2^{-k}`.
-        steps: Training steps of a trial, at least 1.
+        steps: Training steps per trial, from 1 to 2,147,483,647.
         tuning_seeds: Seeds for choosing the rates, from 1 to 1000.
         baseline: The arm that the others are compared with; the first by default.
-        margin: Differences smaller than this are equivalent, in the metric's units; None for 1 % of the
-            baseline's metric, which has to be positive.
-        out: A folder in which every finished chunk is kept. Called again, after a crash too, the study goes
-            on where it was; several processes may share it.
-        evaluate: `evaluate(params, opt_state) -> params` to be judged, for all arms or by arm; None judges
-            the trained ones. `ao.averaged_parameters` judges the average where an arm keeps one.
-        validation_points: How often to take the metric, evenly spaced, or the steps at which to take it;
-            before the first and after the last step it is taken in any case.
-        growth: How many rates may be added on either side of an arm's grid while its best lies on that edge.
-        base_seed: Part of all seeds; another one repeats the study with other random numbers.
-        paired_batches: False gives every arm its own order of batches, so that even identical arms differ: a
-            check of the procedure itself, which then must not tell them apart.
-        mode: "scan", "step" or "vmap" instead of choosing (see `study.trials`).
-        chunk: Trials a call on each device instead of choosing it.
+        margin: Differences smaller than this are equivalent, in the metric's units. None means 1 % of the
+            baseline's metric, which must then be positive: if the metric is negative before training, a
+            margin is required.
+        out: A folder in which every finished chunk is saved. Called again, even after a crash, the study
+            resumes where it stopped; several processes may share the folder.
+        evaluate: What is judged, overriding the arms' own choice: a function for all arms, or a mapping from
+            arms to functions, or to None for the trained parameters. An arm not named here is judged by its
+            own `evaluate` (`judged_by`); without one, by the average it keeps (`average_parameters`); without
+            an average, by its trained parameters. The function is `evaluate(params, opt_state) -> params`. It
+            may take the model state as a third argument, and `task` and `train` (the training data) by
+            keyword; it may return `(params, model_state)`. If it neither takes nor returns the model state,
+            batch statistics are recomputed for the parameters it returns (`recompute_batch_statistics`).
+        validation_points: How often to compute the metric, evenly spaced, or the steps at which to compute
+            it. It is always computed before the first and after the last step.
+        growth: How many rates may be added on either side of an arm's grid while its best rate is on that
+            edge.
+        base_seed: Part of all seeds; a different one repeats the study with different random numbers.
+        paired_batches: False gives every arm its own order of batches, so that even identical arms differ.
+            This checks the procedure itself, which must then find no difference.
+        mode: "scan", "step" or "vmap"; None chooses (see `study.engine.trials`).
+        chunk: Trials per call on each device; None chooses.
         progress: Whether to show a progress bar; None shows it in a terminal.
 
     Returns:
-        The comparison. An arm's trials that diverge are outcomes: they are counted, and judged by the larger
-        of their initial metric and the worst finite one.
+        The comparison. Diverged trials are outcomes too: they are counted, and judged by the worse of their
+        initial metric and the worst finite one.
 
     Raises:
-        ValueError: If an argument is out of range, an arm does not run, or `out` holds another study. All
-            before anything is trained.
-        BaseException: Whatever interrupts the trials (Ctrl-C too) has the attribute `comparison`, with the
-            trials that were finished.
+        ValueError: If an argument is out of range, an arm does not run, or `out` holds another study. Always
+            raised before anything is trained.
+        BaseException: An exception that interrupts the trials (including Ctrl-C) has the attribute
+            `comparison`, with the finished trials.
 
     >>> import jax, jax.numpy as jnp
     >>> from adaptive_optax import study
@@ -116,117 +135,150 @@ def compare(
     'better'
     """
     began = time.perf_counter()
-    arms = _check_arms(arms)
+    listed = not isinstance(arms, Mapping)
+    arms, usual_arms = _check_arms(arms)
     baseline = next(iter(arms)) if baseline is None else baseline
     check_choice("baseline", baseline, arms)
     grids = _check_rates(learning_rates, arms)
-    check_integer("seeds", seeds, "[5, inf)")
-    check_integer("steps", steps, "[1, inf)")
+    check_integer("seeds", seeds, f"[5, {MOST_SEEDS}]")
+    check_integer("steps", steps, f"[1, {MOST_STEPS}]")
     check_integer("tuning_seeds", tuning_seeds, f"[1, {FIRST_FRESH_SEED}]")
-    check_integer("growth", growth, "[0, inf)")
-    check_integer("base_seed", base_seed, "[0, 4294967295]")
+    check_integer("growth", growth, "[0, 100]")
+    check_integer("base_seed", base_seed, f"[0, {2**32 - 1}]")
+    # Convert to Python integers, since they are written as JSON.
+    seeds, steps, tuning_seeds, growth, base_seed = map(int, (seeds, steps, tuning_seeds, growth, base_seed))
     check_bool("paired_batches", paired_batches)
     if margin is not None:
         check_scalar("margin", margin, "(0, inf)")
     if mode is not None:
         check_choice("mode", mode, MODES)
     if chunk is not None:
-        check_integer("chunk", chunk, "[1, inf)")
+        check_integer("chunk", chunk, f"[1, {MOST_CHUNK}]")
+        chunk = int(chunk)
+    # Trace everything again: data, and values that a function reads, may have changed since an earlier call.
+    task = copy.copy(task)
     plan = Plan(steps, _validation_steps(validation_points, steps))
     evaluates = _check_evaluate(evaluate, arms)
+    if margin is None:
+        _check_relative_margin(task)
     specs = {
         name: ArmSpec(
             function,
             check_arm(name, function, task, plan, evaluates[name], grids[name][0]),
             evaluates[name],
-            0 if paired_batches else index,
+            0 if paired_batches else stream_of(name),
         )
-        for index, (name, function) in enumerate(arms.items())
+        for name, function in arms.items()
     }
 
     store = None
     if out is not None:
-        settings = {
-            "tuning seeds": tuning_seeds,
-            "baseline": baseline,
-            "growth": growth,
-            "base seed": base_seed,
-        }
-        store = Store(out, describe_study(task, specs, plan, grids, **settings))
-    most = max(seeds, *(len(grid) * tuning_seeds for grid in grids.values()))
-    example_rate = next(iter(grids.values()))[0]
-    layout, seconds_a_step = settle_layout(
-        task, specs, plan, store, trials=most, example_rate=example_rate, mode=mode, chunk=chunk
+        store = Store(
+            out,
+            describe_study(task, plan, base_seed, paired_batches),
+            {name: _programs(name, task, spec, plan) for name, spec in specs.items()},
+        )
+    direction = Direction(task.maximize)
+    tuned = {name: Grid(grid, growth, direction) for name, grid in grids.items()}
+    tuning, fresh = range(tuning_seeds), range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + seeds)
+    details = Details(
+        task=task.name,
+        baseline=baseline,
+        arms=tuple(arms),
+        usual_arms=usual_arms,
+        own_arms={name: name for name in arms if listed and name.isidentifier()},
+        judged={
+            name: describe_judged(task, spec.function, spec.evaluate, grids[name][0], steps)
+            for name, spec in specs.items()
+        },
+        steps=steps,
+        tuning_seeds=tuning_seeds,
+        seeds=seeds,
+        margin=None if margin is None else float(margin),
+        maximize=task.maximize,
+        out=None if out is None else os.fspath(out),
+        looks=(),
+        best_rates={},
+        on_edge={},
+        mode=mode,
+        chunk=chunk,
+        seconds_a_step={},
+        devices=tuple(device.device_kind for device in jax.devices()),
+        versions=_versions(),
+        command=(Path(sys.argv[0]).name, *sys.argv[1:]),
+        metric_name=task.metric_name,
+        dataset=Samples(task.train_count, task.validation_count),
+        batch_size=task.batch_size,
+        parameters=task.parameter_count,
+        grid={},
+        grown={},
+        seconds=0.0,
     )
-
-    tuned = {name: Grid(grid, growth) for name, grid in grids.items()}
-    fresh = range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + seeds)
-    info: dict[str, Any] = {
-        "task": task.name,
-        "baseline": baseline,
-        "arms": list(arms),
-        "steps": steps,
-        "tuning_seeds": tuning_seeds,
-        "seeds": seeds,
-        "margin": None if margin is None else float(margin),
-        "looks": [],
-        "mode": layout.mode,
-        "chunk": layout.width,
-        "seconds_a_step": seconds_a_step,
-        "devices": [device.device_kind for device in jax.devices()],
-        "versions": _versions(),
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        "metric_name": task.metric_name,
-        "dataset": {"train": task.train_count, "validation": task.validation_count},
-        "batch_size": task.batch_size,
-        "parameters": task.parameter_count,
-    }
     runner: Runner | None = None
 
-    def so_far() -> Comparison:
-        """The comparison of the trials that are finished."""
-        found = collect(runner.results if runner else {}, specs, plan, baseline, fresh)
-        means = tuning_means(found.table)
-        complete = {
-            name: grid for name, grid in tuned.items() if all(r in means.get(name, ()) for r in grid.rates)
-        }
-        chosen = {
-            "best_rates": {name: grid.best(means[name]) for name, grid in complete.items()},
-            "on_edge": {name: grid.on_edge(means[name]) for name, grid in complete.items()},
-            "grid": {name: grid.rates for name, grid in tuned.items()},
-            "grown": {name: grid.grown for name, grid in tuned.items()},
-            "seconds": round(time.perf_counter() - began, 3),
-        }
-        return dataclasses.replace(found, info=info | chosen)
+    def keys(rates: Mapping[str, Sequence[float]], of: range) -> list[Key]:
+        return [Key(name, rate, seed) for name in arms for rate in rates.get(name, ()) for seed in of]
 
-    def tuning_keys(rates: Mapping[str, Sequence[float]]) -> list[Key]:
-        return [
-            Key(name, rate, seed) for name in arms for rate in rates[name] for seed in range(tuning_seeds)
-        ]
+    def asked_for() -> list[Key]:
+        """The trials of this call known so far; a folder may hold others."""
+        best = {name: [rate] for name, rate in details.best_rates.items()}
+        return keys({name: grid.rates for name, grid in tuned.items()}, tuning) + keys(best, fresh)
+
+    def so_far() -> Comparison:
+        """The comparison of the finished trials."""
+        now = dataclasses.replace(
+            details,
+            grid={name: tuple(grid.rates) for name, grid in tuned.items()},
+            grown={name: tuple(grid.grown) for name, grid in tuned.items()},
+            seconds=round(time.perf_counter() - began, 3),
+        )
+        return collect(runner.results if runner else {}, asked_for(), specs, plan, now)
 
     total = sum(len(grid) * tuning_seeds for grid in grids.values()) + len(arms) * seeds
-    with TrialProgress(total, progress) as bar:
+    with one_study(), TrialProgress(total, progress, direction) as bar:
         try:
-            runner = Runner(task, specs, plan, layout, store, bar, base_seed)
-            wanted = tuning_keys(grids)
+            most = max(seeds, *(len(grid) * tuning_seeds for grid in grids.values()))
+            example_rate = next(iter(grids.values()))[0]
+            placement, seconds_a_step = settle_placement(
+                task, specs, plan, store, trials=most, example_rate=example_rate, mode=mode, chunk=chunk
+            )
+            details = dataclasses.replace(
+                details, mode=placement.mode, chunk=placement.width, seconds_a_step=seconds_a_step
+            )
+            runner = Runner(task, specs, plan, placement, store, bar, base_seed)
+            wanted, means = keys(grids, tuning), {}
             while wanted:
                 runner.run(wanted, "tuning")
-                means = tuning_means(so_far().table)
-                wanted = tuning_keys({name: grid.extend(means[name]) for name, grid in tuned.items()})
+                means = tuning_means(so_far().table, direction)
+                wanted = keys({name: grid.extend(means[name]) for name, grid in tuned.items()}, tuning)
                 bar.extend(len(wanted))
-            best = so_far().info["best_rates"]
-            runner.run([Key(name, best[name], seed) for name in arms for seed in fresh], "verdict")
+            best = {name: grid.best(means[name]) for name, grid in tuned.items()}
+            on_edge = {name: grid.on_edge(means[name]) for name, grid in tuned.items()}
+            details = dataclasses.replace(details, best_rates=best, on_edge=on_edge)
+            runner.run(keys({name: [rate] for name, rate in best.items()}, fresh), "verdict")
+            looks = store.look(Look(seeds, baseline, best)) if store else [Look(seeds, baseline, best)]
         except BaseException as error:
             partial = so_far()
             vars(error)["comparison"] = partial
-            where = f", and in {str(out)!r}, where the study can go on" if out is not None else ""
-            error.add_note(
-                f"The {len(partial.table)} trials that had finished are in this exception's attribute "
-                f"'comparison'{where}."
-            )
+            if len(partial.table):
+                error.add_note(_note(len(partial.table), store, asked_for()))
             raise
-    info["looks"] = store.look(seeds) if store else [seeds]
+    details = dataclasses.replace(details, looks=tuple(look.seeds for look in looks))
     return so_far()
+
+
+def _programs(name: str, task: Task, spec: ArmSpec, plan: Plan) -> ArmPrograms:
+    digests = functools.cache(functools.partial(describe_arm, name, task, spec, plan))
+    return ArmPrograms(spec.compilation == "per rate", digests)
+
+
+def _note(count: int, store: Store | None, keys: Sequence[Key]) -> str:
+    note = f"The {count} finished trials are in this exception's attribute 'comparison'"
+    kept = store.count(keys) if store else 0
+    if store is None or not kept:
+        return f"{note}."
+    which = "" if kept == count else f"{kept} of them "
+    return f"{note}, and {which}in {str(store.path)!r}, from which the study can resume."
 
 
 def _versions() -> dict[str, str]:
@@ -241,51 +293,86 @@ def _versions() -> dict[str, str]:
 # ---- Arguments ----
 
 
-def _check_arms(arms: Any) -> dict[str, Arm]:
+def _check_arms(arms: Any) -> tuple[dict[str, Arm], dict[str, str]]:
+    """Returns the arms by name, and the names that `study.arm` gives to the standard ones."""
     if isinstance(arms, str) or not isinstance(arms, Mapping | Sequence):
-        raise ValueError(f"arms must map names to arms, or list names of usual arms, got {arms!r}.")
+        raise ValueError(
+            f"arms must map names to arms, or list arms and names of standard arms, got {arms!r}."
+        )
     if not isinstance(arms, Mapping):
-        arms = {name: named_arm(name) for name in arms}
+        names = [_name_of(each) for each in arms]
+        if duplicates := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"arms must have distinct names, got {min(duplicates)!r} twice; {_NAME_THEM}.")
+        arms = dict(zip(names, arms, strict=True))
     if len(arms) < 2:
-        raise ValueError(f"arms must be at least two, to be compared, got {len(arms)}.")
+        raise ValueError(f"arms must hold at least two arms, got {len(arms)}.")
     for name in arms:
-        if not isinstance(name, str) or not name:
-            raise ValueError(f"arms must have non-empty strings as names, got {name!r}.")
-    return dict(arms)
+        check_name("the name of an arm", name)
+    arms = {name: named_arm(each) if isinstance(each, str) else each for name, each in arms.items()}
+    return arms, {name: each.__name__ for name, each in arms.items() if isinstance(each, NamedArm)}
+
+
+_NAME_THEM = "give a dictionary with a name for each"
+
+
+def _name_of(arm: Any) -> str:
+    name = arm if isinstance(arm, str) else getattr(arm, "__name__", "<no name>")
+    if not isinstance(name, str) or name.startswith("<"):  # "<lambda>", for instance
+        raise ValueError(f"arms in a list must have names, and {arm!r} has none; {_NAME_THEM}.")
+    return name
 
 
 def _check_rates(learning_rates: Any, arms: Mapping[str, Arm]) -> dict[str, list[float]]:
     if isinstance(learning_rates, Mapping):
         if set(learning_rates) != set(arms):
-            missing = sorted(set(arms) ^ set(learning_rates))
+            missing = sorted(map(str, set(arms) ^ set(learning_rates)))
             raise ValueError(f"learning_rates must have the same names as arms; {', '.join(missing)} differ.")
         return {name: _check_grid(learning_rates[name]) for name in arms}
     return {name: _check_grid(learning_rates) for name in arms}
 
 
 def _check_grid(rates: Any) -> list[float]:
-    values = np.atleast_1d(np.asarray(rates, float))
+    try:
+        values = np.atleast_1d(np.asarray(rates, float))
+    except (TypeError, ValueError):
+        values = np.full(1, np.nan)
     if values.ndim != 1 or not len(values) or not (np.isfinite(values) & (values > 0)).all():
-        raise ValueError(f"learning_rates must be positive numbers, at least one, got {rates!r}.")
+        raise ValueError(f"learning_rates must be one or more positive numbers, got {rates!r}.")
+    for value in values.tolist():
+        check_hyperparameter("learning_rates", value, interval="(0, inf)", dtype=np.float32)
     return sorted(set(values.tolist()))
 
 
-def _check_evaluate(evaluate: Any, arms: Mapping[str, Arm]) -> dict[str, Evaluate | None]:
-    if isinstance(evaluate, Mapping):
-        for name in evaluate:
-            check_choice("evaluate", name, arms)
-        return {name: evaluate.get(name) for name in arms}
-    if not (evaluate is None or callable(evaluate)):
+def _check_relative_margin(task: Task) -> None:
+    """Refuses a metric that is negative before training: 1 % of it cannot be a margin."""
+    start = jax.jit(lambda data: task.validation_metric(*task.start(jax.random.key(0)), data))
+    initial = float(start(task.validation))
+    if initial < 0:
         raise ValueError(
-            f"evaluate must be a function of (params, opt_state), or map arms to such, got {evaluate!r}."
+            f"margin must be given, in the metric's units: the metric is {initial:.4g} before training, and "
+            "1 % of that cannot be a margin."
         )
-    return dict.fromkeys(arms, evaluate)
+
+
+def _check_evaluate(evaluate: Any, arms: Mapping[str, Arm]) -> dict[str, Evaluate | None]:
+    if evaluate is not None and not isinstance(evaluate, Mapping):
+        check_evaluate("evaluate", evaluate)
+        return dict.fromkeys(arms, evaluate)
+    given = {} if evaluate is None else evaluate
+    for name in given:
+        check_choice("evaluate", name, arms)
+    found = {}
+    for name, arm in arms.items():
+        found[name] = given[name] if name in given else evaluate_of(arm) or AVERAGE_IF_KEPT
+        if found[name] is not None:
+            check_evaluate(f"evaluate of arm {name!r}", found[name])
+    return found
 
 
 def _validation_steps(points: Any, steps: int) -> tuple[int, ...]:
     if isinstance(points, Sequence | np.ndarray) and not isinstance(points, str):
         for point in points:
-            check_integer("validation_points", point, f"[0, {steps}]", "steps of a trial")
+            check_integer("validation_points", point, f"[0, {steps}]", "steps per trial")
         return tuple(sorted({0, *map(int, points), steps}))
-    check_integer("validation_points", points, "[1, inf)")
+    check_integer("validation_points", points, f"[1, {MOST_POINTS}]")
     return tuple(sorted(set(np.linspace(0, steps, int(points) + 1).round().astype(int).tolist())))

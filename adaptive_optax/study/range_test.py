@@ -1,17 +1,16 @@
-"""The learning-rate range test: which peak rate to start from, found by short trials at constant rates.
+"""The learning-rate range test: finds a peak rate to start from, by short trials at constant rates.
 
 The classic test (Smith 2017, "Cyclical learning rates for training neural networks") trains once while the
-rate grows at every step. Each loss then depends on all rates before it, on the moving average that smooths
-it, and on the batch it happens to come from. Here every rate has trials of its own, from the same initial
-parameters and through the same batches, and losses are compared on one fixed part of the training data.
+rate grows at every step. Each loss then depends on all earlier rates, on the moving average that smooths it,
+and on its batch. Here every rate has its own trials, from the same initial parameters and with the same
+batches, and losses are compared on one fixed part of the training data.
 
-`ramp=True` runs the classic test, and `suggest` applies the rules by which such curves are read.
+`ramp=True` runs the classic test, and `suggest` applies the usual rules for reading such curves.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -21,40 +20,43 @@ import numpy as np
 import optax
 import pandas as pd
 
-from adaptive_optax._checks import check_bool, check_choice, check_integer, check_scalar
+from adaptive_optax._core.checks import check_bool, check_choice, check_integer
+from adaptive_optax._core.hyperparameters import check_hyperparameter
 from adaptive_optax.study.arms import check_arm
-from adaptive_optax.study.layout import MODES, settle_layout
-from adaptive_optax.study.progress import TrialProgress
-from adaptive_optax.study.ramp import read_ramp
-from adaptive_optax.study.range_analysis import analyze, geometric_mean
-from adaptive_optax.study.runner import ArmSpec, Runner
-from adaptive_optax.study.store import Key
+from adaptive_optax.study.engine.chunks import Key
+from adaptive_optax.study.engine.placement import MODES, MOST_CHUNK, settle_placement
+from adaptive_optax.study.engine.progress import TrialProgress
+from adaptive_optax.study.engine.runner import ArmSpec, Runner
+from adaptive_optax.study.engine.trials import Plan, one_study
+from adaptive_optax.study.statistics.ramp import read_ramp
+from adaptive_optax.study.statistics.range_analysis import analyze, geometric_mean
 from adaptive_optax.study.task import Task
-from adaptive_optax.study.trials import Plan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Optimizer = Callable[[Any], optax.GradientTransformation]
 
-POINTS_PER_DECADE = 4  # a limit between two rates is then known within a factor of 1.33
-PROBE_BATCHES, PROBE_SAMPLES = 8, 256  # the probe set has at least these, where the training data does
+POINTS_PER_DECADE = 4  # locates a limit between two rates within a factor of 1.33
+PROBE_BATCHES, PROBE_SAMPLES = 8, 256  # minimum size of the probe set, if the training data suffices
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class RangeTest:
-    """The result of a learning-rate range test; rates are NaN where they are not defined.
+    """The result of a learning-rate range test; undefined rates are NaN.
 
     Attributes:
         suggestion: The peak learning rate to start from.
         interval: Its 95 % interval over seeds.
         steepest: Where the loss falls fastest with the logarithm of the rate.
-        largest_stable: Up to where training is stable; NaN if the grid does not show it.
-        table: One row a trial: learning_rate, seed, initial_loss and final_loss (on the probe set), peak_loss
-            (of training), diverged, unstable. Of a ramp: seed, step, learning_rate, loss, smoothed_loss.
+        largest_stable: The rate up to which training is stable; NaN if the grid does not show it.
+        table: One row per trial: learning_rate, seed, initial_loss and final_loss (on the probe set),
+            peak_loss (of training), diverged, unstable. For a ramp: seed, step, learning_rate, loss,
+            smoothed_loss.
         declined: Why there is no suggestion, or None.
         sentence: The result in a sentence.
-        rules: Of a ramp, one row a seed: the rate where it stopped and the rate by each rule. Otherwise None.
+        rules: For a ramp, one row per seed: the rate where it stopped and the rate by each rule. Otherwise
+            None.
     """
 
     suggestion: float
@@ -67,8 +69,8 @@ class RangeTest:
     rules: pd.DataFrame | None = None
 
     def plot(self) -> Figure:
-        """Draws the loss against the learning rate, with what the test reads off it."""
-        from matplotlib.figure import Figure  # the study needs no pictures until one is asked for
+        """Draws the loss against the learning rate, and marks the rates that the test found."""
+        from matplotlib.figure import Figure  # import matplotlib only when drawing
 
         figure = Figure(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.subplots()
@@ -98,7 +100,7 @@ _LINE, _MARK, _INK = "#0072B2", "#D55E00", "#444444"  # Okabe and Ito (2008)
 
 
 def _draw_trials(axes: Any, table: pd.DataFrame) -> None:
-    """Draws mean and range of the final loss over seeds; what exploded may leave the picture at the top."""
+    """Draws mean and range of the final loss over seeds; exploded losses may leave the picture at the top."""
     seeds = len(np.unique(table["seed"].to_numpy()))
     rates = table["learning_rate"].to_numpy()[::seeds]
     final, trial_diverged = (table[name].to_numpy().reshape(-1, seeds) for name in ("final_loss", "diverged"))
@@ -151,31 +153,31 @@ def lr_range_test(
     chunk: int | None = None,
     progress: bool | None = None,
 ) -> RangeTest:
-    """Finds a peak learning rate by short trials at constant rates, and says how sure it is.
+    """Finds a peak learning rate by short trials at constant rates, with an interval.
 
-    A first rate for a run, or the middle of a grid for `compare`. Every rate is tried on the same seeds, in
-    one compiled program; a trial costs `steps` training steps. `analyze` says how the trials are read. The
-    probe set, on which losses are compared, is an evenly spaced part of the training data in whole batches,
-    and the loss on it is the task's loss as in training (the metric is not used).
+    Use it as a first rate for a run, or as the middle of a grid for `compare`. Every rate is tried on the
+    same seeds, in one compiled program; a trial costs `steps` training steps. `analyze` documents how the
+    trials are read. Losses are compared on the probe set, an evenly spaced part of the training data in whole
+    batches, with the task's loss as in training (the metric is not used).
 
     Args:
         task: The task.
         optimizer: `optimizer(learning_rate) -> transformation`; with `ramp` the rate is a schedule.
         low: The lowest rate, above 0.
         high: The highest rate, above `low`.
-        points: The number of rates, at least 5; by default 4 a decade, both ends included.
-        steps: Training steps of a trial, at least 4; of a ramp, all its steps, at least 20.
-        seeds: Trials at each rate, at least 2. They share initial parameters and batches between the rates.
-        ramp: Whether to run the classic test instead: one run a seed, whose rate grows geometrically from
-            `low` to `high`. Its suggestion is fastai's default, `"valley"`, its `largest_stable` the rate
-            where it stops, both as geometric means over seeds. It is there to compare with.
-        base_seed: Another number draws other seeds.
-        mode: How trials are run, `"scan"`, `"step"` or `"vmap"`; None chooses.
-        chunk: Trials a call on each device; None chooses.
+        points: The number of rates, at least 5; by default 4 per decade, including both ends.
+        steps: Training steps per trial, at least 4; for a ramp, all its steps, at least 20.
+        seeds: Trials per rate, at least 2. A seed has the same initial parameters and batches at every rate.
+        ramp: Whether to run the classic test instead, for comparison: one trial per seed, whose rate grows
+            geometrically from `low` to `high`. Its suggestion is by fastai's default rule, `"valley"`, and
+            its `largest_stable` is the rate where it stops, both as geometric means over seeds.
+        base_seed: A different number draws different seeds.
+        mode: How trials are trained, `"scan"`, `"step"` or `"vmap"`; None chooses.
+        chunk: Trials per call on each device; None chooses.
         progress: Whether to show a progress bar; None shows it in a terminal.
 
     Raises:
-        ValueError: If an argument is out of its range, or the optimizer cannot be run on the task.
+        ValueError: If an argument is out of range, or the optimizer cannot be run on the task.
 
     >>> import jax, jax.numpy as jnp
     >>> from adaptive_optax import sgd, study
@@ -189,42 +191,43 @@ def lr_range_test(
     >>> bool(1.5 < found.largest_stable < 2.7)  # the curvature is 1 in every direction: the limit is 2
     True
     """
-    check_scalar("low", low, "(0, inf)")
-    check_scalar("high", high, "(0, inf)")
+    check_hyperparameter("low", low, interval="(0, inf)", dtype=np.float32)
+    check_hyperparameter("high", high, interval="(0, inf)", dtype=np.float32)
     low, high = float(low), float(high)
     if not low < high:
         raise ValueError(f"high must be above low, got low={low!r} and high={high!r}.")
     if points is None:
         points = max(math.ceil(POINTS_PER_DECADE * math.log10(high / low) - 1e-9), 4) + 1
-    check_integer("points", points, "[5, inf)")
+    check_integer("points", points, "[5, 10000]")
     check_bool("ramp", ramp)
-    check_integer("steps", steps, "[20, inf)" if ramp else "[4, inf)")
-    check_integer("seeds", seeds, "[2, inf)", "an interval over seeds needs two")
+    check_integer("steps", steps, "[20, 1000000]" if ramp else f"[4, {2**31 - 1}]")
+    check_integer("seeds", seeds, "[2, 10000]", "an interval over seeds needs two")
     check_integer("base_seed", base_seed, f"[0, {2**31 // seeds}]")
-
+    points, steps, seeds, base_seed = map(int, (points, steps, seeds, base_seed))
     if mode is not None:
         check_choice("mode", mode, MODES)
     if chunk is not None:
-        check_integer("chunk", chunk, "[1, inf)")
+        check_integer("chunk", chunk, f"[1, {MOST_CHUNK}]")
+        chunk = int(chunk)
 
     probed = _probe_task(task)
     arm = _Ramp(optimizer, low) if ramp else _Constant(optimizer)
-    plan = (_EveryStep if ramp else Plan)(steps, (0, steps), looks=1)
+    plan = (_EveryStep if ramp else Plan)(steps, (0, steps), measurements=1)
     rates = np.array([high]) if ramp else np.geomspace(low, high, points)
     numbers = base_seed * seeds + np.arange(seeds)
     name, phase = "optimizer", "ramp" if ramp else "range test"
     arms = {name: ArmSpec(arm, check_arm(name, arm, probed, plan, None, float(rates[0])), None, 0)}
     trials = rates.size * seeds
-    layout, _ = settle_layout(
-        probed, arms, plan, trials=trials, example_rate=float(rates[0]), mode=mode, chunk=chunk
-    )
     keys = [[Key(name, float(rate), int(seed)) for seed in numbers] for rate in rates]
-    with TrialProgress(trials, progress) as bar:
-        runner = Runner(probed, arms, plan, layout, None, bar)
+    with one_study(), TrialProgress(trials, progress) as bar:
+        placement, _ = settle_placement(
+            probed, arms, plan, trials=trials, example_rate=float(rates[0]), mode=mode, chunk=chunk
+        )
+        runner = Runner(probed, arms, plan, placement, None, bar)
         runner.run([key for row in keys for key in row], phase)
-    records = [[runner.results[key] for key in row] for row in keys]
-    training = np.array([[record.training for record in row] for row in records], np.float64)
-    probe = np.array([[record.validation for record in row] for row in records], np.float64)
+    curves = [[runner.results[key] for key in row] for row in keys]
+    training = np.array([[each.training for each in row] for row in curves], np.float64)
+    probe = np.array([[each.validation for each in row] for row in curves], np.float64)
     if ramp:
         return _ramp_result(low * (high / low) ** (np.arange(steps) / (steps - 1)), numbers, training[0])
     return _trials_result(rates, numbers, probe, training, steps)
@@ -288,7 +291,7 @@ def _ramp_result(rates: np.ndarray, numbers: np.ndarray, losses: np.ndarray) -> 
             f"{len(numbers)} seeds: {interval[0]:.2g} to {interval[1]:.2g})."
         )
     else:
-        declined = "the ramp stops too early in every seed to leave points for the rules: lower low"
+        declined = "in every seed the ramp stops too early to leave points for the rules: lower low"
         sentence = f"No learning rate is suggested: {declined}."
     steepest, stop = mean["steepest"][0], mean["stop"][0]
     return RangeTest(suggestion, interval, steepest, stop, pd.DataFrame(curves), declined, sentence, rules)
@@ -296,7 +299,7 @@ def _ramp_result(rates: np.ndarray, numbers: np.ndarray, losses: np.ndarray) -> 
 
 @dataclasses.dataclass(frozen=True)
 class _Constant:
-    """The arm of a constant rate; equal for equal optimizers, so that it compiles once."""
+    """The arm of a constant rate."""
 
     optimizer: Optimizer
 
@@ -324,9 +327,8 @@ class _EveryStep(Plan):
         return 1
 
 
-@functools.lru_cache(maxsize=8)
 def _probe_task(task: Task) -> Task:
-    """The task, judged by its loss on evenly spaced training samples, a batch at a time."""
+    """The task, judged by its loss on evenly spaced training samples, one batch at a time."""
     batches = max(PROBE_BATCHES, -(-PROBE_SAMPLES // task.batch_size))
     count = min(batches, task.train_count // task.batch_size) * task.batch_size
     chosen = np.arange(count) * task.train_count // count
@@ -334,5 +336,6 @@ def _probe_task(task: Task) -> Task:
         task,
         validation=jax.tree.map(lambda x: x[chosen], task.train),
         metric=None,
+        maximize=False,
         evaluation_batch_size=task.batch_size,
     )

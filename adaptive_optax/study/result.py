@@ -1,110 +1,84 @@
-"""What a comparison found: its trials as a table, its curves, its verdicts; saved, drawn and reported."""
+"""A comparison: a record that draws, reports and saves itself. Also assembles it, and reads it back."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import io
 import json
 import math
 import os
-import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
 
-from adaptive_optax._checks import check_choice, check_scalar
-from adaptive_optax.study.runner import ArmSpec
-from adaptive_optax.study.store import Results, write_atomically
-from adaptive_optax.study.trials import TELEMETRY, Plan
-from adaptive_optax.study.verdict import Verdict, judge, judged_metric
+from adaptive_optax._core.checks import check_scalar
+from adaptive_optax._core.names import as_cell, visible
+from adaptive_optax.study.details import Details
+from adaptive_optax.study.engine.chunks import Key, Results, Unusable, read_arrays, stacked
+from adaptive_optax.study.engine.runner import ArmSpec
+from adaptive_optax.study.engine.store import write_atomically
+from adaptive_optax.study.engine.trials import TELEMETRY, Plan
+from adaptive_optax.study.record import Record
+from adaptive_optax.study.statistics.paired import mean_and_error
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+FORMAT = 2  # of saved comparisons
 FIRST_FRESH_SEED = 1000  # tuning uses the seeds from 0
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Comparison:
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class Comparison(Record):
     """What a comparison found; `compare` makes it.
 
     Attributes:
-        table: One row a trial: arm, phase ("tuning" or "verdict"), learning_rate, seed, final_metric,
-            best_metric, best_step, initial_metric, diverged, steps_to_baseline (steps until the metric is at
-            most the baseline's final one on the same seed; NaN if never, and in tuning), compilation ("once",
-            or "per rate" for an arm that refuses a traced rate). Diverged trials have NaN metrics.
+        table: One row per trial: arm, phase ("tuning" or "verdict"), learning_rate, seed, final_metric,
+            best_metric, best_step, initial_metric, diverged, steps_to_baseline (steps until the metric is as
+            good as the baseline's final one on the same seed; NaN if never, and in tuning), compilation
+            ("once", or "per rate" for an arm that refuses a traced rate). Diverged trials have NaN metrics.
         training_steps: The last steps of the windows over which the training loss is averaged.
-        training_curves: Training losses, one row a trial in the order of `table`.
-        validation_steps: The steps after which the metric was taken.
-        validation_curves: Metrics, one row a trial.
-        telemetry_steps: The steps at which the optimizer was looked at, counted from 1.
-        telemetry_curves: What `telemetry` saw there: trial by step by field of `trials.TELEMETRY`, NaN where
-            a field is not defined.
-        info: Settings, chosen rates, looks, versions, devices.
+        training_curves: Training losses, one row per trial in the order of `table`.
+        validation_steps: The steps after which the metric was computed.
+        validation_curves: Metrics, one row per trial.
+        telemetry_steps: The steps after which telemetry was measured, counted from 1.
+        telemetry_curves: The measurements of `telemetry`: trial by step by field of `trials.TELEMETRY`, NaN
+            where a field is undefined.
+        details: What was asked for, what tuning chose, and how it ran (see `Details`).
     """
 
-    table: pd.DataFrame
-    training_steps: np.ndarray
-    training_curves: np.ndarray
-    validation_steps: np.ndarray
-    validation_curves: np.ndarray
-    telemetry_steps: np.ndarray
-    telemetry_curves: np.ndarray
-    info: dict[str, Any]
+    def __repr__(self) -> str:
+        found = [f"Comparison of {len(self.details.arms)} arms, {len(self.table)} trials"]
+        try:
+            found += [verdict.sentence for verdict in self.verdicts.values()]
+        except ValueError as error:
+            found.append(str(error))
+        rates = ", ".join(f"{visible(arm)} {rate:g}" for arm, rate in self.details.best_rates.items())
+        return "\n".join([*found, f"Best peak rates: {rates}."] if rates else found)
 
-    @functools.cached_property
-    def verdicts(self) -> dict[str, Verdict]:
-        """A verdict for every arm but the baseline.
-
-        Raises:
-            ValueError: If the trials do not allow one: a comparison that was stopped early, or a metric that
-                is not positive without a margin (`with_margin` gives one).
-        """
-        if not self.info["looks"]:
-            raise ValueError(
-                f"The comparison was stopped before its verdict, after {len(self.table)} trials; "
-                "run it again, with out= from where it was."
-            )
-        return judge(
-            self.table,
-            baseline=self.info["baseline"],
-            margin=self.info["margin"],
-            look=len(self.info["looks"]),
-        )
-
-    def verdict(self, arm: str | None = None) -> Verdict:
-        """Gives the verdict on an arm against the baseline.
-
-        Args:
-            arm: The arm; None for the one that did best in tuning, the baseline aside.
-
-        Raises:
-            ValueError: If there is no such arm, and as `verdicts`.
-        """
-        others = [name for name in self.info["arms"] if name != self.info["baseline"]]
-        if arm is not None:
-            check_choice("arm", arm, others)
-            return self.verdicts[arm]
-        verdicts, means = self.verdicts, tuning_means(self.table)
-        return verdicts[min(others, key=lambda name: min(means[name].values()))]
+    @property
+    def info(self) -> dict[str, Any]:
+        """A copy of the details as a dictionary: settings, chosen rates, looks, versions, devices."""
+        return self.details.as_json()
 
     @property
     def summary(self) -> pd.DataFrame:
-        """One row an arm: its rate, its metric on the fresh seeds, and the verdict."""
+        """One row per arm: its rate, its metric on the fresh seeds, and the verdict."""
         rows = []
         fresh = self.table[self.table["phase"] == "verdict"]
-        for name in self.info["arms"]:
+        for name in self.details.arms:
             metric = fresh.loc[fresh["arm"] == name, "final_metric"]
+            mean, error = mean_and_error(np.asarray(metric, float))
             verdict = self.verdicts.get(name)
             rows.append(
                 {
                     "arm": name,
-                    "learning_rate": self.info["best_rates"].get(name, math.nan),
-                    "final_metric": metric.mean(),
-                    "standard_error": metric.sem(),
+                    "learning_rate": self.details.best_rates.get(name, math.nan),
+                    "final_metric": mean,
+                    "standard_error": error,
                     "diverged": int(metric.isna().sum()),
                     "decision": verdict.decision if verdict else "baseline",
                     "effect": verdict.effect if verdict else 0.0,
@@ -116,28 +90,37 @@ class Comparison:
         return pd.DataFrame(rows).set_index("arm")
 
     def with_margin(self, margin: float) -> Comparison:
-        """Gives the comparison judged with an absolute equivalence margin, in the metric's units."""
+        """Returns this comparison judged with an absolute equivalence margin, in the metric's units."""
         check_scalar("margin", margin, "(0, inf)")
-        return dataclasses.replace(self, info=self.info | {"margin": float(margin)})
+        return dataclasses.replace(self, details=dataclasses.replace(self.details, margin=float(margin)))
 
     def plot(self) -> Figure:
         """Draws metric against peak rate, paired differences with their intervals, and curves."""
-        from adaptive_optax.study import figures
+        from adaptive_optax.study.report import figures  # import matplotlib only when drawing
 
         return figures.plot(self)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Writes the report: one self-contained file."""
-        from adaptive_optax.study import report
+        from adaptive_optax.study.report import page  # as in `plot`
 
-        report.to_html(self, path)
+        page.to_html(self, path)
+
+    def to_csv(self, path: str | os.PathLike[str]) -> None:
+        """Writes the table of trials as a CSV file that a spreadsheet can open.
+
+        A name that a spreadsheet would read as a formula (one that begins with =, +, -, @ or a control
+        character) is prefixed with an apostrophe, and control characters are escaped as in Python source.
+        """
+        names = {name: self.table[name].map(as_cell) for name in _STRINGS}
+        write_atomically(Path(path), self.table.assign(**names).to_csv(index=False).encode())
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes everything to one file, which `load` reads back exactly."""
         columns = {name: self.table[name].to_numpy() for name in self.table.columns}
         strings = {name: column.tolist() for name, column in columns.items() if name in _STRINGS}
         numbers = {name: column for name, column in columns.items() if name not in _STRINGS}
-        header = {"format": 2, "columns": list(columns), "strings": strings, "info": self.info}
+        header = {"format": FORMAT, "columns": list(columns), "strings": strings, "info": self.info}
         file = io.BytesIO()
         np.savez_compressed(
             file,
@@ -155,62 +138,104 @@ _ARRAYS = tuple(
 
 
 def load(path: str | os.PathLike[str]) -> Comparison:
-    """Reads a comparison that `Comparison.save` has written.
+    """Reads a comparison written by `Comparison.save`; nothing is unpickled.
 
     Raises:
-        ValueError: If the file is none.
+        ValueError: If the file is not a saved comparison, is damaged, or is of another version.
     """
+    data = Path(path).read_bytes()
     try:
-        with np.load(path, allow_pickle=False) as file:
-            header = json.loads(file["header"].tobytes())
-            strings, info = header["strings"], header["info"]
-            table = pd.DataFrame(
-                {
-                    name: strings[name] if name in strings else file[f"table.{name}"]
-                    for name in header["columns"]
-                }
-            ).astype(_COLUMNS)
-            return Comparison(table=table, info=info, **{name: file[name] for name in _ARRAYS})
-    except (KeyError, ValueError, zipfile.BadZipFile) as error:
+        return _comparison(read_arrays(data))
+    except Unusable as error:
         raise ValueError(
-            f"path must be a file that Comparison.save has written, got {str(path)!r}."
+            f"path must be a file written by Comparison.save, got {str(path)!r}, which {error}."
         ) from error
 
 
-def tuning_means(table: pd.DataFrame) -> dict[str, dict[float, float]]:
-    """The mean final metric by arm and learning rate; a diverged trial counts as in the verdict."""
-    tuning = pd.DataFrame(table[table["phase"] == "tuning"])
-    if np.isfinite(tuning[["final_metric", "initial_metric"]].to_numpy()).any():
-        metric = judged_metric(tuning)
-    else:  # nothing to put in a diverged trial's place
-        metric = np.full(len(tuning), np.inf)
-    groups: dict[str, dict[float, list[float]]] = {}
-    for name, rate, value in zip(tuning["arm"], tuning["learning_rate"], metric, strict=True):
-        groups.setdefault(name, {}).setdefault(rate, []).append(value)
-    return {name: {rate: float(np.mean(v)) for rate, v in rates.items()} for name, rates in groups.items()}
+def _comparison(arrays: dict[str, np.ndarray]) -> Comparison:
+    """Assembles a comparison from arrays; raises `Unusable` if they are inconsistent."""
+    foreign = Unusable("is damaged or foreign")
+    try:
+        header = json.loads(arrays.pop("header").tobytes())
+        version, strings, details = header["format"], header["strings"], header["info"]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise foreign from error
+    if version != FORMAT:
+        raise Unusable(f"is of format {version}; this version reads {FORMAT}")
+    numbers = {f"table.{name}": name for name in _COLUMNS if name not in _STRINGS}
+    if not (
+        header.get("columns") == list(_COLUMNS)
+        and isinstance(strings, dict)
+        and strings.keys() == set(_STRINGS)
+        and all(isinstance(column, list) and {*map(type, column)} <= {str} for column in strings.values())
+        and arrays.keys() == numbers.keys() | set(_ARRAYS)
+        and all(arrays[stored].dtype == _COLUMNS[name] for stored, name in numbers.items())
+    ):
+        raise foreign
+    trials = len(strings["arm"])
+    columns = strings | {name: arrays.pop(stored) for stored, name in numbers.items()}
+    if any(np.shape(column) != (trials,) for column in columns.values()):
+        raise foreign
+    for part in ("training", "validation", "telemetry"):
+        steps, curves = arrays[f"{part}_steps"], arrays[f"{part}_curves"]
+        fields = (len(TELEMETRY),) if part == "telemetry" else ()
+        if not (
+            steps.ndim == 1
+            and steps.dtype.kind == "i"
+            and (np.diff(steps) > 0).all()
+            and curves.dtype.kind == "f"
+            and curves.shape == (trials, len(steps), *fields)
+        ):
+            raise foreign
+    table = pd.DataFrame(columns, columns=list(_COLUMNS)).astype(_COLUMNS)
+    try:
+        details = Details.from_json(details)
+    except ValueError as error:
+        raise foreign from error
+    if not _is_possible(table, details):
+        raise foreign
+    return Comparison(table=table, details=details, **arrays)
+
+
+def _is_possible(table: pd.DataFrame, details: Details) -> bool:
+    """Whether a table is possible for a comparison with these details."""
+    rates = table["learning_rate"]
+    return (
+        set(table["arm"]) <= set(details.arms)
+        and set(table["phase"]) <= {"tuning", "verdict"}
+        and bool((np.isfinite(rates) & (rates > 0) & (table["seed"] >= 0)).all())
+        and bool((table["diverged"] == ~np.isfinite(table["final_metric"])).all())
+        and not table.duplicated(["arm", "learning_rate", "seed"]).any()
+    )
 
 
 def collect(
-    results: Results, arms: dict[str, ArmSpec], plan: Plan, baseline: str, fresh: range
+    results: Results,
+    wanted: Iterable[Key],
+    arms: dict[str, ArmSpec],
+    plan: Plan,
+    details: Details,
 ) -> Comparison:
-    """Puts trials together: tuning first, then the fresh seeds asked for, arms in the user's order."""
-    order = list(arms)
+    """Assembles the wanted trials: tuning first, then fresh seeds, arms in the user's order."""
+    order, direction = list(arms), details.direction
     keys = sorted(
-        (key for key in results if key.seed < FIRST_FRESH_SEED or key.seed in fresh),
+        (key for key in set(wanted) if key in results),
         key=lambda key: (key.seed >= FIRST_FRESH_SEED, order.index(key.arm), key.rate, key.seed),
     )
     steps = np.array(plan.validation_steps)
     targets = {
-        key.seed: results[key].validation[-1]
+        key.seed: final
         for key in keys
-        if key.arm == baseline and key.seed >= FIRST_FRESH_SEED
+        if key.arm == details.baseline and key.seed >= FIRST_FRESH_SEED
+        if np.isfinite(final := results[key].validation[-1])
     }
     rows = []
     for key in keys:
         curve = results[key].validation.astype(float)
         finite = np.isfinite(curve)
-        at_best = np.argmin(np.where(finite, curve, np.inf))
-        reached = np.flatnonzero(curve <= targets.get(key.seed, -np.inf))
+        cost = direction.cost(curve)
+        at_best = np.argmin(np.where(finite, cost, np.inf))
+        reached = np.flatnonzero(cost <= direction.cost(targets.get(key.seed, np.nan)))
         rows.append(
             {
                 "arm": key.arm,
@@ -226,19 +251,21 @@ def collect(
                 "compilation": arms[key.arm].compilation,
             }
         )
-    training = np.array([results[key].training for key in keys]).reshape(len(keys), -1)
-    validation = np.array([results[key].validation for key in keys]).reshape(len(keys), -1)
-    shape = len(keys), len(plan.telemetry_steps), len(TELEMETRY)
-    telemetry = np.array([results[key].telemetry for key in keys]).reshape(shape)
+
+    def curves(field: str, *shape: int) -> np.ndarray:
+        values = [getattr(results[key], field) for key in keys]
+        array = stacked(values).reshape(len(keys), *shape)  # also without any trial
+        return np.where(np.isfinite(array), array, np.nan)
+
     return Comparison(
         pd.DataFrame(rows, columns=list(_COLUMNS)).astype(_COLUMNS),
         plan.training_steps,
-        np.where(np.isfinite(training), training, np.nan),
+        curves("training", len(plan.training_steps)),
         steps,
-        np.where(np.isfinite(validation), validation, np.nan),
+        curves("validation", len(steps)),
         plan.telemetry_steps,
-        np.where(np.isfinite(telemetry), telemetry, np.nan),
-        {},
+        curves("telemetry", len(plan.telemetry_steps), len(TELEMETRY)),
+        details,
     )
 
 

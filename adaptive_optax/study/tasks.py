@@ -1,8 +1,8 @@
-"""Two small tasks to compare on: boxes around digits in noise, and the prose of Python's own manual.
+"""Two small tasks for comparisons: boxes around digits in noise, and the prose of Python's own manual.
 
 Nothing is downloaded: the digits come with scikit-learn, the text with Python. The split of the data is
-fixed, so a seed decides the initial weights and the order of the batches and nothing else. On the command
-line they are `adaptive_optax.study.tasks:localization` and `adaptive_optax.study.tasks:text`.
+fixed, so a seed determines only the initial weights and the order of the batches. On the command line they
+are `adaptive_optax.study.tasks:localization` and `adaptive_optax.study.tasks:text`.
 """
 
 from __future__ import annotations
@@ -16,37 +16,39 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adaptive_optax._checks import check_integer
+from adaptive_optax._core.checks import check_integer
 from adaptive_optax.study.task import Task, nnx_task
 
 try:
     from flax import nnx
-except ImportError as error:
-    raise ImportError("adaptive_optax.study.tasks needs Flax: pip install 'adaptive-optax[flax]'.") from error
+except ImportError as _error:
+    raise ImportError(
+        "adaptive_optax.study.tasks needs Flax: pip install 'adaptive-optax[flax]'."
+    ) from _error
 
 # ---- Where is the digit? ----
 
 CANVAS, PATCH = 28, 7  # pixels
-DIGIT_SIDE = (8.0, 20.0)  # an image of 8 x 8 is scaled to a side from this range, pixels
+DIGIT_SIDE = (8.0, 20.0)  # an 8 x 8 image is scaled to a side in this range, pixels
 BACKGROUND, INK, NOISE = 64, 160, 24  # grey levels of 255; the noise is a standard deviation
 
 
 class LocalizationNet(nnx.Module):
-    """Embeds every patch alike, then has two dense layers; the answer is in pixels.
+    """Embeds all patches with shared weights, then applies two dense layers; the output is in pixels.
 
     Args:
-        width: Values in the embedding of a patch.
-        hidden: Units of the hidden layer.
-        rngs: Where the initial weights come from.
+        width: Size of a patch's embedding.
+        hidden: Units in the hidden layer.
+        rngs: Random state for the initial weights.
     """
 
     def __init__(self, width: int, hidden: int, *, rngs: nnx.Rngs):
-        self.embed = nnx.Linear(PATCH**2, width, rngs=rngs)
-        self.hidden = nnx.Linear((CANVAS // PATCH) ** 2 * width, hidden, rngs=rngs)
-        self.box = nnx.Linear(hidden, 4, rngs=rngs)
+        self.embed: nnx.Linear = nnx.Linear(PATCH**2, width, rngs=rngs)
+        self.hidden: nnx.Linear = nnx.Linear((CANVAS // PATCH) ** 2 * width, hidden, rngs=rngs)
+        self.box: nnx.Linear = nnx.Linear(hidden, 4, rngs=rngs)
 
     def __call__(self, patches: jax.Array) -> jax.Array:
-        """Gives the boxes (left, top, right, bottom) of images [image, patch, pixel]."""
+        """Returns the boxes (left, top, right, bottom) for images [image, patch, pixel]."""
         x = (patches.astype(jnp.float32) - BACKGROUND) / INK
         x = nnx.relu(self.embed(x)).reshape(len(x), -1)
         return CANVAS / 2 * (1 + self.box(nnx.relu(self.hidden(x))))
@@ -62,17 +64,17 @@ def localization(
 ) -> Task:
     """Makes the task of finding a handwritten digit on a noisy canvas: images in, boxes out.
 
-    Scikit-learn's digits lie at random positions and sizes, 8 to 20 pixels, on noisy canvases of 28 x 28. A
-    small nnx network (17,508 parameters) reads off the box around the ink. Loss and metric are the mean
-    absolute error of the box's four sides in pixels; always answering the same box gives 3.7. No digit is in
-    both the training and the validation images.
+    Scikit-learn's digits are placed at random positions and sizes, 8 to 20 pixels, on noisy canvases of
+    28 x 28. A small nnx network (17,508 parameters) predicts the box around the ink. Loss and metric are the
+    mean absolute error of the box's four sides in pixels; a constant answer scores 3.7. No digit appears in
+    both training and validation images.
 
     Args:
         train_count: Training images.
         validation_count: Validation images.
-        batch_size: Images in a batch.
-        width: Values in the embedding of a patch.
-        hidden: Units of the hidden layer.
+        batch_size: Images per batch.
+        width: Size of a patch's embedding.
+        hidden: Units in the hidden layer.
 
     Raises:
         ImportError: If scikit-learn is missing; it is in the extra `examples`.
@@ -98,7 +100,7 @@ def localization(
 
 @functools.cache
 def placed_digits(train_count: int, validation_count: int) -> tuple[dict[str, np.ndarray], ...]:
-    """Gives training and validation data, `{"image": uint8[n, patch, pixel], "box": float32[n, 4]}` each."""
+    """Returns training and validation data as `{"image": uint8[n, patch, pixel], "box": float32[n, 4]}`."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -140,14 +142,14 @@ def _place(digits: np.ndarray, count: int, rng: np.random.Generator) -> dict[str
 # ---- Which character comes next? ----
 
 ALPHABET = " abcdefghijklmnopqrstuvwxyz.,()'"
-VALIDATION_EVERY = 8  # of the topics, in alphabetical order
-ROTARY_BASE = 1000.0  # the longest wavelength, in characters over 2 pi
+VALIDATION_EVERY = 8  # every 8th topic, in alphabetical order, is for validation
+ROTARY_BASE = 1000.0  # the longest wavelength, in characters / (2 pi)
 
 
 def rotate(x: jax.Array) -> jax.Array:
-    """Turns pairs of features by angles that grow with the position, x [window, head, position, feature].
+    """Rotates pairs of features of x [window, head, position, feature] by angles that grow with the position.
 
-    The products of a query and a key then depend on their distance alone: rotary positions (Su et al. 2021).
+    The product of a query and a key then depends only on their distance: rotary positions (Su et al. 2021).
     """
     positions, pairs = x.shape[-2], x.shape[-1] // 2
     angle = np.arange(positions)[:, None] * ROTARY_BASE ** (-np.arange(pairs) / pairs)
@@ -157,20 +159,20 @@ def rotate(x: jax.Array) -> jax.Array:
 
 
 class Block(nnx.Module):
-    """Causal self-attention and a two-layer perceptron, each after a layer norm and beside a shortcut.
+    """Causal self-attention and a two-layer perceptron, each with layer norm first and a residual connection.
 
     Queries and keys are normalised (Henry et al. 2020): otherwise high learning rates freeze the attention.
     """
 
     def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
         self.heads = heads
-        self.norm_1 = nnx.LayerNorm(width, use_bias=False, rngs=rngs)
-        self.norm_2 = nnx.LayerNorm(width, use_bias=False, rngs=rngs)
-        self.attend = nnx.Linear(width, 3 * width, use_bias=False, rngs=rngs)
-        self.unit = nnx.RMSNorm(width // heads, use_scale=False, rngs=rngs)
-        self.join = nnx.Linear(width, width, use_bias=False, rngs=rngs)
-        self.up = nnx.Linear(width, 4 * width, use_bias=False, rngs=rngs)
-        self.down = nnx.Linear(4 * width, width, use_bias=False, rngs=rngs)
+        self.norm_1: nnx.LayerNorm = nnx.LayerNorm(width, use_bias=False, rngs=rngs)
+        self.norm_2: nnx.LayerNorm = nnx.LayerNorm(width, use_bias=False, rngs=rngs)
+        self.attend: nnx.Linear = nnx.Linear(width, 3 * width, use_bias=False, rngs=rngs)
+        self.unit: nnx.RMSNorm = nnx.RMSNorm(width // heads, use_scale=False, rngs=rngs)
+        self.join: nnx.Linear = nnx.Linear(width, width, use_bias=False, rngs=rngs)
+        self.up: nnx.Linear = nnx.Linear(width, 4 * width, use_bias=False, rngs=rngs)
+        self.down: nnx.Linear = nnx.Linear(4 * width, width, use_bias=False, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [window, position, width] to the same."""
@@ -180,31 +182,33 @@ class Block(nnx.Module):
         )  # [window, head, position, feature]
         query, key = rotate(self.unit(query)), rotate(self.unit(key))
         scores = query @ key.swapaxes(2, 3) / math.sqrt(query.shape[-1])
-        visible = np.tri(x.shape[1], dtype=bool)  # itself and those before it
+        visible = np.tri(x.shape[1], dtype=bool)  # a position sees itself and earlier ones
         attention = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf))
         x += self.join((attention @ value).swapaxes(1, 2).reshape(x.shape))
         return x + self.down(nnx.relu(self.up(self.norm_2(x))))
 
 
 class CharacterTransformer(nnx.Module):
-    """Predicts every next character of a window from those before it.
+    """Predicts each next character of a window from the characters before it.
 
     Args:
-        width: Values at every position between the layers, an even multiple of `heads`.
+        width: Size of the representation of a position, an even multiple of `heads`.
         layers: Blocks of attention and perceptron.
         heads: Attention heads.
-        rngs: Where the initial weights come from.
+        rngs: Random state for the initial weights.
     """
 
     def __init__(self, width: int, layers: int, heads: int, *, rngs: nnx.Rngs):
         initial = nnx.initializers.normal
-        self.character = nnx.Embed(len(ALPHABET), width, embedding_init=initial(1.0), rngs=rngs)
-        self.blocks = nnx.List([Block(width, heads, rngs=rngs) for _ in range(layers)])
-        self.norm = nnx.LayerNorm(width, use_bias=False, rngs=rngs)
-        self.logits = nnx.Linear(width, len(ALPHABET), use_bias=False, kernel_init=initial(0.02), rngs=rngs)
+        self.character: nnx.Embed = nnx.Embed(len(ALPHABET), width, embedding_init=initial(1.0), rngs=rngs)
+        self.blocks: nnx.List[Block] = nnx.List([Block(width, heads, rngs=rngs) for _ in range(layers)])
+        self.norm: nnx.LayerNorm = nnx.LayerNorm(width, use_bias=False, rngs=rngs)
+        self.logits: nnx.Linear = nnx.Linear(
+            width, len(ALPHABET), use_bias=False, kernel_init=initial(0.02), rngs=rngs
+        )
 
     def __call__(self, codes: jax.Array) -> jax.Array:
-        """Gives logits [window, position, character] for codes of `ALPHABET` [window, position]."""
+        """Returns logits [window, position, character] for codes of `ALPHABET` [window, position]."""
         x = self.character(codes)
         for block in self.blocks:
             x = block(x)
@@ -222,20 +226,20 @@ def text(
 ) -> Task:
     """Makes the task of predicting the next character of the prose in Python's own manual.
 
-    The text is what `help()` prints on topics (`pydoc_data.topics` of the standard library): about 200,000
+    The text is what `help()` prints about topics (`pydoc_data.topics` of the standard library): about 200,000
     characters without headings, tables, grammar and code, reduced to an alphabet of 32. A small nnx
-    transformer (58,608 parameters) with causal attention, rotary positions and no dropout is trained on
-    cross-entropy; the metric is that in bits a character, on fixed windows. Guessing costs 5 bits, knowing
-    how frequent the characters are 4.2. Every eighth topic is for validation; paragraphs that have six
-    words in a row in common with these are not in training.
+    transformer (58,608 parameters) with causal attention, rotary positions and no dropout is trained with
+    cross-entropy; the metric is cross-entropy in bits per character, on fixed windows. Uniform guessing costs
+    5 bits, guessing by character frequency 4.2. Every eighth topic is for validation; paragraphs that share
+    six consecutive words with these topics are excluded from training.
 
-    The manual changes a little from one version of Python to the next, and so do the results.
+    The manual changes slightly between versions of Python, and so do the results.
 
     Args:
-        context: Characters in a window, the most that the model looks back.
-        validation_count: Validation windows at most, evenly spaced in the text of the validation topics.
-        batch_size: Windows in a batch.
-        width: Values at every position between the layers, an even multiple of `heads`.
+        context: Characters per window, the furthest that the model looks back.
+        validation_count: At most this many validation windows, evenly spaced in the validation topics.
+        batch_size: Windows per batch.
+        width: Size of the representation of a position, an even multiple of `heads`.
         layers: Blocks of attention and perceptron.
         heads: Attention heads.
 
@@ -272,9 +276,9 @@ def text(
 
 @functools.cache
 def prose_windows(context: int) -> tuple[np.ndarray, np.ndarray]:
-    """Gives the windows of training and validation topics: codes of `ALPHABET`, uint8[n, context + 1].
+    """Returns the windows of training and validation topics: codes of `ALPHABET`, uint8[n, context + 1].
 
-    Each window begins with the last character of the one before it, so that every character but a topic's
+    Each window begins with the last character of the previous one, so that every character except a topic's
     first is predicted once.
     """
     from pydoc_data.topics import topics  # half a megabyte
@@ -294,13 +298,13 @@ def prose_windows(context: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _phrases(paragraph: str) -> set[tuple[str, ...]]:
-    """Gives all runs of six words, or all words where they are fewer."""
+    """Returns all sequences of six consecutive words, or of all words if there are fewer."""
     words = paragraph.split()
     return {tuple(words[i : i + 6]) for i in range(max(len(words) - 5, 1))}
 
 
 def _prose(topic: str) -> list[str]:
-    """Gives a topic's paragraphs of prose, in the characters of `ALPHABET`."""
+    """Returns a topic's paragraphs of prose, in the characters of `ALPHABET`."""
     paragraphs = []
     for block in re.split(r"\n\s*\n", topic):
         paragraph = " ".join(block.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").split())

@@ -1,1 +1,1 @@
-"""Transformations: one algorithm a file, each with its state and its mathematics."""
+"""Transformations: one algorithm per file, with its state and its equations."""

@@ -1,50 +1,62 @@
-"""Adam: a moving mean of the gradient over its moving root mean square, at any granularity."""
+"""Adam: a moving mean of the gradient divided by its moving root mean square, at any granularity."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax.typing import ArrayLike
+from jax.typing import ArrayLike, DTypeLike
 
-from adaptive_optax._checks import (
+from adaptive_optax._core.checks import (
+    Settings,
     check_bool,
     check_choice,
-    check_inexact,
     check_integer,
+    check_real,
     check_same_tree,
-    check_scalar,
     check_state,
 )
-from adaptive_optax._precision import (
+from adaptive_optax._core.described import described
+from adaptive_optax._core.hyperparameters import as_hyperparameter, check_hyperparameter
+from adaptive_optax._core.precision import (
     abs_square,
-    concrete,
+    as_wide_as,
+    cast,
     incremented,
     scalar_dtype,
     scale,
     scaled,
+    static_value,
     value_at,
     widen,
 )
-from adaptive_optax._trees import by_leaf
+from adaptive_optax._core.states import carries_hyperparameters, unwrapped
+from adaptive_optax._core.transformation import transformation
+from adaptive_optax._core.trees import PyTree, by_leaf
 from adaptive_optax.moments.ema import Decay, decay_at, ema, ema_weight, weight_error
-from adaptive_optax.moments.formats import as_storage
-from adaptive_optax.moments.granularity import Granularity, as_granularity
+from adaptive_optax.moments.formats import as_storage, dense, is_rounded
+from adaptive_optax.moments.granularity import (
+    Granularity,
+    as_granularity,
+    is_own_statistic,
+    mean_over_groups,
+)
 from adaptive_optax.moments.storage import Storage, as_nearest
-from adaptive_optax.transforms.direction import Bound, bounded, divide_by_root
+from adaptive_optax.transforms.direction import Bound, over_root, root_of
 
 
+@carries_hyperparameters("b1", "b2", "eps")
 class ScaleByAdamState(NamedTuple):
     """State of `scale_by_adam`. The scalars are float32, or float64 if a parameter is.
 
     Attributes:
         count: Number of steps taken, int32 scalar.
-        mu: First moment m, like the parameters, float32 at least.
-        nu: Second moment v, one value a group, float32 at least.
+        mu: First moment m, like the parameters, float32 or wider, or as stored by `mu_storage`.
+        nu: Second moment v, one value per group, float32 or wider, or as stored by `nu_storage`.
         nu_max: Largest second moment so far, like `nu`; None unless `amsgrad`.
         b1: The decay of `mu` in the last step.
         b2: The decay of `nu` in the last step.
@@ -52,13 +64,13 @@ class ScaleByAdamState(NamedTuple):
         mu_weight: Sum of the weights in `mu`, 1 - b1^count for a constant b1.
         nu_weight: Sum of the weights in `nu`.
         bound_sq: The square of the tight bound on |m| / sqrt(v), for the decays used so far and the rounding
-            of what is stored.
+            of the stored moments.
     """
 
     count: jax.Array
-    mu: Any
-    nu: Any
-    nu_max: Any
+    mu: PyTree
+    nu: PyTree
+    nu_max: PyTree
     b1: jax.Array
     b2: jax.Array
     eps: jax.Array
@@ -66,10 +78,20 @@ class ScaleByAdamState(NamedTuple):
     nu_weight: jax.Array
     bound_sq: jax.Array
 
-    hyperparameters = ("b1", "b2", "eps")  # not a field: it has no annotation
-
 
 EpsForm = Literal["paper", "tensorflow"]
+
+
+class AdamVariants(TypedDict, total=False):
+    """The keywords of `scale_by_adam`, for optimizers that forward them."""
+
+    eps_form: EpsForm
+    nesterov: bool
+    amsgrad: bool
+    bias_correction: bool
+    granularity: Granularity | str
+    mu_storage: Storage | str
+    nu_storage: Storage | str
 
 
 def scale_by_adam(
@@ -77,7 +99,7 @@ def scale_by_adam(
     b2: optax.ScalarOrSchedule = 0.999,
     eps: optax.ScalarOrSchedule = 1e-8,
     eps_root: ArrayLike = 0.0,
-    mu_dtype: Any = None,
+    mu_dtype: DTypeLike | None = None,
     *,
     eps_form: EpsForm = "paper",
     nesterov: bool = False,
@@ -87,22 +109,26 @@ def scale_by_adam(
     mu_storage: Storage | str = "float32",
     nu_storage: Storage | str = "float32",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Turns gradients into Adam's direction.
+    r"""Rescales gradients to Adam's direction.
 
-    Use it as the adaptive part of a chain. With a coarser `granularity` the second moment takes next to no
-    memory; `"global"` gives momentum with one adaptive step size.
+    Use it as the adaptive part of a chain. With a coarser `granularity` the second moment needs almost no
+    memory; `"global"` gives momentum with a single adaptive step size.
 
-    With groups :math:`I_k` of :math:`n_k` coordinates, in the order of the code:
+    With groups :math:`I_k` of :math:`n_k` coordinates (each equation is one line of the code, in this order):
 
     .. math::
+        w_{i,t} &= \beta_i w_{i,t-1} + (1 - \beta_i) \\
+        q_t &= \tfrac{1}{n_k} \textstyle\sum_{i \in I_k} |g_{i,t}|^2 \\
+        v_t &= \beta_2 v_{t-1} + (1 - \beta_2) q_t \\
+        \hat v_t &= v_t / w_{2,t} \\
+        r_t &= \sqrt{\hat v_t + \epsilon_r} + \epsilon \\
         m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
-        v_t &= \beta_2 v_{t-1} + (1 - \beta_2) \tfrac{1}{n_k} \textstyle\sum_{i \in I_k} |g_{i,t}|^2 \\
-        \hat m_t &= m_t / w_{1,t}, \qquad \hat v_t = v_t / w_{2,t} \\
-        u_t &= \hat m_t / (\sqrt{\hat v_t + \epsilon_r} + \epsilon)
+        \hat m_t &= m_t / w_{1,t} \\
+        u_t &= \hat m_t / r_t
 
     g is `updates`; m, v, :math:`w_1`, :math:`w_2` are the state's `mu`, `nu`, `mu_weight`, `nu_weight`;
-    :math:`\epsilon_r` is `eps_root`. The weights' sums follow the averages' own recursion, so the correction
-    is exact when `b1` or `b2` moves; for constants it is :math:`1 - \beta^t`.
+    :math:`\epsilon_r` is `eps_root`. The sums of weights follow the same recursion as the averages, so the
+    bias correction is exact when `b1` or `b2` changes; for constants it is :math:`1 - \beta^t`.
 
     Variants:
         * `eps_form="tensorflow"`: :math:`(\sqrt{w_2} / w_1)\, m / (\sqrt{v + \epsilon_r} + \epsilon)`, the
@@ -110,25 +136,28 @@ def scale_by_adam(
         * `nesterov`: :math:`\beta_1 m_t / w_{1,t+1} + (1 - \beta_1) g_t / w_{1,t}` in place of
           :math:`\hat m_t`, as in optax. PyTorch's NAdam also moves :math:`\beta_1`.
         * `amsgrad`: the largest :math:`\hat v` so far in place of :math:`\hat v` (the largest v where v is
-          not corrected: without `bias_correction`, and in the "tensorflow" form).
+          not corrected: without `bias_correction`, and in the "tensorflow" form), as in optax. PyTorch takes
+          the largest v and corrects it afterwards.
 
-    The direction's length has a tight bound, `adam_bound`: 7.27 for the defaults in the long run, not 1.
+    The length of the direction has a tight bound, `adam_bound`: for the defaults it tends to 7.27, not 1.
 
     Args:
         b1: :math:`\beta_1` in [0, 1), or a schedule. 0.9 averages over about ten steps.
         b2: :math:`\beta_2` in [0, 1), or a schedule. 0.999 averages over about a thousand steps.
         eps: :math:`\epsilon \ge 0`, in units of the gradient, or a schedule.
         eps_root: :math:`\epsilon_r \ge 0`, in units of the squared gradient; needed to differentiate
-            through a step whose v is 0.
-        mu_dtype: optax's: the dtype in which m is kept, rounded to nearest. None stands for `mu_storage`.
+            through a step with v = 0.
+        mu_dtype: As in optax, the dtype in which m is stored, rounded to nearest. None uses `mu_storage`.
+            Moments of complex parameters keep their complex dtype in any case; complex64 means float32 for
+            real parameters.
         eps_form: `"paper"` or `"tensorflow"`.
-        nesterov: Whether to look ahead (Dozat 2016).
-        amsgrad: Whether v never falls (Reddi et al. 2018).
-        bias_correction: Whether to divide by the weights' sums.
+        nesterov: Whether to use Nesterov momentum (Dozat 2016).
+        amsgrad: Whether to use the maximum of v so far (Reddi et al. 2018).
+        bias_correction: Whether to divide by the sums of weights.
         granularity: Which coordinates share a second moment: a `Granularity`, "coordinate", "tensor" or
             "global".
         mu_storage: The format of m between steps: a `Storage`, "float32", "bfloat16" or "int8".
-        nu_storage: The format of v, likewise.
+        nu_storage: The format of v between steps, with the same choices.
 
     Numbers may be JAX scalars or tracers; a tracer's range cannot be checked.
 
@@ -137,16 +166,19 @@ def scale_by_adam(
         extra arguments are ignored.
 
     Raises:
-        ValueError: If an argument is out of range or `mu_dtype` comes with `mu_storage` (at construction), a
-            leaf is not floating (at init) or the gradients' tree is not that of the state (at update).
+        ValueError: If an argument is out of range or both `mu_dtype` and `mu_storage` are given (at
+            construction), a leaf is not floating (at init), or the gradients' tree differs from the state's
+            (at update).
 
     Warns:
-        UserWarning: If b1^2 >= b2, where the direction has no bound.
+        UserWarning: If b1^2 >= b2, because then the direction has no bound.
 
-    State cost: two float32 copies of the parameters; with a coarser granularity one and a value a group.
+    State cost: two float32 copies of the parameters; with a coarser granularity, one copy plus one value per
+    group.
 
-    Valid for gradients of 0 and of 1e-17 to 1e18 (to 1e15 where coordinates share a moment); smaller ones
-    count as 0 in v. A larger one makes the state non-finite, for good.
+    Valid for gradients of 0 and from 1e-17 to 1e18 (to 1e15 where coordinates share a moment); smaller ones
+    count as 0 in v. A larger gradient can make v infinite for good: the coordinates that share it then get
+    updates of 0 or NaN. A NaN stays in the moments as well. `reject_nonfinite` keeps both out.
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp, optax
@@ -162,10 +194,9 @@ def scale_by_adam(
     Source: Kingma and Ba 2015, "Adam", algorithm 1; Dozat 2016; Reddi, Kale and Kumar 2018, algorithm 2.
     The bound is derived for this library; the one in Kingma and Ba's section 2.1 does not hold.
     """
-    for name, decay in (("b1", b1), ("b2", b2)):
-        check_scalar(name, decay, "[0, 1)", schedule=True)
-    check_scalar("eps", eps, "[0, inf)", schedule=True)
-    check_scalar("eps_root", eps_root, "[0, inf)")
+    b1, b2 = as_hyperparameter("b1", b1), as_hyperparameter("b2", b2)
+    eps = as_hyperparameter("eps", eps)
+    check_hyperparameter("eps_root", eps_root)
     check_choice("eps_form", eps_form, ("paper", "tensorflow"))
     check_bool("nesterov", nesterov)
     check_bool("amsgrad", amsgrad)
@@ -178,17 +209,16 @@ def scale_by_adam(
     else:
         mu_storage = as_storage("mu_dtype", as_nearest("mu_dtype", mu_dtype), b1=b1)
     nu_storage = as_storage("nu_storage", nu_storage, b2=b2)
-    known_b1, known_b2 = concrete(b1), concrete(b2)
+    known_b1, known_b2 = static_value(b1), static_value(b2)
     if known_b1 is not None and known_b2 is not None and 0 < known_b1 and known_b1**2 >= known_b2:
         warnings.warn(f"b1**2 >= b2 ({b1}**2 >= {b2}): Adam's direction has no bound.", stacklevel=2)
     corrects_nu = bias_correction and eps_form == "paper"
-    # How far rounding can lengthen the direction. Where it has no bound, a floor under nu undoes it.
+    # How much rounding can lengthen the direction. If that is unbounded, a floor on nu restores the bound.
     errors = mu_storage.relative_error, nu_storage.relative_error
     needs_floor = math.inf in errors
     stretch = 1.0 if needs_floor else (1 + errors[0]) ** 2 / (1 - errors[1])
 
     def init_fn(params):
-        check_inexact("scale_by_adam", "params", params)
         dtype = scalar_dtype(params)
         count = jnp.zeros((), jnp.int32)
         template = granularity.template(params)
@@ -207,8 +237,7 @@ def scale_by_adam(
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        check_state("scale_by_adam", state, ScaleByAdamState)
-        check_inexact("scale_by_adam", "updates", updates)
+        check_state("scale_by_adam", state, init_fn, "updates", updates, _SETTINGS)
         dtype = state.bound_sq.dtype
         d1, d2 = decay_at(b1, state.count, dtype), decay_at(b2, state.count, dtype)
         count = incremented(state.count)
@@ -228,25 +257,26 @@ def scale_by_adam(
             g_factor=g_factor,
             nu_factor=1 / nu_weight if corrects_nu else 1.0,
             direction_factor=jnp.sqrt(nu_weight) if bias_correction and not corrects_nu else 1.0,
-            granularity=granularity,
         )
 
         g = widen(updates)
         old_mu = mu_storage.decode(state.mu)
         check_same_tree("scale_by_adam", "updates", g, "the state", old_mu)
+        check_real("scale_by_adam", "updates", g, "the state", old_mu)
+        old_mu = as_wide_as(old_mu, g)
 
         def smallest_nu():
-            # pool(|m|^2) <= bound_sq v before rounding (Cauchy-Schwarz).
-            inverse = jnp.where(state.bound_sq > 0, 1 / state.bound_sq, 0)
-            return jax.tree.map(lambda m2: scale(m2, inverse), granularity.pool(abs_square(old_mu)))
+            stored = jax.eval_shape(nu_storage.decode, state.nu)
+            least = least_nu(granularity.pool(abs_square(old_mu)), state.bound_sq)
+            return jax.tree.map(lambda low, v: cast(low, v.dtype), least, stored)
 
         old_nu = nu_storage.decode(state.nu, lower=smallest_nu)
         if needs_floor and nu_storage.relative_error < math.inf:
             old_nu = jax.tree.map(jnp.maximum, old_nu, smallest_nu())
         squares = granularity.pool(abs_square(g))
-        old_max = nu_storage.decode(state.nu_max) if amsgrad else None
-        move = _move_by_leaf if granularity.per_leaf else _move
-        direction, mu, nu, nu_max = move(step, g, old_mu, old_nu, old_max, squares)
+        old_max = as_wide_as(nu_storage.decode(state.nu_max), squares) if amsgrad else None
+        nu, nu_max, root = _second_moment(step, old_nu, old_max, squares)
+        mu, direction = _direction(step, old_mu, g, granularity.spread(root, g))
 
         return direction, ScaleByAdamState(
             count=count,
@@ -268,32 +298,39 @@ def scale_by_adam(
             mu_weight = nu_weight = 1.0
         else:
             mu_weight, nu_weight = state.mu_weight, state.nu_weight
-        squared = state.bound_sq / mu_weight**2
+        squared = corrected_bound_sq(state.bound_sq, mu_weight, nu_weight)
         if nesterov:
             next_weight = ema_weight(state.mu_weight, d1) if bias_correction else 1.0
             # The newest gradient enters both terms of the numerator, the older ones the first only.
             from_mu, from_g = d1.keep / next_weight, d1.take / mu_weight
             older = state.bound_sq - d1.take**2 / d2.take
-            squared = from_mu**2 * older + (from_mu * d1.take + from_g) ** 2 / d2.take
-        return jnp.sqrt(squared * nu_weight) * (1 + weight_error(d2, dtype))
+            squared = (from_mu**2 * older + (from_mu * d1.take + from_g) ** 2 / d2.take) * nu_weight
+        return jnp.sqrt(squared) * (1 + weight_error(d2, dtype))
 
     storages = {"nu": nu_storage} | ({"nu_max": nu_storage} if amsgrad else {})
-    return bounded(init_fn, update_fn, Bound(granularity, max_ratio, storages))
+    tx = transformation("scale_by_adam", init_fn, update_fn)
+    return described(tx, Bound(granularity, max_ratio, storages))
+
+
+_SETTINGS = {
+    "mu": Settings(form="mu_storage"),
+    "nu": Settings(shape="granularity", form="nu_storage"),
+    "nu_max": Settings(presence="amsgrad", shape="granularity", form="nu_storage"),
+}
 
 
 class _Step(NamedTuple):
-    """What a step needs beside trees.
+    """The scalars of a step.
 
     Attributes:
         d1: The decay of m.
         d2: The decay of v.
         eps: As in `scale_by_adam`.
-        eps_root: As there.
+        eps_root: As in `scale_by_adam`.
         mu_factor: The factor of m in the numerator.
-        g_factor: That of the gradient, None for none.
+        g_factor: The factor of the gradient in the numerator, or None for no such term.
         nu_factor: The factor of v.
         direction_factor: The factor of the quotient.
-        granularity: The groups.
     """
 
     d1: Decay
@@ -304,39 +341,87 @@ class _Step(NamedTuple):
     g_factor: Any
     nu_factor: Any
     direction_factor: Any
-    granularity: Granularity
 
 
-def _move(step: _Step, g: Any, mu: Any, nu: Any, nu_max: Any, squares: Any) -> tuple[Any, Any, Any, Any]:
-    """Returns the direction and the new moments; of trees, or of leaves where none share a moment."""
-    mu = ema(mu, g, step.d1)
+@by_leaf(like=("nu", "nu_max", "squares"))
+def _second_moment(
+    step: _Step, nu: jax.Array, nu_max: jax.Array | None, squares: jax.Array
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """For one leaf of statistics: v_t, the largest v-hat so far, and the root to divide by."""
     nu = ema(nu, squares, step.d2)
     nu_hat = scaled(nu, step.nu_factor)
     if nu_max is not None:
-        nu_hat = nu_max = jax.tree.map(jnp.maximum, nu_max, nu_hat)
-    numerator = scaled(mu, step.mu_factor)
+        nu_hat = nu_max = jnp.maximum(nu_max, nu_hat)
+    return nu, nu_max, root_of(nu_hat, step.eps, step.eps_root)
+
+
+@by_leaf(like=("mu", "g"))
+def _direction(step: _Step, mu: jax.Array, g: jax.Array, root: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """For one leaf: m_t and the direction."""
+    mu = ema(mu, g, step.d1)
+    mu_hat = scaled(mu, step.mu_factor)
     if step.g_factor is not None:
-        numerator = jax.tree.map(lambda m, g: m + scale(g, step.g_factor), numerator, g)
-    direction = divide_by_root(numerator, nu_hat, step.granularity, eps=step.eps, eps_root=step.eps_root)
-    return scaled(direction, step.direction_factor), mu, nu, nu_max
-
-
-_move_by_leaf = by_leaf(results=4)(_move)
+        mu_hat = mu_hat + scale(g, step.g_factor)
+    direction = over_root(mu_hat, root, step.eps, step.eps_root)
+    return mu, scaled(direction, step.direction_factor)
 
 
 def _next_bound_sq(bound_sq: jax.Array, d1: Decay, d2: Decay) -> jax.Array:
-    """A_t^2 = (b1^2 / b2) A_{t-1}^2 + (1 - b1)^2 / (1 - b2), with 0 / 0 = 0 and a finite number for inf."""
+    """A_t^2 = (b1^2 / b2) A_{t-1}^2 + (1 - b1)^2 / (1 - b2), with 0 / 0 = 0, clipped to a finite number."""
     dtype = bound_sq.dtype
     keep1, take1, keep2, take2 = (jnp.asarray(x, dtype) for x in (*d1, *d2))
     older = jnp.where(bound_sq * keep1 == 0, 0, keep1**2 / keep2 * bound_sq)
     return jnp.minimum(older + take1**2 / take2, jnp.finfo(dtype).max)
 
 
-def adam_bound(b1: float, b2: float, count: int | None = None, *, bias_correction: bool = True) -> float:
-    r"""Returns the largest length that a coordinate of Adam's direction can have.
+# ---- Quantities derived from the state, for telemetry and conversions of states. ----
 
-    The bound is attained by gradients that grow by :math:`\beta_2/\beta_1` a step. It holds for
-    `scale_by_adam` without `nesterov`, with any eps and `amsgrad`; for coarser granularities it bounds the
+
+def corrected_bound_sq(bound_sq: jax.Array, mu_weight: Any, nu_weight: Any) -> jax.Array:
+    """Returns B_t^2 = A_t^2 w_2 / w_1^2, the square of the bound on m-hat / sqrt(v-hat)."""
+    return bound_sq / mu_weight**2 * nu_weight
+
+
+def least_nu(pooled_mu: Any, bound_sq: jax.Array) -> Any:
+    """Returns pool(|m|^2) / A^2, a lower bound on v before it is rounded (Cauchy-Schwarz)."""
+    is_bounded = bound_sq > 0
+    inverse = jnp.where(is_bounded, 1 / jnp.where(is_bounded, bound_sq, 1), 0)
+    return jax.tree.map(lambda m2: scale(m2, inverse), pooled_mu)
+
+
+def raised_to_least(nu: PyTree, mu: PyTree, bound_sq: jax.Array) -> Any:
+    """Raises second moments to `least_nu`, as decoding a lossy format does, if shapes reveal the groups."""
+    if jax.tree.structure(nu) != jax.tree.structure(mu):  # shared by several leaves
+        return nu
+
+    def leaf(v, m):
+        if not is_own_statistic(v.shape, m.shape):
+            return v
+        return jnp.maximum(v, least_nu(mean_over_groups(abs_square(m), v.shape), bound_sq))
+
+    return jax.tree.map(leaf, nu, mu)
+
+
+def moments_of(state: ScaleByAdamState) -> tuple[Any, Any, Any]:
+    """Returns `mu`, `nu` and `nu_max` as the next step will decode them, whatever their storage."""
+    mu, nu = dense(state.mu), dense(state.nu)
+    if is_rounded(state.mu) or is_rounded(state.nu):
+        nu = raised_to_least(nu, mu, unwrapped(state.bound_sq))
+    return mu, nu, dense(state.nu_max)
+
+
+def scalars_after(steps: int, b1: float, b2: float) -> dict[str, float]:
+    """Returns the sums of weights and the bound of a state after `steps` steps with constant decays."""
+    largest = float(jnp.finfo(jnp.float32).max)
+    bound = adam_bound(b1, b2, steps, bias_correction=False) if steps else 0.0
+    return {"mu_weight": 1 - b1**steps, "nu_weight": 1 - b2**steps, "bound_sq": min(bound**2, largest)}
+
+
+def adam_bound(b1: float, b2: float, count: int | None = None, *, bias_correction: bool = True) -> float:
+    r"""Returns the largest magnitude that a coordinate of Adam's direction can have.
+
+    Gradients that grow by :math:`\beta_2/\beta_1` per step attain the bound. It holds for `scale_by_adam`
+    without `nesterov`, with any eps and with or without `amsgrad`. For coarser granularities it bounds the
     root mean square of the direction over a group (its norm with `reduce="sum"`).
 
     .. math::
@@ -347,7 +432,7 @@ def adam_bound(b1: float, b2: float, count: int | None = None, *, bias_correctio
         b1: :math:`\beta_1` in [0, 1).
         b2: :math:`\beta_2` in [0, 1).
         count: The number of steps t >= 1, or None for the limit.
-        bias_correction: Whether to return :math:`B_t` or, for the uncorrected direction, :math:`A_t`.
+        bias_correction: Whether to return :math:`B_t`, or :math:`A_t` for the uncorrected direction.
 
     Returns:
         The bound, at least 1 in the limit; inf if `count` is None and b1^2 >= b2 (and b1 > 0).
@@ -362,11 +447,11 @@ def adam_bound(b1: float, b2: float, count: int | None = None, *, bias_correctio
 
     Source: derived for this library with the Cauchy-Schwarz inequality.
     """
-    check_scalar("b1", b1, "[0, 1)")
-    check_scalar("b2", b2, "[0, 1)")
+    check_hyperparameter("b1", b1)
+    check_hyperparameter("b2", b2)
     check_bool("bias_correction", bias_correction)
     for name, decay in (("b1", b1), ("b2", b2)):
-        if concrete(decay) is None:
+        if static_value(decay) is None:
             raise ValueError(f"{name} must be concrete in adam_bound, got a tracer; the state has bound_sq.")
     b1, b2 = float(b1), float(b2)
     if count is None:

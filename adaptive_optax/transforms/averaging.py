@@ -1,60 +1,122 @@
-"""Averages of the parameters along the way: what a decaying learning rate does, done to the result instead.
+"""Averages of the parameters: the effect of a decaying learning rate, without decaying it.
 
-With a constant rate the last iterates wander about the minimum; their average is nearer to it. It is the
-strongest rival of decay, needs no horizon, and leaves training as it is.
+With a constant rate the last iterates wander around the minimum, and their average is closer to it. Averaging
+is the strongest rival of decay, needs no fixed horizon, and does not change training.
 """
 
 from __future__ import annotations
 
+import math
+import sys
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from adaptive_optax._checks import check_inexact, check_params, check_same_tree, check_scalar, check_state
-from adaptive_optax._precision import incremented, scalar_dtype, scale, widen
-from adaptive_optax._states import states_of
+from adaptive_optax._core.checks import check_params, check_same_tree, check_state
+from adaptive_optax._core.hyperparameters import as_hyperparameter, check_hyperparameter
+from adaptive_optax._core.paths import paths_and_leaves
+from adaptive_optax._core.precision import (
+    incremented,
+    scalar_dtype,
+    scale,
+    static_value,
+    updated_param,
+    value_at,
+    wide_dtype,
+    widen,
+)
+from adaptive_optax._core.states import carries_hyperparameters, unwrapped
+from adaptive_optax._core.transformation import transformation
+from adaptive_optax._core.trees import PyTree
+from adaptive_optax.moments.ema import decay_at, ema_weight
+
+_POWER = 8.0
 
 
+@carries_hyperparameters("power")
 class AverageParametersState(NamedTuple):
-    """State of `average_parameters`.
+    """State of `average_parameters` with a power.
 
     Attributes:
         count: Number of steps taken, int32 scalar.
-        average: The average, like the parameters, float32 at least.
-        power: The exponent, float32 scalar (float64 if a parameter is).
+        average: The average, like the parameters, float32 or wider.
+        power: The exponent of the last step, float32 scalar (float64 if a parameter is).
     """
 
     count: jax.Array
-    average: Any
+    average: PyTree
     power: jax.Array
 
-    hyperparameters = ("power",)  # not a field: it has no annotation
+
+@carries_hyperparameters("decay")
+class EmaParametersState(NamedTuple):
+    """State of `average_parameters` with a decay. The scalars are float32, or float64 if a parameter is.
+
+    Attributes:
+        count: Number of steps taken, int32 scalar.
+        average: The bias-corrected average, like the parameters, float32 or wider.
+        decay: The decay of the last step; before the first step, of the first.
+        weight: The sum of the weights of all steps before bias correction.
+    """
+
+    count: jax.Array
+    average: PyTree
+    decay: jax.Array
+    weight: jax.Array
 
 
-def average_parameters(power: float = 8.0) -> optax.GradientTransformationExtraArgs:
-    r"""Keeps an average of the parameters, in which late ones weigh more.
+_STATES = (AverageParametersState, EmaParametersState)
+
+
+def average_parameters(
+    power: float = _POWER, *, decay: optax.ScalarOrSchedule | None = None
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keeps an average of the parameters: over the last part of the run, or with a constant decay.
 
     Put it last in a chain, train as usual, and evaluate `averaged_parameters(params, opt_state)`. The updates
-    pass through, in float32 at least.
+    pass through, as float32 or wider.
+
+    With a `power`, the default,
 
     .. math::
         \bar\theta_t = \bar\theta_{t-1} + \frac{\gamma + 1}{t + \gamma} (\theta_t - \bar\theta_{t-1})
 
-    gives :math:`\theta_i` a weight that grows with :math:`i^\gamma`. The average is about as old as
-    :math:`t/(\gamma + 2)` steps whatever t is, so no length of run has to be known: 10 % at the default.
+    gives :math:`\theta_i` a weight that grows with :math:`i^\gamma`. The mean age of the average is about
+    :math:`t/(\gamma + 2)` steps at any t, 10 % at the default, so the length of the run need not be known.
+
+    With a `decay` it is the usual EMA, with a mean age of about :math:`1 / (1 - \beta)` steps and the bias
+    correction of `optax.ema`, exact for any sequence of decays:
+
+    .. math::
+        w_t = \beta_t w_{t-1} + (1 - \beta_t), \qquad
+        \bar\theta_t = \bar\theta_{t-1} + \frac{1 - \beta_t}{w_t} (\theta_t - \bar\theta_{t-1})
+
+    so :math:`\bar\theta_1 = \theta_1`, and early averages are not biased toward the initial parameters.
+    PyTorch's `swa_utils.get_ema_multi_avg_fn(0.999)` gives the first iterate full weight instead; use
+    `decay=lambda count: jnp.where(count == 0, 0.0, 0.999)` for its values. TensorFlow's warm-up is
+    `decay=lambda count: jnp.minimum(0.999, (2 + count) / (11 + count))`.
+
+    The average is float32: once its relative difference from the parameters is below
+    :math:`2^{-24} / (1 - \beta)` (0.06 % at 0.9999), a step no longer changes it.
+
+    The average includes whatever the parameters become: a huge step affects it for as long as that step has
+    weight, and a NaN stays in it for good. The updates do not depend on it.
 
     Args:
-        power: :math:`\gamma` in [0, inf); 0 is the plain mean of all steps. May be a JAX scalar or a tracer,
-            whose range cannot be checked.
+        power: :math:`\gamma` in [0, inf); 0 gives the plain mean of all steps. May be a JAX scalar or a
+            tracer, whose range cannot be checked.
+        decay: :math:`\beta` in [0, 1), or a schedule of the step count, which starts at 0; None averages by
+            `power`. May be a JAX scalar or a tracer, whose range cannot be checked.
 
     Returns:
         The transformation; `update` needs `params`.
 
     Raises:
-        ValueError: If `power` is out of range (at construction), a leaf is not floating (at init), or
-            `params` is missing (at update).
+        ValueError: If `power` or `decay` is out of range or both are given (at construction), a leaf is not
+            floating (at init), or `params` is missing (at update).
 
     State cost: one float32 copy of the parameters.
 
@@ -70,47 +132,80 @@ def average_parameters(power: float = 8.0) -> optax.GradientTransformationExtraA
         ([3.0], [2.0])
 
     Source: Shamir & Zhang 2013, "Stochastic gradient descent for non-smooth optimization", section 4
-    (polynomial-decay averaging).
+    (polynomial-decay averaging); Kingma and Ba 2015, "Adam", section 3 (the correction).
     """
-    check_scalar("power", power, "[0, inf)")
+    check_hyperparameter("power", power)
+    if decay is not None:
+        decay = as_hyperparameter("decay", decay)
+        if static_value(power) not in (None, _POWER):
+            raise ValueError(f"Give power or decay, not both, got power={power!r} and decay={decay!r}.")
 
     def init_fn(params):
-        check_inexact("average_parameters", "params", params)
         real = scalar_dtype(params)
-        return AverageParametersState(jnp.zeros((), jnp.int32), widen(params), jnp.asarray(power, real))
+        # Copies, so that state and parameters can both be donated.
+        average = jax.tree.map(lambda x: jnp.array(x, wide_dtype(x)), params)
+        count = jnp.zeros((), jnp.int32)
+        if decay is None:
+            return AverageParametersState(count, average, value_at(power, count, real))
+        return EmaParametersState(count, average, value_at(decay, count, real), jnp.zeros((), real))
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        check_state("average_parameters", state, AverageParametersState)
         check_params("average_parameters", params)
-        check_inexact("average_parameters", "updates", updates)
+        check_state("average_parameters", state, init_fn, "params", params)
         check_same_tree("average_parameters", "updates", updates, "the state", state.average)
         check_same_tree("average_parameters", "params", params, "the state", state.average)
-        count = incremented(state.count)
-        gamma = state.power
-        weight = (gamma + 1) / (count.astype(gamma.dtype) + gamma)
+        share, state = _share_of_newest(state, power, decay)
         leaves, treedef = jax.tree.flatten(state.average)
-        # Of the parameters as they will be, rounded to their dtype.
-        new = optax.apply_updates(jax.tree.leaves(params), jax.tree.leaves(updates))
-        average = [a + scale(x - a, weight) for a, x in zip(leaves, widen(new), strict=True)]
-        state = AverageParametersState(count, jax.tree.unflatten(treedef, average), gamma)
-        return widen(updates), state
+        # The average is over the updated parameters, rounded to their dtype.
+        new = [
+            updated_param(p, u)
+            for p, u in zip(jax.tree.leaves(params), jax.tree.leaves(updates), strict=True)
+        ]
+        average = [a + scale(x - a, share) for a, x in zip(leaves, widen(new), strict=True)]
+        return widen(updates), state._replace(average=jax.tree.unflatten(treedef, average))
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("average_parameters", init_fn, update_fn)
 
 
-def averaged_parameters(params: Any, opt_state: Any) -> Any:
-    """Gives the average that `average_parameters` keeps, in the dtypes of the parameters.
+def _share_of_newest(state: Any, power: Any, decay: Any) -> tuple[jax.Array, Any]:
+    """The weight of the newest parameters in the average, and the state with updated scalars."""
+    count = incremented(state.count)
+    if isinstance(state, AverageParametersState):
+        gamma = value_at(power, state.count, state.power.dtype)
+        share = (gamma + 1) / (count.astype(gamma.dtype) + gamma)
+        return share, state._replace(count=count, power=gamma)
+    dtype = state.weight.dtype
+    decays = decay_at(decay, state.count, dtype)
+    if isinstance(decays.keep, float) and decays.keep > 0:
+        # 1 - b^t in closed form: a sum of small terms stops growing before it reaches 1.
+        weight = -jnp.expm1(count.astype(dtype) * math.log(decays.keep))
+    else:
+        weight = ema_weight(state.weight, decays)
+    used = value_at(decay, state.count, dtype)
+    return decays.take / weight, state._replace(count=count, decay=used, weight=weight)
 
-    Made to be the `evaluate` of `study.compare`, where some arms average and some do not: without an average
-    in the state it gives `params`.
+
+def averaged_parameters(params: PyTree, opt_state: PyTree) -> PyTree:
+    """Returns the parameters, replaced by the averages of `average_parameters` where there are any.
+
+    Leaves are matched by path, so `params` and `opt_state` may use different containers: nnx states,
+    `nnx.as_pure` of them, linen dictionaries. Inside `optax.masked`, `optax.partition` or
+    `partition_by_path`, some leaves may have no average, and several groups may have their own.
+
+    If the state holds no average at all, this returns `params`, so that `study.compare` can evaluate arms
+    with and without averaging in the same way. `swap_averaged` raises instead.
 
     Args:
-        params: The parameters that are trained.
-        opt_state: The optimizer's state.
+        params: The trained parameters, any tree or an nnx module.
+        opt_state: The optimizer's state, at any depth, or `nnx.state(optimizer)`.
+
+    Returns:
+        A tree like `params`, in its dtypes; a new module for an nnx module.
 
     Raises:
-        ValueError: If the state holds more than one average.
+        ValueError: If a leaf has several averages, or no leaf of `params` has the path and shape of an
+            average.
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp
@@ -118,9 +213,98 @@ def averaged_parameters(params: Any, opt_state: Any) -> Any:
         >>> ao.averaged_parameters(params, ao.adam(1e-3).init(params)) is params
         True
     """
-    found = states_of(AverageParametersState, opt_state)
-    if len(found) > 1:
-        raise ValueError(f"opt_state must hold one average of the parameters, got {len(found)}.")
-    if not found:
-        return params
-    return jax.tree.map(lambda x, a: a.astype(x.dtype), params, found[0].average)
+    averages = _averages(opt_state)
+    return params if averages is None else _with_averages(params, averages)
+
+
+def swap_averaged(model_or_params: PyTree, opt_state: PyTree) -> PyTree:
+    """Returns a model or parameters with the averages of `average_parameters` in place of trained values.
+
+    For evaluation and export. The original is not modified, so there is nothing to swap back: evaluate the
+    result and continue training the original. To continue from the average instead, update the original with
+    it: `nnx.update(model, nnx.state(averaged))`.
+
+    Running statistics, such as those of BatchNorm, are not parameters and belong to the trained weights.
+    Recompute them before evaluating the averaged ones: run the averaged model over training data in training
+    mode, without taking steps, until they have converged (about `1 / (1 - momentum)` batches).
+
+    .. code-block:: python
+
+        averaged = ao.swap_averaged(model, optimizer.opt_state)
+        averaged.train()
+        for batch in batches:  # 100 for a momentum of 0.99
+            averaged(batch)
+        averaged.eval()
+
+    Args:
+        model_or_params: An nnx module, an Equinox module or any tree of parameters.
+        opt_state: The optimizer's state, at any depth, or `nnx.state(optimizer)`.
+
+    Returns:
+        A new module or tree of the same kind.
+
+    Raises:
+        ValueError: If the state holds no average, a leaf has several, or no leaf has the path and shape of an
+            average.
+
+    Example:
+        >>> import adaptive_optax as ao, jax.numpy as jnp, optax
+        >>> tx = optax.chain(ao.sgd(1.0), ao.average_parameters(decay=0.5))
+        >>> params = {"w": jnp.zeros(1)}
+        >>> state = tx.init(params)
+        >>> for _ in range(2):
+        ...     updates, state = tx.update({"w": -jnp.ones(1)}, state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> round(float(ao.swap_averaged(params, state)["w"][0]), 4)  # (1 + 2 * 2) / 3
+        1.6667
+    """
+    averages = _averages(opt_state)
+    if averages is None:
+        raise ValueError(
+            "swap_averaged: opt_state holds no average; put average_parameters last in the optimizer's chain."
+        )
+    return _with_averages(model_or_params, averages)
+
+
+def _averages(opt_state: Any) -> dict[str, Any] | None:
+    """The averages in a state, keyed by path; None if no transformation keeps any."""
+    nodes = [node for node in jax.tree.leaves(opt_state, is_leaf=_keeps_average) if _keeps_average(node)]
+    found: dict[str, Any] = {}
+    for node in nodes:
+        average = node["average"] if isinstance(node, Mapping) else node.average
+        for path, leaf in paths_and_leaves(average):
+            if path in found:
+                raise ValueError(f"opt_state must hold one average per leaf, got several of {path!r}.")
+            found[path] = unwrapped(leaf)
+    return found if nodes else None
+
+
+def _keeps_average(node: Any) -> bool:
+    # nnx.state and restored checkpoints represent a state as a mapping from its fields.
+    fields = set(node) if isinstance(node, Mapping) else None
+    return isinstance(node, _STATES) or any(fields == set(kind._fields) for kind in _STATES)
+
+
+def _with_averages(params: Any, averages: dict[str, Any]) -> Any:
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is not None and isinstance(params, nnx.Module):  # via its graph, so that tied parameters stay tied
+        graph, state = nnx.split(params)
+        return nnx.merge(graph, _with_averages(state, averages))
+    leaves = paths_and_leaves(params)
+    shapes = {path: jnp.shape(unwrapped(leaf)) for path, leaf in leaves if path in averages}
+    for path, average in averages.items():
+        if shapes.get(path) != average.shape:
+            problem = f"has shape {shapes[path]} in params" if path in shapes else "is not in params"
+            raise ValueError(
+                f"params: the average of {path!r}, of shape {average.shape}, {problem}; pass the parameters "
+                "that were passed to the optimizer's init."
+            )
+
+    def replaced(path, leaf):
+        new = value = unwrapped(leaf)
+        if path in averages:  # a copy, so that it can be donated together with the state
+            new = jnp.array(averages[path], jnp.result_type(value))
+        # An nnx Variable in hijax form is a reference, which must not change in the trained model.
+        return new if value is leaf else leaf.replace(new)
+
+    return jax.tree.unflatten(jax.tree.structure(params), [replaced(path, leaf) for path, leaf in leaves])

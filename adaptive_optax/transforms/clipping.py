@@ -1,4 +1,4 @@
-"""The global norm, right over float32's range, and clipping by it."""
+"""The global norm, accurate over float32's range, and clipping by it."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from adaptive_optax._checks import check_inexact, check_scalar
-from adaptive_optax._precision import abs_square, scalar_dtype, scaled, value_at, widen
-from adaptive_optax._trees import by_leaf
+from adaptive_optax._core.checks import check_inexact
+from adaptive_optax._core.hyperparameters import check_hyperparameter
+from adaptive_optax._core.norms import is_safe
+from adaptive_optax._core.precision import abs_square, scalar_dtype, scaled, value_at, widen
+from adaptive_optax._core.transformation import transformation
+from adaptive_optax._core.trees import PyTree, by_leaf
 
 
-def global_norm(tree: Any) -> jax.Array:
+def global_norm(tree: PyTree) -> jax.Array:
     r"""Returns the Euclidean norm of all coordinates of a tree.
 
-    :math:`\sqrt{\sum_i |x_i|^2}`, computed in float32 whatever the leaves are (float64 if a leaf is). Where a
-    plain sum of squares overflows or loses digits to underflow, it is taken again of coordinates scaled by a
-    power of two. Right for |x| from 1e-30 to 1e30; inf and NaN propagate.
+    :math:`\sqrt{\sum_i |x_i|^2}`, computed in float32 for any dtypes (float64 if a leaf is). If the plain sum
+    of squares overflows or loses digits to underflow, it is recomputed with coordinates scaled by a power of
+    two. Accurate for |x| from 1e-30 to 1e30; inf and NaN propagate.
 
     Args:
-        tree: Floating or complex leaves, any shapes and dtypes.
+        tree: Floating or complex leaves of any shapes and dtypes.
 
     Returns:
         A float32 (float64) scalar, 0 for an empty tree.
@@ -39,43 +42,43 @@ def global_norm(tree: Any) -> jax.Array:
     """
     check_inexact("global_norm", "tree", tree)
     dtype = scalar_dtype(tree)
-    # Squared in the sum's dtype: a float32 leaf beside a float64 one has its range.
+    # Squared in the sum's dtype, so that float32 leaves next to float64 ones have the larger range.
     leaves = [jnp.asarray(x) for x in jax.tree.leaves(tree) if jnp.size(x)]
     leaves = [x.astype(np.promote_types(x.dtype, dtype)) for x in leaves]
     if not leaves:
         return jnp.zeros((), dtype)
 
     def sum_of_squares(factor):
-        (sums,) = _sum_of_squares((factor, dtype), leaves)
-        return sum(sums, start=jnp.zeros((), dtype))
+        return sum(_sum_of_squares((factor, dtype), leaves), start=jnp.zeros((), dtype))
 
-    # Squares below the smallest normal number are flushed to 0. Together they are less than the rounding
-    # error of any sum above `lowest`; below it, and at overflow, the sum is taken again of scaled values.
-    limits = jnp.finfo(dtype)
-    lowest = float(limits.tiny) / float(limits.eps) * sum(x.size for x in leaves)
+    size = sum(x.size for x in leaves)
     shift = 2.0**80 if dtype == jnp.float32 else 2.0**600
     plain = sum_of_squares(1.0)
 
     def scaled_norm():
-        factor = jnp.where(plain < lowest, jnp.asarray(shift, dtype), jnp.asarray(1 / shift, dtype))
+        factor = jnp.where(jnp.isinf(plain), jnp.asarray(1 / shift, dtype), jnp.asarray(shift, dtype))
         return jnp.sqrt(sum_of_squares(factor)) / factor
 
-    fits = (plain >= lowest) & (plain < jnp.inf)
-    return jax.lax.cond(fits | jnp.isnan(plain), lambda: jnp.sqrt(plain), scaled_norm)
+    return jax.lax.cond(is_safe(plain, size) | jnp.isnan(plain), lambda: jnp.sqrt(plain), scaled_norm)
 
 
-@by_leaf(results=1)
-def _sum_of_squares(scalars: tuple[Any, Any], x: jax.Array) -> tuple[jax.Array]:
+@by_leaf(like="x")
+def _sum_of_squares(scalars: tuple[Any, Any], x: jax.Array) -> jax.Array:
     factor, dtype = scalars
-    return (jnp.sum(abs_square(scaled(x, factor))).astype(dtype),)
+    return jnp.sum(abs_square(scaled(x, factor))).astype(dtype)
 
 
 def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformationExtraArgs:
     r"""Scales updates down so that their global norm is at most `max_norm`.
 
-    The first link of a chain, where single batches give gradients much longer than usual.
-    :math:`u = g \min(1, \text{max\_norm} / \lVert g \rVert)`, one multiplication a coordinate. If the norm is
-    not finite the updates are returned as they are, so that the bad coordinates can still be found.
+    Put it first in a chain if single batches give gradients much longer than usual.
+    :math:`u = g \min(1, \text{max\_norm} / \lVert g \rVert)`, one multiplication per coordinate. If the norm
+    is not finite, the updates are returned unchanged, so that the bad coordinates can still be found. Nothing
+    is kept for the next step.
+
+    The norm includes all gradients in the tree. Exclude parameters that are not trained by wrapping the chain
+    in `freeze`. A group with `optax.set_to_zero` after the clipping still counts: its gradients, which may
+    grow without bound, would shrink all updates.
 
     Args:
         max_norm: The largest norm, in (0, inf]; a number, a JAX scalar or a tracer (not checked).
@@ -99,18 +102,16 @@ def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformationExtr
     Source: Pascanu, Mikolov and Bengio 2013, "On the difficulty of training recurrent neural networks",
     algorithm 1.
     """
-    check_scalar("max_norm", max_norm, "(0, inf]")
+    check_hyperparameter("max_norm", max_norm)
 
     def init_fn(params):
-        check_inexact("clip_by_global_norm", "params", params)
         return optax.EmptyState()
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        check_inexact("clip_by_global_norm", "updates", updates)
         norm = global_norm(updates)
         limit = value_at(max_norm, jnp.zeros((), jnp.int32), norm.dtype)
-        factor = jnp.where(jnp.isfinite(norm), jnp.minimum(1, limit / norm), 1)
+        factor = jnp.where(jnp.isfinite(norm) & (norm > limit), limit / jnp.where(norm > 0, norm, 1), 1)
         return scaled(widen(updates), factor), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("clip_by_global_norm", init_fn, update_fn)

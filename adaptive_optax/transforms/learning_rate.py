@@ -1,32 +1,78 @@
-"""The learning rate, with the value that was used kept in the state."""
+"""The learning rate, whose last value is kept in the state."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from adaptive_optax._checks import check_bool, check_inexact, check_scalar, check_state
-from adaptive_optax._precision import incremented, scalar_dtype, scaled, value_at, widen
+from adaptive_optax._core.checks import SCHEDULED, check_bool, check_state
+from adaptive_optax._core.hyperparameters import (
+    as_hyperparameter,
+    assigned,
+    in_effect,
+    next_schedule_state,
+    replacement,
+    schedule_state,
+    step_of,
+)
+from adaptive_optax._core.precision import scalar_dtype, scaled, value_at, widen
+from adaptive_optax._core.states import carries_hyperparameters
+from adaptive_optax._core.transformation import transformation
+from adaptive_optax._core.trees import PyTree
 
 
+def _set_learning_rate(state: Any, name: str, value: Any) -> Any:
+    field = "learning_rate" if isinstance(state, ScaleByLearningRateState) else "held"
+    new, overridden = replacement(name, value, state.given, state.overridden)
+    return state._replace(**{field: new}, overridden=overridden)
+
+
+@carries_hyperparameters("learning_rate", set_value=_set_learning_rate)
 class ScaleByLearningRateState(NamedTuple):
     """State of `scale_by_learning_rate`. The scalars are float32, or float64 if a parameter is.
 
     Attributes:
-        count: Number of steps taken, int32 scalar.
-        learning_rate: The learning rate of the last step; before the first step, of the first.
-        override: A learning rate that stands for the given one; negative for none (not NaN, at which
-            `jax_debug_nans` would stop).
+        learning_rate: The learning rate of the last step; before the first step, of the first. A value that
+            you assign here is used from then on, as with `set_hyperparams`.
+        given: The value that the number or schedule gave in the last step.
+        overridden: Whether the user set the learning rate, bool scalar.
+        schedule_state: The step count of a schedule; empty for a number.
     """
 
-    count: jax.Array
     learning_rate: jax.Array
-    override: jax.Array
+    given: jax.Array
+    overridden: jax.Array
+    schedule_state: PyTree
 
-    hyperparameters = ("learning_rate",)  # not a field: it has no annotation
+
+@carries_hyperparameters("learning_rate", set_value=_set_learning_rate)
+class ScaleByHeldLearningRateState(NamedTuple):
+    """State of `scale_by_learning_rate` if the learning rate is an array.
+
+    The array usually belongs to another transformation, such as `inject_hyperparams`, whose state has it
+    under its name. The field has another name here, so that `optax.tree_utils.tree_get(state,
+    "learning_rate")` finds only one place and `tree_set` does not set a copy.
+
+    Attributes:
+        held: The learning rate of the last step; before the first step, of the first.
+        given: The array's value in the last step.
+        overridden: Whether the user set the learning rate, bool scalar.
+    """
+
+    held: jax.Array
+    given: jax.Array
+    overridden: jax.Array
+
+    @property
+    def learning_rate(self) -> jax.Array:
+        """The learning rate of the last step."""
+        return self.held
+
+
+LEARNING_RATE_STATES = (ScaleByLearningRateState, ScaleByHeldLearningRateState)
 
 
 def scale_by_learning_rate(
@@ -34,23 +80,24 @@ def scale_by_learning_rate(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies updates by the (negative) learning rate.
 
-    The last adaptive link of a chain: :math:`\Delta_t = -\eta_t u_t`. optax's function of the same name, with
-    the learning rate of the last step in the state, where `get_hyperparams` finds it.
+    Usually the last adaptive link of a chain: :math:`\Delta_t = -\eta_t u_t`. Like optax's function of the
+    same name, but the state keeps the learning rate of the last step, where `get_hyperparams` finds it.
 
     Args:
         learning_rate: :math:`\eta \ge 0`, or a schedule of the step count, which starts at 0.
         flip_sign: Whether to multiply by :math:`-\eta` (descent) rather than :math:`\eta`.
 
-    The number may be a JAX scalar or a tracer, so that a sweep is a `vmap`; a tracer's range cannot be
-    checked.
+    A number may be a JAX scalar or a tracer, so that a sweep is a `vmap`; a tracer's range cannot be checked.
+    A NaN or a huge update passes through and has no lasting effect.
 
     Returns:
         The transformation. It returns float32 (or wider) updates; `params` and extra arguments are ignored.
 
     Raises:
-        ValueError: If `learning_rate` is negative or no scalar (at construction), or a leaf is not floating.
+        ValueError: If `learning_rate` is negative or not a scalar (at construction), or a leaf is not
+            floating.
 
-    State cost: three scalars.
+    State cost: two scalars and a flag, plus a counter for a schedule.
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp
@@ -60,24 +107,36 @@ def scale_by_learning_rate(
         >>> updates.tolist() == [-jnp.float32(0.1)] * 2, bool(state.learning_rate == jnp.float32(0.1))
         (True, True)
     """
-    check_scalar("learning_rate", learning_rate, "[0, inf)", schedule=True)
+    learning_rate = as_hyperparameter("learning_rate", learning_rate)
     check_bool("flip_sign", flip_sign)
     sign = -1 if flip_sign else 1
 
-    def init_fn(params):
-        check_inexact("scale_by_learning_rate", "params", params)
+    def plain_init(params):
         dtype = scalar_dtype(params)
-        count = jnp.zeros((), jnp.int32)
-        return ScaleByLearningRateState(count, value_at(learning_rate, count, dtype), jnp.full((), -1, dtype))
+        schedule = schedule_state(learning_rate)
+        # Two arrays, so that the state can be donated.
+        value, given = (value_at(learning_rate, step_of(schedule), dtype) for _ in range(2))
+        return ScaleByLearningRateState(value, given, jnp.zeros((), jnp.bool_), schedule)
+
+    def held_init(params):
+        return ScaleByHeldLearningRateState(*plain_init(params)[:3])
+
+    init_fn = held_init if isinstance(learning_rate, jax.Array) else plain_init
 
     def update_fn(updates, state, params=None, **extra_args):
-        del params, extra_args
-        check_state("scale_by_learning_rate", state, ScaleByLearningRateState)
-        check_inexact("scale_by_learning_rate", "updates", updates)
-        given = value_at(learning_rate, state.count, state.learning_rate.dtype)
-        value = jnp.where(state.override < 0, given, state.override)
-        return scaled(widen(updates), sign * value), ScaleByLearningRateState(
-            incremented(state.count), value, state.override
-        )
+        del extra_args
+        # A number at init may be an array now, and vice versa.
+        is_held = isinstance(state, ScaleByHeldLearningRateState) and not callable(learning_rate)
+        own_init = held_init if is_held else plain_init
+        check_state("scale_by_learning_rate", state, own_init, "updates", updates, SCHEDULED)
+        schedule = getattr(state, "schedule_state", ())
+        given = value_at(learning_rate, step_of(schedule), state.given.dtype)
+        current = assigned("learning_rate", state.learning_rate, state.given)
+        value, overridden = in_effect(current, state.given, state.overridden, given)
+        if isinstance(state, ScaleByLearningRateState):
+            state = ScaleByLearningRateState(value, given, overridden, next_schedule_state(schedule))
+        else:
+            state = ScaleByHeldLearningRateState(value, given, overridden)
+        return scaled(widen(updates), sign * value), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("scale_by_learning_rate", init_fn, update_fn)

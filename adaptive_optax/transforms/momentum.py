@@ -1,60 +1,81 @@
-"""Momentum: a decaying sum of the updates, in float32 whatever the parameters are."""
+"""Momentum: a decaying sum of the updates, in float32 whatever the parameters' dtype."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
-from adaptive_optax._checks import check_bool, check_inexact, check_same_tree, check_scalar, check_state
-from adaptive_optax._precision import incremented, scalar_dtype, scale, value_at, widen
+from adaptive_optax._core.checks import (
+    SCHEDULED,
+    Settings,
+    check_bool,
+    check_real,
+    check_same_tree,
+    check_state,
+)
+from adaptive_optax._core.hyperparameters import (
+    as_hyperparameter,
+    next_schedule_state,
+    schedule_state,
+    step_of,
+)
+from adaptive_optax._core.precision import as_wide_as, scalar_dtype, scale, value_at, widen
+from adaptive_optax._core.states import carries_hyperparameters
+from adaptive_optax._core.transformation import transformation
+from adaptive_optax._core.trees import PyTree
 from adaptive_optax.moments.formats import as_storage
 from adaptive_optax.moments.storage import as_nearest
 
 
+@carries_hyperparameters("momentum")
 class TraceState(NamedTuple):
     """State of `trace`.
 
     Attributes:
-        count: Number of steps taken, int32 scalar.
-        trace: The decaying sum, like the parameters, float32 at least or `accumulator_dtype`.
+        trace: The decaying sum, like the parameters, float32 or wider, or `accumulator_dtype`.
         momentum: The decay of the last step, float32 scalar (float64 if a parameter is).
+        schedule_state: The step count of a schedule; empty for a number.
     """
 
-    count: jax.Array
-    trace: Any
+    trace: PyTree
     momentum: jax.Array
+    schedule_state: PyTree
 
-    hyperparameters = ("momentum",)  # not a field: it has no annotation
+
+_SETTINGS = {"trace": Settings(form="accumulator_dtype"), **SCHEDULED}
 
 
 def trace(
-    decay: optax.ScalarOrSchedule, nesterov: bool = False, accumulator_dtype: Any = None
+    decay: optax.ScalarOrSchedule, nesterov: bool = False, accumulator_dtype: DTypeLike | None = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Accumulates updates into a decaying sum.
 
-    optax's function of the same name, in float32 at least (optax's state takes the dtype of the last
-    gradients), with a decay that may be a schedule. Unlike Adam's first moment the sum is not an average: its
-    length grows to :math:`1/(1-\mu)` times that of the updates.
+    Like optax's function of the same name, but in float32 or wider (optax's state takes the dtype of the last
+    gradients) and with a decay that may be a schedule. Unlike Adam's first moment, the sum is not an average:
+    its length grows to :math:`1/(1-\mu)` times the length of the updates.
 
     .. math::
         t_k = g_k + \mu_k t_{k-1}, \qquad u_k = t_k \quad\text{or, with nesterov,}\quad g_k + \mu_k t_k
 
     Args:
         decay: :math:`\mu` in [0, 1), or a schedule of the step count.
-        nesterov: Whether to look ahead.
-        accumulator_dtype: The dtype in which the sum is kept, rounded to nearest; None for float32.
+        nesterov: Whether to use Nesterov momentum.
+        accumulator_dtype: The dtype in which the sum is stored, rounded to nearest; None for float32.
 
-    The number may be a JAX scalar or a tracer; a tracer's range cannot be checked.
+    A number may be a JAX scalar or a tracer; a tracer's range cannot be checked.
+
+    A huge update fades by :math:`\mu` per step. A NaN stays in the sum for good; `reject_nonfinite`
+    keeps it out.
 
     Returns:
         The transformation. It returns float32 (or wider) updates; `params` and extra arguments are ignored.
 
     Raises:
-        ValueError: If an argument is out of range (at construction), a leaf is not floating (at init) or the
-            updates' tree is not that of the state (at update).
+        ValueError: If an argument is out of range (at construction), a leaf is not floating (at init), or the
+            updates' tree differs from the state's (at update).
 
     State cost: one float32 copy of the parameters.
 
@@ -69,30 +90,33 @@ def trace(
 
     Source: Sutskever et al. 2013, "On the importance of initialization and momentum", equations 1-4.
     """
-    check_scalar("decay", decay, "[0, 1)", schedule=True)
+    decay = as_hyperparameter("decay", decay)
     check_bool("nesterov", nesterov)
     storage = as_storage("accumulator_dtype", as_nearest("accumulator_dtype", accumulator_dtype), decay=decay)
 
     def init_fn(params):
-        check_inexact("trace", "params", params)
-        count = jnp.zeros((), jnp.int32)
-        return TraceState(count, storage.init(params, "mu"), value_at(decay, count, scalar_dtype(params)))
+        schedule = schedule_state(decay)
+        momentum = value_at(decay, step_of(schedule), scalar_dtype(params))
+        return TraceState(storage.init(params, "mu"), momentum, schedule)
 
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
-        check_state("trace", state, TraceState)
-        check_inexact("trace", "updates", updates)
-        momentum = value_at(decay, state.count, state.momentum.dtype)
-        count = incremented(state.count)
+        check_state("trace", state, init_fn, "updates", updates, _SETTINGS)
+        momentum = value_at(decay, step_of(state.schedule_state), state.momentum.dtype)
         g, total = widen(updates), storage.decode(state.trace)
         check_same_tree("trace", "updates", g, "the state", total)
+        check_real("trace", "updates", g, "the state", total)
+
+        total = as_wide_as(total, g)
 
         def decayed_sum(g, t):
             return g + scale(t, momentum)
 
         total = jax.tree.map(decayed_sum, g, total)
         updates = jax.tree.map(decayed_sum, g, total) if nesterov else total
-        kept = storage.encode(state.trace, total, count=count, role="mu")
-        return updates, TraceState(count, kept, momentum)
+        schedule = next_schedule_state(state.schedule_state)
+        # Any rounding is to nearest, so the count does not matter.
+        stored = storage.encode(state.trace, total, count=step_of(schedule), role="mu")
+        return updates, TraceState(stored, momentum, schedule)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("trace", init_fn, update_fn)

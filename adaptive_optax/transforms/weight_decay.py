@@ -1,41 +1,46 @@
-"""Decoupled weight decay, and the three things it may be coupled to."""
+"""Decoupled weight decay, with three kinds of coupling."""
 
 from __future__ import annotations
 
 from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
-from adaptive_optax._checks import (
+from adaptive_optax._core.checks import (
+    SCHEDULED,
     check_choice,
-    check_inexact,
     check_params,
     check_same_tree,
-    check_scalar,
     check_state,
 )
-from adaptive_optax._paths import paths_and_leaves
-from adaptive_optax._precision import incremented, scalar_dtype, scale, value_at, widen
+from adaptive_optax._core.hyperparameters import (
+    as_hyperparameter,
+    next_schedule_state,
+    schedule_state,
+    step_of,
+)
+from adaptive_optax._core.paths import masked_leaves
+from adaptive_optax._core.precision import scalar_dtype, scale, value_at, widen
+from adaptive_optax._core.states import carries_hyperparameters
+from adaptive_optax._core.transformation import transformation
+from adaptive_optax._core.trees import PyTree, by_leaf
 
 Coupling = Literal["learning_rate", "schedule", "independent"]
 
 
+@carries_hyperparameters("weight_decay")
 class AddDecoupledWeightDecayState(NamedTuple):
     """State of `add_decoupled_weight_decay`.
 
     Attributes:
-        count: Number of steps taken, int32 scalar.
         weight_decay: The weight decay of the last step, without the schedule's factor, float32 scalar
             (float64 if a parameter is).
+        schedule_state: The step count of schedules; empty for numbers.
     """
 
-    count: jax.Array
     weight_decay: jax.Array
-
-    hyperparameters = ("weight_decay",)  # not a field: it has no annotation
+    schedule_state: PyTree
 
 
 def add_decoupled_weight_decay(
@@ -45,10 +50,10 @@ def add_decoupled_weight_decay(
     schedule: optax.ScalarOrSchedule | None = None,
     mask: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Shrinks the parameters directly, past the adaptive scaling.
+    r"""Shrinks the parameters directly, without adaptive scaling.
 
-    Where it stands in the chain depends on what the decay is coupled to. With :math:`\theta` the parameters,
-    :math:`\lambda` `weight_decay`, u the direction and :math:`\Delta = -\eta_t u` the update:
+    Its place in the chain depends on the coupling. With :math:`\theta` the parameters, :math:`\lambda`
+    `weight_decay`, u the direction and :math:`\Delta = -\eta_t u` the update:
 
     ===================  ==========================  ==============================================
     `coupling`           place                       returns
@@ -58,19 +63,21 @@ def add_decoupled_weight_decay(
     `"independent"`      after the learning rate     :math:`\Delta - \lambda\theta`
     ===================  ==========================  ==============================================
 
-    With "learning_rate" a step shrinks the parameters by :math:`1 - \eta_t\lambda`, so that a new learning
-    rate needs a new :math:`\lambda`. With the other two it does not; "schedule" is Loshchilov and Hutter's
-    algorithm, in which :math:`s_t` is the schedule without its peak value, from 0 to 1.
+    With "learning_rate" a step multiplies the parameters by :math:`1 - \eta_t\lambda`, so a new learning rate
+    needs a new :math:`\lambda`. With the other two it does not. "schedule" is the algorithm of Loshchilov and
+    Hutter, in which :math:`s_t` is the schedule without its peak value, between 0 and 1.
 
     Args:
         weight_decay: :math:`\lambda \ge 0`, or a schedule. Dimensionless; with "learning_rate" per unit
             of the learning rate, typically 1e-4 to 0.1.
         coupling: `"learning_rate"`, `"schedule"` or `"independent"`.
-        schedule: :math:`s_t`, a schedule or a number >= 0; needed by, and only by, `coupling="schedule"`.
+        schedule: :math:`s_t`, a schedule or a number >= 0; required for `coupling="schedule"` and only used
+            with it.
         mask: Which leaves decay: a tree of bools like the parameters or a prefix of it, or a function from
-            the parameters to one. None: all.
+            the parameters to one. None for all leaves.
 
-    Numbers may be JAX scalars or tracers; a tracer's range cannot be checked.
+    Numbers may be JAX scalars or tracers; a tracer's range cannot be checked. A NaN or a huge update passes
+    through and has no lasting effect.
 
     Returns:
         The transformation. `update` needs `params`; extra arguments are ignored. Updates are float32 or
@@ -78,7 +85,8 @@ def add_decoupled_weight_decay(
 
     Raises:
         ValueError: If an argument is out of range or not used by the coupling (at construction), a leaf is
-            not floating or the mask does not fit (at init), or `params` is missing or unlike the updates.
+            not floating or the mask does not fit (at init), or `params` is missing or does not match the
+            updates.
 
     State cost: two scalars.
 
@@ -92,14 +100,14 @@ def add_decoupled_weight_decay(
 
     Source: Loshchilov and Hutter 2019, "Decoupled weight decay regularization", algorithm 2, line 12.
     """
-    check_scalar("weight_decay", weight_decay, "[0, inf)", schedule=True)
+    weight_decay = as_hyperparameter("weight_decay", weight_decay)
     check_choice("coupling", coupling, ("learning_rate", "schedule", "independent"))
     if coupling == "schedule":
         if schedule is None:
             raise ValueError(
-                "coupling='schedule' needs schedule= (decay_schedule= in adamw), the factor in a step."
+                "coupling='schedule' needs schedule= (decay_schedule= in adamw), the factor of each step."
             )
-        check_scalar("schedule", schedule, "[0, inf)", schedule=True)
+        schedule = as_hyperparameter("schedule", schedule, owner="add_decoupled_weight_decay")
     elif schedule is not None:
         raise ValueError(
             "schedule= (decay_schedule= in adamw) is used by coupling='schedule' only, "
@@ -107,60 +115,31 @@ def add_decoupled_weight_decay(
         )
 
     def init_fn(params):
-        check_inexact("add_decoupled_weight_decay", "params", params)
-        _masked_leaves(mask, params)
-        count = jnp.zeros((), jnp.int32)
-        return AddDecoupledWeightDecayState(count, value_at(weight_decay, count, scalar_dtype(params)))
+        masked_leaves(mask, params)
+        steps = schedule_state(weight_decay, schedule)
+        value = value_at(weight_decay, step_of(steps), scalar_dtype(params))
+        return AddDecoupledWeightDecayState(value, steps)
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
         check_params("add_decoupled_weight_decay", params)
-        check_state("add_decoupled_weight_decay", state, AddDecoupledWeightDecayState)
-        check_inexact("add_decoupled_weight_decay", "updates", updates)
         check_same_tree("add_decoupled_weight_decay", "updates", updates, "params", params)
+        check_state("add_decoupled_weight_decay", state, init_fn, "params", params, SCHEDULED)
         dtype = state.weight_decay.dtype
-        value = value_at(weight_decay, state.count, dtype)
+        count = step_of(state.schedule_state)
+        value = value_at(weight_decay, count, dtype)
         factor = value if coupling == "learning_rate" else -value
         if coupling == "schedule":
-            factor *= value_at(schedule, state.count, dtype)
+            factor *= value_at(schedule, count, dtype)
         leaves, treedef = jax.tree.flatten(widen(updates))
-        decaying = zip(leaves, jax.tree.leaves(widen(params)), _masked_leaves(mask, params), strict=True)
-        leaves = [u + scale(theta, factor) if decays else u for u, theta, decays in decaying]
-        state = AddDecoupledWeightDecayState(incremented(state.count), value)
+        decaying = zip(leaves, jax.tree.leaves(widen(params)), masked_leaves(mask, params), strict=True)
+        leaves = [_decayed(factor, u, theta) if decays else u for u, theta, decays in decaying]
+        state = AddDecoupledWeightDecayState(value, next_schedule_state(state.schedule_state))
         return jax.tree.unflatten(treedef, leaves), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("add_decoupled_weight_decay", init_fn, update_fn)
 
 
-def _masked_leaves(mask: Any, params: Any) -> list[bool]:
-    """Returns for each leaf of `params` whether it decays.
-
-    Leaves are matched by path, not by tree structure, so that a mask made from `nnx.state` fits the unwrapped
-    tree that `nnx.Optimizer` hands to `update`.
-    """
-    tree = mask(params) if callable(mask) else mask
-    paths = [path for path, _ in paths_and_leaves(params)]
-    if tree is None:
-        return [True] * len(paths)
-    entries = dict(paths_and_leaves(tree))
-    # Leaves that `optax.masked` or `optax.partition` hide are known too: the mask is of the whole tree.
-    places = [path for path, _ in paths_and_leaves(params, masked=True)]
-    known = {prefix for path in places for prefix in _prefixes(path)}
-    for path, value in entries.items():
-        if np.shape(value) or np.asarray(value).dtype != np.bool_:
-            raise ValueError(f"mask must hold bools, got {value!r} at {path!r}.")
-        if places and path not in known:
-            raise ValueError(f"mask has a leaf {path!r} that params have not.")
-    found = []
-    for path in paths:
-        match = next((prefix for prefix in _prefixes(path) if prefix in entries), None)
-        if match is None:
-            raise ValueError(f"mask says nothing about the leaf {path!r} of params.")
-        found.append(bool(entries[match]))
-    return found
-
-
-def _prefixes(path: str) -> list[str]:
-    """The path, then its parents, down to the root."""
-    parts = path.split("/")
-    return ["/".join(parts[:n]) for n in range(len(parts), -1, -1)]
+@by_leaf(like="u")
+def _decayed(factor: jax.Array, u: jax.Array, theta: jax.Array) -> jax.Array:
+    return u + scale(theta, factor)

@@ -1,1 +1,1 @@
-"""Control: reading and steering what a chain does."""
+"""Transformations that wrap another transformation."""

@@ -1,4 +1,4 @@
-"""Gradients of several micro-batches make one step, and tell how noisy they are."""
+"""Gradient accumulation over micro-batches, and the gradient noise scale estimated from them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from adaptive_optax._checks import (
+from adaptive_optax._core.checks import (
     check_bool,
+    check_flag,
     check_inexact,
     check_integer,
     check_same_tree,
@@ -22,7 +23,8 @@ from adaptive_optax._checks import (
     check_state_kept,
     check_transformation,
 )
-from adaptive_optax._precision import (
+from adaptive_optax._core.paths import paths_and_leaves
+from adaptive_optax._core.precision import (
     abs_square,
     divide,
     incremented,
@@ -32,7 +34,12 @@ from adaptive_optax._precision import (
     wide_dtype,
     widen,
 )
-from adaptive_optax._states import one_state_of, unwrapped
+from adaptive_optax._core.states import has_own_rejection, one_state_of, unwrapped
+from adaptive_optax._core.transformation import transformation, with_array_state
+from adaptive_optax._core.trees import PyTree
+from adaptive_optax._core.undefined import nan_unless
+from adaptive_optax.wrappers.parameter_dtype import outgoing
+from adaptive_optax.wrappers.reporting import OnReject, check_on_reject, report_first
 
 _NOISE_DECAY = 0.99  # averages over about a hundred emissions
 
@@ -43,21 +50,27 @@ class AccumulateGradientsState(NamedTuple):
     Attributes:
         count: Number of emissions, int32 scalar.
         micro_step: Number of micro-batches seen since the last emission, int32 scalar.
-        contributing: Number of those with a part in the sums, int32 scalar.
-        inner_state: The inner transformation's.
-        total: Weighted sum of their gradients, like the parameters, float32 at least.
+        contributing: Number of those that are included in the sums, int32 scalar.
+        took_part: Whether the last micro-batch is included, bool scalar; True before the first.
+        dropped: Total number of micro-batches dropped, int32 scalar.
+        dropped_in_a_row: Number dropped since the last one that was not, int32 scalar.
+        inner_state: State of the inner transformation.
+        total: Weighted sum of the gradients since the last emission, like the parameters, float32 or wider.
         weight: Sum of their weights.
         weight_sq: Sum of the squares of their weights.
-        square: Weighted sum of their gradients' squared norms.
-        signal: Moving average, over emissions, of the estimates of |G|^2 times 1 - 1/n (see `noise_scale`).
-        noise: Moving average of those of tr(Sigma), likewise.
+        square: Weighted sum of the squared norms of the gradients.
+        signal: Moving average, over emissions, of estimates of |G|^2 times 1 - 1/n (see `noise_scale`).
+        noise: Moving average, over emissions, of estimates of tr(Sigma) times 1 - 1/n.
     """
 
     count: jax.Array
     micro_step: jax.Array
     contributing: jax.Array
-    inner_state: Any
-    total: Any
+    took_part: jax.Array
+    dropped: jax.Array
+    dropped_in_a_row: jax.Array
+    inner_state: PyTree
+    total: PyTree
     weight: jax.Array
     weight_sq: jax.Array
     square: jax.Array
@@ -70,50 +83,67 @@ def accumulate_gradients(
     every: int | Callable[[jax.Array], ArrayLike],
     *,
     drop_nonfinite: bool = False,
+    on_reject: OnReject | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Takes one step of the inner transformation for several micro-batches.
+    r"""Accumulates gradients and takes one step of the inner transformation per k micro-batches.
 
-    Use it for batches that do not fit into memory, and with a schedule for batches that grow (`grow_batch`).
-    Call `update` for every micro-batch. Every k-th call hands their mean to the inner transformation, as if
-    the k micro-batches had been one batch, and returns its updates: it *emits*. The other calls return zeros
-    and do not run the inner transformation, so its state, its count and its schedules move once an emission.
+    Use it for batches that do not fit into memory, or with a schedule for growing batches (`grow_batch`).
+    Call `update` for every micro-batch. Every k-th call passes the mean of their gradients to the inner
+    transformation, as if the k micro-batches were one batch, and returns its updates: it *emits*. The other
+    calls return zeros and do not run the inner transformation, so its state, count and schedules advance once
+    per emission.
 
     .. math:: \bar g = \sum_i w_i g_i \Big/ \sum_i w_i
 
-    with the weights that `update(..., weight=w)` was given, 1 by default. Where a micro-batch's gradient is a
-    mean over samples or tokens, w is their number. A weight of 0 leaves a micro-batch out, whatever its
-    gradients hold (a mean over no tokens is NaN); if none of the k has a part, nothing is emitted, and the
-    counts and the inner state stay. `noise_scale` reads how much the micro-batches scatter.
+    with the weights given by `update(..., weight=w)`, 1 by default. If a micro-batch's gradient is a mean
+    over samples or tokens, w should be their number. A weight of 0 excludes a micro-batch, whatever its
+    gradients contain (a mean over no tokens is NaN). If all k are excluded, nothing is emitted, and the
+    counts and the inner state do not change. `noise_scale` estimates how much the micro-batches scatter.
 
-    Bad batches: `accumulate_gradients(reject_nonfinite(tx), k, drop_nonfinite=True)` is the nesting to use. A
-    bad micro-batch is dropped alone, and an overflow inside `tx` costs its emission. (That emission is
-    counted here and not inside, so that `every` is a step ahead of the schedules of `tx` from then on.) With
+    If an epoch ends in the middle of a window, `update(..., emit=True)` emits what has been accumulated,
+    including this micro-batch, and the next call starts a new window. To flush after the last micro-batch,
+    pass zero gradients with `weight=0, emit=True`; this emits nothing if nothing was accumulated.
+
+    For bad batches, use the nesting `accumulate_gradients(reject_nonfinite(tx), k, drop_nonfinite=True)`. It
+    drops only the bad micro-batch, and an overflow inside `tx` costs one emission. (That emission counts
+    here but not inside, so `every` is one step ahead of the schedules of `tx` from then on.) With
     `reject_nonfinite` outside, every rejection of an overflow inside `tx` would restore the sum that caused
-    it. `telemetry` and `verified`, too, go inside.
+    it. `get_rejections` counts dropped micro-batches as well as rejected steps, and `keep_if_rejected`
+    applies the same decision to the model's own state, such as batch statistics. `telemetry` and `verified`
+    also go inside; `dynamic_loss_scale` goes outside.
 
-    Differences from `optax.MultiSteps`: weights, dropping, float32 sums whatever the gradients' dtype, and
-    the noise scale. Decisions are made on what this device sees: under `shard_map` average the gradients over
-    devices before `update`. Under `vmap` both ways are computed, as in any `lax.cond`.
+    Without `drop_nonfinite` a NaN, or a gradient too large for `inner`, enters the state of `inner` with the
+    mean of its window, and stays there as it would without accumulation.
+
+    Differences from `optax.MultiSteps`: weights, dropping, float32 sums for any gradient dtype, and the noise
+    scale. Decisions depend on what the device sees: under `shard_map`, average the gradients over devices
+    before `update`. Under `vmap` both branches are computed, as in any `lax.cond`.
 
     Args:
-        inner: The transformation that takes the steps, a whole optimizer.
+        inner: The transformation that takes the steps, usually a whole optimizer.
         every: k, an integer of at least 1, or a schedule of the number of emissions so far, whose values are
-            rounded to integers; those below 1 count as 1.
-        drop_nonfinite: Whether a micro-batch counts as one of weight 0 if there is a NaN or an infinity in
-            its gradients or its weight, or its gradients' squared norm overflows (a norm above 1e19).
+            rounded to integers; values below 1 count as 1.
+        drop_nonfinite: Whether to treat a micro-batch as one of weight 0 if its gradients or its weight
+            contain a NaN or an infinity, or if the squared norm of its gradients overflows (a norm above
+            1e19).
+        on_reject: `on_reject(what, path)` is called on the host for each dropped micro-batch, as in
+            `reject_nonfinite`, with "gradient" and the path of the first bad leaf, "weight", or "gradient
+            norm" if only the sum over leaves overflows. Needs `drop_nonfinite=True`.
 
     Returns:
-        The transformation. Updates are float32 or wider. `update` takes `weight`, a number of at least 0
-        (that of a tracer cannot be checked). Other extra arguments go to `inner` as the micro-batch that
-        completes an emission has them: `value=` is the loss of that one, not the mean of k; where the mean
-        matters, as for `reduce_on_plateau` on training losses, pass a running mean.
+        The transformation. Updates are float32 or wider, unless there is a `match_parameter_dtype` inside.
+        `update` takes `weight`, a number of at least 0 (not checked for a tracer), and `emit`, a bool that
+        may be traced. Other extra arguments are forwarded to `inner` from the micro-batch that completes an
+        emission: `value=` is the loss of that micro-batch, not the mean over k. If the mean matters, as for
+        `reduce_on_plateau` with training losses, pass a running mean.
 
     Raises:
-        ValueError: If `inner` is no transformation or `every` out of range (at construction), a leaf is not
-            floating (at init), or the gradients' tree is not that of the state, `weight` is out of range, a
-            schedule's value is no scalar, or the inner state changes shape or dtype (at update).
+        ValueError: If `inner` is not a transformation, `every` is out of range, or `on_reject` is not a
+            function or not used (at construction); if a leaf is not floating (at init); if the gradients'
+            tree differs from the state's, `weight` is out of range, `emit` is not a bool, a schedule does not
+            return a scalar, or the inner state changes shape or dtype (at update).
 
-    State cost: that of `inner`, one float32 copy of the parameters, and eight scalars.
+    State cost: the state of `inner`, one float32 copy of the parameters, and eleven scalars.
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp
@@ -123,30 +153,38 @@ def accumulate_gradients(
         >>> second, state = tx.update(jnp.array([5.0]), state, weight=1)
         >>> first.tolist(), second.tolist()
         ([0.0], [-2.0])
+        >>> last, state = tx.update(jnp.array([5.0]), state, emit=True)  # the epoch ends
+        >>> last.tolist()
+        [-5.0]
     """
     check_transformation("inner", inner)
     if hasattr(every, "accumulation_steps"):
         raise ValueError(
-            "every must be an integer or a schedule, got a BatchGrowth: give its accumulation_steps."
+            "every must be an integer or a schedule, got a BatchGrowth: pass its accumulation_steps."
         )
     if not callable(every):
         check_integer("every", every, "[1, inf)")
     check_bool("drop_nonfinite", drop_nonfinite)
-    inner = optax.with_extra_args_support(inner)
+    check_on_reject(on_reject)
+    if on_reject is not None and not drop_nonfinite:
+        raise ValueError(f"on_reject={on_reject!r} needs drop_nonfinite=True; otherwise nothing is dropped.")
+    inner = with_array_state(inner)
 
-    def init_fn(params):
+    def own_init(params):
         check_inexact("accumulate_gradients", "params", params)
         dtype = scalar_dtype(params)
 
-        def zero(dtype=dtype):  # not one array in several places: such a state cannot be donated
+        def zero(dtype=dtype):  # a new array each time, because a state that repeats one cannot be donated
             return jnp.zeros((), dtype)
 
         return AccumulateGradientsState(
             count=zero(jnp.int32),
             micro_step=zero(jnp.int32),
             contributing=zero(jnp.int32),
-            # A weak type would not survive the cond.
-            inner_state=jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), inner.init(params)),
+            took_part=jnp.ones((), jnp.bool_),
+            dropped=zero(jnp.int32),
+            dropped_in_a_row=zero(jnp.int32),
+            inner_state=None,
             total=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide_dtype(p)), params),
             weight=zero(),
             weight_sq=zero(),
@@ -155,18 +193,43 @@ def accumulate_gradients(
             noise=zero(),
         )
 
-    def update_fn(updates, state, params=None, *, weight: ArrayLike = 1.0, **extra_args):
-        check_state("accumulate_gradients", state, AccumulateGradientsState)
+    def init_fn(params):
+        own, inner_state = own_init(params), inner.init(params)
+        if drop_nonfinite and any(
+            map(has_own_rejection, jax.tree.leaves(inner_state, is_leaf=has_own_rejection))
+        ):
+            raise ValueError(
+                "accumulate_gradients: with drop_nonfinite=True the scale of a dynamic_loss_scale inside "
+                "could never fall, because micro-batches that overflow do not reach it. Put it outside: "
+                "dynamic_loss_scale(accumulate_gradients(inner, every, drop_nonfinite=True))."
+            )
+        # The cond below needs strongly typed arrays.
+        return own._replace(
+            inner_state=jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)), inner_state)
+        )
+
+    def update_fn(
+        updates, state, params=None, *, weight: ArrayLike = 1.0, emit: ArrayLike = False, **extra_args
+    ):
         check_inexact("accumulate_gradients", "updates", updates)
+        check_state("accumulate_gradients", state, own_init, "updates", updates)
         check_same_tree("accumulate_gradients", "updates", updates, "the state", state.total)
         if not (drop_nonfinite and _is_known_nonfinite(weight)):
             check_scalar("weight", weight, "[0, inf)")
+        check_flag("emit", emit)
         dtype = state.weight.dtype
         g, w = widen(updates), jnp.asarray(weight, dtype)
 
-        used, square = w != 0, _square_norm(g, dtype)
+        squares = _square_norms(g, dtype)
+        used, square = w != 0, sum(squares, start=jnp.zeros((), dtype))
+        is_dropped = jnp.zeros((), jnp.bool_)
         if drop_nonfinite:
-            used &= jnp.isfinite(w) & jnp.isfinite(square)
+            is_dropped = used & ~(jnp.isfinite(w) & jnp.isfinite(square))
+            used &= ~is_dropped
+            if on_reject is not None:
+                places = [*(("gradient", path) for path, _ in paths_and_leaves(g)), ("weight", "")]
+                flags = jnp.isfinite(jnp.stack([*squares, w, square])) | ~is_dropped
+                report_first(on_reject, [*places, ("gradient norm", "")], flags)
 
         def added(total, new):
             return jnp.where(used, total + new, total)
@@ -175,15 +238,20 @@ def accumulate_gradients(
         state = state._replace(
             micro_step=incremented(state.micro_step),
             contributing=state.contributing + used.astype(jnp.int32),
+            took_part=used,
+            dropped=jnp.where(is_dropped, incremented(state.dropped), state.dropped),
+            dropped_in_a_row=jnp.where(is_dropped, incremented(state.dropped_in_a_row), 0),
             weight=added(state.weight, w),
             weight_sq=added(state.weight_sq, w * w),
             square=added(state.square, w * square),
         )
         k = jnp.round(value_at(every, state.count, dtype)).astype(jnp.int32) if callable(every) else every
-        complete = state.micro_step >= k
+        complete = (state.micro_step >= k) | jnp.asarray(emit)
         emits = complete & (state.contributing > 0)
 
-        def emit(total, inner_state):
+        dtypes = [t.dtype for t in jax.tree.leaves(total)]
+
+        def emission(total, inner_state):
             mean = jax.tree.map(lambda t: divide(t, state.weight), total)
             new_updates, new_state = inner.update(mean, inner_state, params, **extra_args)
             check_same_tree(
@@ -193,16 +261,27 @@ def accumulate_gradients(
                 "accumulate_gradients",
                 inner_state,
                 new_state,
-                "optax's may follow the parameters' dtype, and "
-                "the mean is float32: put master_weights around inner",
+                "optax's states may take the parameters' dtype, and "
+                "the mean is float32: wrap inner in master_weights",
             )
+            new_updates = outgoing(new_updates, inner_state)
+            dtypes[:] = [u.dtype for u in jax.tree.leaves(new_updates)]
             new_updates = jax.tree.map(lambda t, u: jnp.asarray(u, t.dtype), total, new_updates)
-            return new_updates, new_state, *_averages(state, _square_norm(mean, dtype))
+            return (
+                new_updates,
+                new_state,
+                *_averages(state, sum(_square_norms(mean, dtype), start=jnp.zeros((), dtype))),
+            )
 
         def wait(total, inner_state):
             return jax.tree.map(jnp.zeros_like, total), inner_state, state.signal, state.noise
 
-        new_updates, inner_state, signal, noise = jax.lax.cond(emits, emit, wait, total, state.inner_state)
+        new_updates, inner_state, signal, noise = jax.lax.cond(
+            emits, emission, wait, total, state.inner_state
+        )
+        # Both branches of the cond return the same dtypes. Those of the updates are known once it is traced.
+        leaves, treedef = jax.tree.flatten(new_updates)
+        new_updates = treedef.unflatten([x.astype(d) for x, d in zip(leaves, dtypes, strict=True)])
 
         def cleared(x):
             return jnp.where(complete, jnp.zeros_like(x), x)
@@ -211,6 +290,9 @@ def accumulate_gradients(
             count=jnp.where(emits, incremented(state.count), state.count),
             micro_step=cleared(state.micro_step),
             contributing=cleared(state.contributing),
+            took_part=state.took_part,
+            dropped=state.dropped,
+            dropped_in_a_row=state.dropped_in_a_row,
             inner_state=inner_state,
             total=jax.tree.map(cleared, total),
             weight=cleared(state.weight),
@@ -220,13 +302,13 @@ def accumulate_gradients(
             noise=noise,
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("accumulate_gradients", init_fn, update_fn)
 
 
-def noise_scale(opt_state: Any) -> jax.Array:
-    r"""Reads the gradient's noise scale, the batch size beyond which larger batches stop paying.
+def noise_scale(opt_state: PyTree) -> jax.Array:
+    r"""Reads the gradient noise scale, the batch size beyond which larger batches stop paying off.
 
-    Batches well below it cost next to no extra samples, batches well above it save next to no steps. It is
+    Batches well below it need almost no extra samples; batches well above it save almost no steps. It is
     estimated from the micro-batches that `accumulate_gradients` sees anyway. With the mean :math:`\bar g` of
     an emission, :math:`s = \sum_i w_i |g_i|^2 / \sum_i w_i`, and the effective number of micro-batches n:
 
@@ -236,23 +318,24 @@ def noise_scale(opt_state: Any) -> jax.Array:
         \operatorname{tr} \Sigma \approx \frac{n (s - |\bar g|^2)}{n - 1}, \qquad
         B_{simple} = \operatorname{tr} \Sigma / |G|^2
 
-    Both are unbiased for micro-batches that scatter alike, with whatever weights. Where small weights go with
-    more scatter, as numbers of samples do, :math:`|G|^2` comes out too small, and for weights that differ by
-    factors it may be negative and the result NaN: then give equal micro-batches, or weights near each other.
-    What is returned is the ratio of two moving averages over about a hundred emissions, in which an emission
-    counts as much as it tells, 1 - 1/n. Emissions of one micro-batch, and those whose estimates overflow, do
-    not enter.
+    The estimates of :math:`|G|^2` and :math:`\operatorname{tr} \Sigma` are unbiased for any weights if all
+    micro-batches have the same variance. If small weights mean more variance, as with numbers of samples,
+    :math:`|G|^2` comes out too small. For weights that differ by large factors it may be negative and the
+    result NaN; use equal micro-batches then, or similar weights. The result is the ratio of two moving
+    averages over about a hundred emissions, weighted by the information in each emission, 1 - 1/n. Emissions
+    of a single micro-batch, and those whose estimates overflow, are excluded.
 
     Args:
-        opt_state: A state with one `accumulate_gradients` in it, at any depth.
+        opt_state: A state that contains one `accumulate_gradients`, at any depth.
 
     Returns:
-        :math:`B_{simple}` in micro-batches, a float scalar: times the micro-batch size it is in samples. It
-        can be compared with k. NaN before the first estimate, and where that of :math:`|G|^2` is not
-        positive: then there is more noise than k micro-batches can tell.
+        :math:`B_{simple}` in micro-batches, a float scalar, comparable with k; multiply it by the micro-batch
+        size for samples. NaN before the first estimate, and if the estimate of :math:`|G|^2` is not positive,
+        which means more noise than k micro-batches can resolve. (With `jax_debug_nans`, inside a jitted
+        function, it is the lowest finite number, because such a function cannot return a NaN.)
 
     Raises:
-        ValueError: If there is no such state, or more than one.
+        ValueError: If there is no such state or more than one.
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp
@@ -268,7 +351,7 @@ def noise_scale(opt_state: Any) -> jax.Array:
     """
     state = one_state_of(AccumulateGradientsState, opt_state, "accumulate_gradients")
     signal, noise = unwrapped(state.signal), unwrapped(state.noise)
-    return jnp.where(signal > 0, noise / jnp.where(signal > 0, signal, 1), jnp.nan)
+    return nan_unless(signal > 0, noise / jnp.where(signal > 0, signal, 1))
 
 
 def _is_known_nonfinite(weight: Any) -> bool:
@@ -276,10 +359,10 @@ def _is_known_nonfinite(weight: Any) -> bool:
 
 
 def _averages(state: AccumulateGradientsState, big: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The averages with this emission's estimates, from big = |mean|^2.
+    """Updates the averages with the estimates of this emission, given big = |mean|^2.
 
-    For Cov(g_i) = Sigma, E[small] = |G|^2 + tr(Sigma) and E[big] = |G|^2 + tr(Sigma) / n. So the expectation
-    of big - small / n is (1 - 1/n) |G|^2, and that of small - big is (1 - 1/n) tr(Sigma).
+    For Cov(g_i) = Sigma, E[small] = |G|^2 + tr(Sigma) and E[big] = |G|^2 + tr(Sigma) / n. Hence the
+    expectation of big - small / n is (1 - 1/n) |G|^2, and that of small - big is (1 - 1/n) tr(Sigma).
     """
     small, share = state.square / state.weight, state.weight_sq / jnp.square(state.weight)  # share = 1 / n
     signal, noise = big - share * small, small - big
@@ -291,6 +374,6 @@ def _averages(state: AccumulateGradientsState, big: jax.Array) -> tuple[jax.Arra
     return average(state.signal, signal), average(state.noise, noise)
 
 
-def _square_norm(tree: Any, dtype: Any) -> jax.Array:
-    squares = jax.tree.leaves(abs_square(tree))
-    return sum((jnp.sum(x).astype(dtype) for x in squares), start=jnp.zeros((), dtype))
+def _square_norms(tree: Any, dtype: Any) -> list[jax.Array]:
+    """The squared norm of each leaf."""
+    return [jnp.sum(x).astype(dtype) for x in jax.tree.leaves(abs_square(tree))]

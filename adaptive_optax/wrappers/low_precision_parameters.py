@@ -1,19 +1,19 @@
 r"""Low-precision parameters done right: three ways to keep what `optax.apply_updates` rounds away.
 
-`apply_updates` adds in float32 and rounds to the parameter's dtype, to nearest. In bfloat16, with 8 bits, a
-step of less than 1/512 of a parameter changes nothing: 1.0 plus a thousand times 0.001 stays 1.0. Each of the
-transformations here computes the new parameter q itself, rounds it as it means to, and hands out q - p, which
-lands on q whatever applies it.
+`apply_updates` adds in float32 and rounds to the nearest value of the parameter's dtype. In bfloat16, with 8
+bits, a step of less than 1/512 of a parameter has no effect: 1.0 plus a thousand times 0.001 stays 1.0. Each
+transformation here computes the new parameter q itself, rounds it in its own way, and returns q - p as the
+update, so that applying it gives exactly q.
 
 =======================  ==================================  =====================  ========================
                          keeps                               extra state            good for
 =======================  ==================================  =====================  ========================
 `stochastic_rounding`    the step, in expectation            none                   most; adds noise
-`kahan_summation`        about 16 bits                       2 bytes a parameter    steps above 2^-16 of p
-`master_weights`         float32's 24 bits                   4 bytes a parameter    everything
+`kahan_summation`        about 16 bits                       2 bytes per parameter  steps above 2^-16 of p
+`master_weights`         float32's 24 bits                   4 bytes per parameter  everything
 =======================  ==================================  =====================  ========================
 
-Leaves of float32 and wider pass through all three as they are.
+All three leave float32 and wider leaves unchanged.
 """
 
 from __future__ import annotations
@@ -24,18 +24,24 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adaptive_optax._checks import (
-    check_inexact,
+from adaptive_optax._core.checks import (
     check_integer,
     check_params,
     check_same_tree,
     check_state,
     check_transformation,
 )
-from adaptive_optax._paths import paths_and_leaves
-from adaptive_optax._precision import incremented, widen
-from adaptive_optax._rounding import is_low_precision, random_bits, round_stochastically, round_to_nearest
-from adaptive_optax._trees import by_leaf, leaf_numbers
+from adaptive_optax._core.paths import paths_and_leaves
+from adaptive_optax._core.precision import incremented, widen
+from adaptive_optax._core.random_bits import (
+    is_low_precision,
+    random_bits,
+    round_stochastically,
+    round_to_nearest,
+)
+from adaptive_optax._core.sharding import traced_sharding
+from adaptive_optax._core.transformation import transformation, with_array_state
+from adaptive_optax._core.trees import PyTree, by_leaf, leaf_numbers
 
 
 class StochasticRoundingState(NamedTuple):
@@ -49,15 +55,17 @@ class StochasticRoundingState(NamedTuple):
 
 
 def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:
-    r"""Rounds the new low-precision parameters up or down at random, right in expectation.
+    r"""Rounds the new low-precision parameters up or down at random, so that they are right in expectation.
 
-    The last link of a chain. Use it first when parameters are bfloat16 or float16: it costs no memory. A sum
-    x = p + u between the neighbours a < b becomes b with probability (x - a) / (b - a). The noise is at most
-    half a unit in the last place (standard deviation), and each step's is its own.
+    Put it last in a chain. It is the first thing to try for bfloat16 or float16 parameters, since it costs no
+    memory. A sum x = p + u between the neighbours a < b becomes b with probability (x - a) / (b - a). The
+    standard deviation of the noise is at most half a unit in the last place, and the noise of different steps
+    is independent. A NaN or a huge update passes through and has no lasting effect.
 
     Args:
-        seed: Of the random bits, an integer in [0, 2^32). They are a hash of it, of the coordinate, the step
-            and the leaf: a restored run goes on bit for bit, and any sharding draws the same.
+        seed: The seed of the random bits, an integer in [0, 2^32). The bits are a hash of the seed, the
+            coordinate, the step and the leaf: a restored run continues bit for bit, and the bits are the same
+            under any sharding.
 
     Returns:
         The transformation; `update` needs `params`. Extra arguments are ignored.
@@ -73,7 +81,7 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:
         >>> tx = optax.chain(ao.sgd(1.0), ao.stochastic_rounding())
         >>> params = jnp.ones(1000, jnp.bfloat16)
         >>> state = tx.init(params)
-        >>> for _ in range(10):  # to nearest, every one of these steps would be lost
+        >>> for _ in range(10):  # rounding to nearest would lose each of these steps
         ...     updates, state = tx.update(jnp.full(1000, -1e-3), state, params)
         ...     params = optax.apply_updates(params, updates)
         >>> bool(abs(params.astype(jnp.float32).mean() - 1.01) < 1e-3)
@@ -90,61 +98,63 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:
 
     def update_fn(updates, state, params=None, **extra_args):
         del extra_args
-        check_state("stochastic_rounding", state, StochasticRoundingState)
         check_params("stochastic_rounding", params)
         check_same_tree("stochastic_rounding", "updates", updates, "params", params)
+        check_state("stochastic_rounding", state, init_fn, "params", params)
 
         updates = widen(updates)
-        (updates,) = _step_rounded((state.count, seed), updates, params, leaf_numbers(updates))
+        updates = _step_rounded((state.count, seed), updates, params, leaf_numbers(updates))
         return updates, StochasticRoundingState(incremented(state.count))
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("stochastic_rounding", init_fn, update_fn)
 
 
-@by_leaf(results=1)
-def _step_rounded(step: tuple[jax.Array, int], u: jax.Array, p: jax.Array, number: Any) -> tuple[jax.Array]:
+@by_leaf(like="u")
+def _step_rounded(step: tuple[jax.Array, int], u: jax.Array, p: jax.Array, number: Any) -> jax.Array:
     count, seed = step
     if not is_low_precision(p):
-        return (u,)
-    bits = random_bits(p.shape, count, number, "parameter", seed)
-    return (_landing(p, round_stochastically(_wide(p) + _wide(u), p.dtype, bits)),)
+        return u
+    bits = random_bits(p.shape, count, number, "parameter", seed, sharding=traced_sharding(p))
+    return _update_to_reach(p, round_stochastically(_wide(p) + _wide(u), p.dtype, bits))
 
 
 class KahanSummationState(NamedTuple):
     """State of `kahan_summation`.
 
     Attributes:
-        inner_state: The inner transformation's.
-        compensation: What the parameters lack, in their dtypes; a scalar 0 for float32 and wider.
+        inner_state: State of the inner transformation.
+        compensation: The rounding errors of the parameters, in their dtypes; a scalar 0 for float32 and
+            wider.
     """
 
-    inner_state: Any
-    compensation: Any
+    inner_state: PyTree
+    compensation: PyTree
 
 
 def kahan_summation(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    r"""Carries what rounding took off a low-precision parameter over to the next step.
+    r"""Carries the rounding error of each low-precision parameter over to the next step.
 
-    Use it where the noise of `stochastic_rounding` hurts and master weights are too large. With :math:`\circ`
-    for rounding to the parameter's dtype, to nearest, and u the inner update:
+    Use it if the noise of `stochastic_rounding` hurts and master weights are too large. With :math:`\circ`
+    for rounding to the nearest value of the parameter's dtype, and u the inner update:
 
     .. math::
         y = u + c, \qquad p' = \circ(p + y), \qquad c' = \circ((p - p') + y)
 
-    The pair holds about twice the parameter's digits, 16 bits for bfloat16: a step below :math:`2^{-16} |p|`
-    is rounded with a bias. For such steps use `master_weights`.
+    The pair (p, c) has about twice the parameter's precision, 16 bits for bfloat16. A step below
+    :math:`2^{-16} |p|` is rounded with a bias; use `master_weights` for such steps. A NaN in the update stays
+    in c for good.
 
     Args:
-        inner: The transformation whose updates are to be kept, a whole optimizer.
+        inner: The transformation whose updates to compensate, usually a whole optimizer.
 
     Returns:
-        The transformation; `update` needs `params`. Extra arguments go to `inner`.
+        The transformation; `update` needs `params`. Extra arguments are forwarded to `inner`.
 
     Raises:
-        ValueError: If `inner` is no transformation (at construction), a leaf is not floating or has 8 bits
+        ValueError: If `inner` is not a transformation (at construction), a leaf is not floating or has 8 bits
             (at init), or `params` is missing (at update).
 
-    State cost: that of `inner`, and 2 bytes a low-precision parameter.
+    State cost: the state of `inner`, and 2 bytes per low-precision parameter.
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp, optax
@@ -161,70 +171,78 @@ def kahan_summation(inner: optax.GradientTransformation) -> optax.GradientTransf
     2020, algorithm 1.
     """
     check_transformation("inner", inner)
-    inner = optax.with_extra_args_support(inner)
+    inner = with_array_state(inner)
 
-    def init_fn(params):
+    def own_init(params):
         _check_params("kahan_summation", params)
         compensation = jax.tree.map(
             lambda p: jnp.zeros_like(p) if is_low_precision(p) else jnp.zeros((), p.dtype), params
         )
-        return KahanSummationState(inner.init(params), compensation)
+        return KahanSummationState(None, compensation)
+
+    def init_fn(params):
+        return own_init(params)._replace(inner_state=inner.init(params))
 
     def update_fn(updates, state, params=None, **extra_args):
-        check_state("kahan_summation", state, KahanSummationState)
         check_params("kahan_summation", params)
+        if isinstance(state, KahanSummationState):
+            low = {path for path, c in paths_and_leaves(state.compensation) if is_low_precision(c)}
+            _check_still_low("kahan_summation", params, low)
+        check_state("kahan_summation", state, own_init, "params", params)
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         check_same_tree("kahan_summation", "updates", updates, "params", params)
 
         updates, compensation = _step_compensated((), widen(updates), state.compensation, params)
         return updates, KahanSummationState(inner_state, compensation)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("kahan_summation", init_fn, update_fn)
 
 
-@by_leaf(results=2)
+@by_leaf(like=("u", "c"))
 def _step_compensated(_: Any, u: jax.Array, c: jax.Array, p: jax.Array) -> tuple[jax.Array, jax.Array]:
     if not is_low_precision(p):
         return u, c
     step = _wide(u) + _wide(c)
     target = round_to_nearest(_wide(p) + step, p.dtype)
     lacking = round_to_nearest((_wide(p) - target) + step, p.dtype)
-    return _landing(p, target), lacking.astype(p.dtype)
+    return _update_to_reach(p, target), lacking.astype(p.dtype)
 
 
 class MasterWeightsState(NamedTuple):
     """State of `master_weights`.
 
     Attributes:
-        inner_state: The inner transformation's, for float32 parameters.
+        inner_state: State of the inner transformation, for float32 parameters.
         master: float32 copies of the low-precision parameters; a scalar 0 for float32 and wider.
     """
 
-    inner_state: Any
-    master: Any
+    inner_state: PyTree
+    master: PyTree
 
 
 def master_weights(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    r"""Keeps float32 copies of low-precision parameters, and hands the parameters what these round to.
+    r"""Keeps float32 copies of low-precision parameters, and sets the parameters to the rounded copies.
 
-    Use it where memory allows: the run is that of float32 parameters, seen through low-precision ones in the
-    loss alone. `inner` sees the copies as its `params` and float32 gradients, so optimizers of optax keep
-    float32 state too.
+    Use it if memory allows: the run is the same as with float32 parameters, except that the loss sees them in
+    low precision. `inner` receives the copies as `params`, and float32 gradients, so optax's optimizers keep
+    float32 state as well.
 
-    A copy that no longer rounds to its parameter, because that was clipped, reloaded or otherwise changed
-    from outside, is taken anew from it, coordinate by coordinate.
+    A NaN in the update stays in the copy, as it does in the parameter: wrap this in `reject_nonfinite`.
+
+    If a copy no longer rounds to its parameter, because the parameter was clipped, reloaded or otherwise
+    changed from outside, it is replaced by the parameter, coordinate by coordinate.
 
     Args:
-        inner: The transformation that trains the copies, a whole optimizer.
+        inner: The transformation that trains the copies, usually a whole optimizer.
 
     Returns:
-        The transformation; `update` needs `params`. Extra arguments go to `inner`.
+        The transformation; `update` needs `params`. Extra arguments are forwarded to `inner`.
 
     Raises:
-        ValueError: If `inner` is no transformation (at construction), a leaf is not floating or has 8 bits
+        ValueError: If `inner` is not a transformation (at construction), a leaf is not floating or has 8 bits
             (at init), or `params` is missing (at update).
 
-    State cost: that of `inner`, and 4 bytes a low-precision parameter.
+    State cost: the state of `inner`, and 4 bytes per low-precision parameter.
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp, optax
@@ -233,66 +251,83 @@ def master_weights(inner: optax.GradientTransformation) -> optax.GradientTransfo
         >>> state = tx.init(params)
         >>> updates, state = tx.update(jnp.ones(1, jnp.bfloat16), state, params)
         >>> params = optax.apply_updates(params, updates)
-        >>> params.tolist(), bool(state.master[0] < 1)  # too small a step to be seen, but not lost
+        >>> params.tolist(), bool(state.master[0] < 1)  # the step is too small to be visible, but not lost
         ([1.0], True)
 
     Source: Micikevicius et al. 2018, "Mixed precision training", section 3.1.
     """
     check_transformation("inner", inner)
-    inner = optax.with_extra_args_support(inner)
+    inner = with_array_state(inner)
 
-    def init_fn(params):
+    def own_init(params):
         _check_params("master_weights", params)
         master = jax.tree.map(lambda p: _wide(p) if is_low_precision(p) else jnp.zeros((), p.dtype), params)
-        return MasterWeightsState(inner.init(_seen((), params, master)[0]), master)
+        return MasterWeightsState(None, master)
+
+    def init_fn(params):
+        state = own_init(params)
+        return state._replace(inner_state=inner.init(_float32_copy((), params, state.master)))
 
     def update_fn(updates, state, params=None, **extra_args):
-        check_state("master_weights", state, MasterWeightsState)
         check_params("master_weights", params)
         check_same_tree("master_weights", "updates", updates, "params", params)
-        (copies,) = _seen((), params, state.master)
+        if isinstance(state, MasterWeightsState):
+            copied = {path for path, m in paths_and_leaves(state.master) if jnp.ndim(m)}
+            _check_still_low("master_weights", params, copied)
+        check_state("master_weights", state, own_init, "params", params)
+        copies = _float32_copy((), params, state.master)
         updates, inner_state = inner.update(widen(updates), state.inner_state, copies, **extra_args)
 
         updates, master = _step_master((), widen(updates), state.master, params, copies)
         return updates, MasterWeightsState(inner_state, master)
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("master_weights", init_fn, update_fn)
 
 
-@by_leaf(results=1)
-def _seen(_: Any, p: jax.Array, master: jax.Array) -> tuple[jax.Array]:
-    """The copy of a parameter: of itself where it is wide, or changed from outside."""
+@by_leaf(like="p")
+def _float32_copy(_: Any, p: jax.Array, master: jax.Array) -> jax.Array:
+    """The copy of a parameter, or the parameter itself where it is wide or was changed from outside."""
     if not is_low_precision(p):
-        return (p,)
-    return (jnp.where(round_to_nearest(master, p.dtype) == _wide(p), master, _wide(p)),)
+        return p
+    return jnp.where(round_to_nearest(master, p.dtype) == _wide(p), master, _wide(p))
 
 
-@by_leaf(results=2)
+@by_leaf(like=("u", "old"))
 def _step_master(
     _: Any, u: jax.Array, old: jax.Array, p: jax.Array, copy: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     if not is_low_precision(p):
         return u, old
     master = copy + _wide(u)
-    return _landing(p, round_to_nearest(master, p.dtype)), master
+    return _update_to_reach(p, round_to_nearest(master, p.dtype)), master
 
 
 def _wide(p: jax.Array) -> jax.Array:
     return p.astype(jnp.float32)
 
 
-def _landing(p: jax.Array, target: jax.Array) -> jax.Array:
-    """The float32 update with which p + update rounds to `target`, which p's dtype holds.
+def _update_to_reach(p: jax.Array, target: jax.Array) -> jax.Array:
+    """The float32 update for which p + update rounds to `target`, a value of p's dtype.
 
-    target - p is exact where the two are of like size. Where target is far larger, an error of 2^-24 of it
-    is far below half a unit of p's dtype. Where it is far smaller, it is a sum of float32 numbers as large as
-    p, hence a multiple of their unit, and the difference is exact again.
+    target - p is exact if the two have similar magnitudes. If target is much larger, its relative error of
+    2^-24 is far below half a unit of p's dtype. If it is much smaller, it is a sum of float32 numbers as
+    large as p, hence a multiple of their unit, and the difference is exact again.
     """
     return target - _wide(p)
 
 
+def _check_still_low(owner: str, params: Any, low: set[str]) -> None:
+    """Raises if parameters had 16 bits when the state was made, and a sum without a cast has widened them."""
+    for path, p in paths_and_leaves(params):
+        if path in low and not is_low_precision(p):
+            raise ValueError(
+                f"{owner}: {path!r} is {p.dtype} but had 16 bits when the state was made. Was the update "
+                "added without a cast, as in equinox.apply_updates? Use optax.apply_updates, or end the "
+                "chain with match_parameter_dtype."
+            )
+
+
 def _check_params(owner: str, params: Any) -> None:
-    check_inexact(owner, "params", params)
     for path, p in paths_and_leaves(params):
         if is_low_precision(p) and jnp.finfo(p.dtype).bits < 16:
-            raise ValueError(f"{owner}: {path!r} is {p.dtype}; bfloat16, float16 or wider is needed.")
+            raise ValueError(f"{owner}: {path!r} must be bfloat16, float16 or wider, got {p.dtype}.")

@@ -1,4 +1,4 @@
-"""The learning rate drops when a metric stalls."""
+"""Reducing the learning rate when a metric stops improving."""
 
 from __future__ import annotations
 
@@ -9,31 +9,38 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adaptive_optax._checks import (
-    check_choice,
-    check_inexact,
-    check_integer,
-    check_scalar,
-    check_state,
-)
-from adaptive_optax._precision import incremented, scalar_dtype, scaled, widen
+from adaptive_optax._core.checks import check_choice, check_flag, check_integer, check_state
+from adaptive_optax._core.hyperparameters import check_hyperparameter, check_members, filled_like
+from adaptive_optax._core.precision import incremented, scalar_dtype, scaled, widen
+from adaptive_optax._core.states import carries_hyperparameters
+from adaptive_optax._core.transformation import transformation
 
 Mode = Literal["min", "max"]
 Preset = Literal["optax", "torch", "keras"]
 
+_MISSING = object()
 
+
+def _set_scale(state: Any, name: str, value: Any) -> Any:
+    scale = 1.0 if value is None else value
+    check_members(name, scale, state.scale, "reduce_on_plateau")
+    return state._replace(scale=filled_like(state.scale, scale))
+
+
+@carries_hyperparameters("scale", set_value=_set_scale)
 class ReduceOnPlateauState(NamedTuple):
     """State of `reduce_on_plateau`. The scalars are float32, or float64 if a parameter is.
 
     Attributes:
         count: Number of steps taken, int32 scalar.
-        scale: The factor on updates; it may be set, and falls on from there.
-        best: The best metric so far, infinitely bad before the first.
-        total: Sum of the finite metrics in the window that is being filled.
-        spoiled: Number of those that are not finite, int32 scalar.
-        filled: Number of metrics in it, int32 scalar.
+        scale: The factor on updates. If you set it, it continues to fall from the new value.
+        best: The best metric so far; initially the worst finite number of its dtype, so that
+            `jax_debug_infs` does not raise.
+        total: Sum of the finite metrics in the current window.
+        spoiled: Number of non-finite metrics in the current window, int32 scalar.
+        filled: Number of metrics in the current window, int32 scalar.
         bad: Number of windows without improvement, int32 scalar.
-        cooldown: Windows for which none counts as bad, int32 scalar.
+        cooldown: Number of coming windows that cannot count as bad, int32 scalar.
     """
 
     count: jax.Array
@@ -44,8 +51,6 @@ class ReduceOnPlateauState(NamedTuple):
     filled: jax.Array
     bad: jax.Array
     cooldown: jax.Array
-
-    hyperparameters = ("scale",)  # not a field: it has no annotation
 
 
 def reduce_on_plateau(
@@ -60,48 +65,63 @@ def reduce_on_plateau(
     mode: Mode = "min",
     preset: Preset = "optax",
 ) -> optax.GradientTransformationExtraArgs:
-    r"""Multiplies updates by a scale that falls when a metric no longer improves.
+    r"""Multiplies updates by a scale that falls when a metric stops improving.
 
-    Put it behind the learning rate and pass the metric to every update: `update(updates, state, params,
+    Put it after the learning rate and pass the metric to every update: `update(updates, state, params,
     value=loss)`, `nnx.Optimizer.update(model, grads, value=loss)`, or
     `integrations.flax.TrainState.apply_gradients(grads=grads, value=loss)`. Metrics are averaged over
-    windows of `accumulation_size`; everything below speaks of windows.
+    windows of `accumulation_size`; everything below refers to windows.
+
+    Pass a metric that is measured once per epoch, such as a validation loss, once: with the first update
+    after the measurement. Pass `value=None` to the other updates; they do not change the scale and count
+    nothing. The scale then falls when PyTorch's ReduceLROnPlateau, stepped at the end of each epoch, lowers
+    its learning rate. (If you passed the last value again at each step, every step would count as a bad
+    window.) In a scan, where every step takes the same arguments, `is_new` says whether `value` is new.
+
+    For such a metric, the plateau must be outside any wrapper that may withhold a step, as in
+    `optax.chain(reject_nonfinite(inner), reduce_on_plateau())`. Inside `reject_nonfinite` and
+    `dynamic_loss_scale` the metric is lost if the step is rejected, and inside `accumulate_gradients` it only
+    sees the metric of the micro-batch that completes an emission.
 
     A metric x improves on the best b if :math:`x < b - \text{rtol} |b| - \text{atol}` (with `mode="max"`,
     if :math:`x > b + \text{rtol} |b| + \text{atol}`). A window with a NaN or an infinity does not improve.
-    The originals multiply b by 1 - rtol instead, which is the same for positive metrics and takes worse
-    negative ones for better.
+    The originals multiply b by 1 - rtol instead. For positive metrics that is the same; for negative ones it
+    counts some worse values as improvements.
 
     The presets fire on the same windows as the originals:
 
     =========  ==============================  ========================================================
-    preset     the scale falls when            in the last window of a cooldown
+    preset     the scale falls after           in the last window of a cooldown
     =========  ==============================  ========================================================
-    `optax`    `patience` windows were bad     a bad one does not count
-    `torch`    `patience` + 1 windows were     a bad one does not count
-    `keras`    `patience` windows were bad     a bad one counts
+    `optax`    `patience` bad windows          a bad window does not count
+    `torch`    `patience` + 1 bad windows      a bad window does not count
+    `keras`    `patience` bad windows          a bad window counts
     =========  ==============================  ========================================================
 
-    The presets set no defaults: Keras's own are `patience=10, rtol=0, atol=1e-4` (its `min_delta`), PyTorch's
-    those here. PyTorch also leaves a rate alone that would change by less than 1e-8.
+    A NaN or a huge update passes through and has no lasting effect; only metrics change the scale.
+
+    The presets do not set defaults: Keras has `patience=10, rtol=0, atol=1e-4` (its `min_delta`), PyTorch has
+    the defaults here. PyTorch also skips changes of the learning rate that are smaller than 1e-8.
 
     Args:
-        factor: On the scale at each fall, in (0, 1).
-        patience: As in the table, an integer; at least 1 for "optax" and "keras", 0 for "torch".
+        factor: The factor by which the scale falls, in (0, 1).
+        patience: See the table; an integer, at least 1 for "optax" and "keras", at least 0 for "torch".
         rtol: The relative improvement that counts, at least 0.
         atol: The absolute improvement that counts, in the metric's units, at least 0.
-        cooldown: Windows after a fall in which bad ones are not counted, at least 0.
-        accumulation_size: Metrics in a window, at least 1.
-        min_scale: The scale does not fall below it; in [0, 1].
-        mode: Whether the metric is to be small, "min", or large, "max".
+        cooldown: The number of windows after a fall in which bad ones are not counted, at least 0.
+        accumulation_size: The number of metrics in a window, at least 1.
+        min_scale: The lower limit of the scale, in [0, 1].
+        mode: Whether the metric should become small, "min", or large, "max".
         preset: "optax", "torch" or "keras".
 
     Returns:
-        The transformation. `update` needs the keyword `value`, a real scalar. Updates are float32 or wider.
+        The transformation. `update` needs the keyword `value`, a real scalar or None. It also takes `is_new`,
+        a bool that may be traced; if it is False, `value` is ignored, as for None. Updates are float32 or
+        wider.
 
     Raises:
         ValueError: If an argument is out of range (at construction), a leaf is not floating (at init), or
-            `value` is missing or no scalar (at update).
+            `value` is missing or not a scalar, or `is_new` is not a bool (at update).
 
     State cost: eight scalars.
 
@@ -114,22 +134,32 @@ def reduce_on_plateau(
         >>> updates.tolist(), ao.get_hyperparams(state)["scale"].item()
         ([-0.5], 0.5)
 
+        Once per epoch:
+
+        >>> state, validation_loss = tx.init(jnp.ones(1)), None
+        >>> for epoch in range(4):
+        ...     for step in range(5):
+        ...         value = validation_loss if step == 0 else None
+        ...         updates, state = tx.update(jnp.ones(1), state, value=value)
+        ...     validation_loss = 2.0
+        >>> ao.get_hyperparams(state)["scale"].item()
+        0.5
+
     Source: PyTorch's ReduceLROnPlateau, Keras's ReduceLROnPlateau and optax.contrib.reduce_on_plateau.
     """
-    check_scalar("factor", factor, "(0, 1)")
+    check_hyperparameter("factor", factor)
     check_choice("mode", mode, ("min", "max"))
     check_choice("preset", preset, ("optax", "torch", "keras"))
     check_integer("patience", patience, "[0, inf)" if preset == "torch" else "[1, inf)")
-    check_scalar("rtol", rtol, "[0, inf)")
-    check_scalar("atol", atol, "[0, inf)")
+    check_hyperparameter("rtol", rtol)
+    check_hyperparameter("atol", atol)
     check_integer("cooldown", cooldown, "[0, inf)")
     check_integer("accumulation_size", accumulation_size, "[1, inf)")
-    check_scalar("min_scale", min_scale, "[0, 1]")
+    check_hyperparameter("min_scale", min_scale)
     sign = 1 if mode == "min" else -1
     limit = patience + 1 if preset == "torch" else patience
 
     def init_fn(params):
-        check_inexact("reduce_on_plateau", "params", params)
         dtype = scalar_dtype(params)
 
         def integer():
@@ -138,7 +168,7 @@ def reduce_on_plateau(
         return ReduceOnPlateauState(
             count=integer(),
             scale=jnp.ones((), dtype),
-            best=jnp.full((), sign * jnp.inf, dtype),
+            best=jnp.full((), sign * jnp.finfo(dtype).max, dtype),
             total=jnp.zeros((), dtype),
             spoiled=integer(),
             filled=integer(),
@@ -146,30 +176,35 @@ def reduce_on_plateau(
             cooldown=integer(),
         )
 
-    def update_fn(updates, state, params=None, *, value: Any = None, **extra_args):
+    def update_fn(updates, state, params=None, *, value: Any = _MISSING, is_new: Any = True, **extra_args):
         del params, extra_args
-        check_state("reduce_on_plateau", state, ReduceOnPlateauState)
-        check_inexact("reduce_on_plateau", "updates", updates)
-        if value is None:
+        check_state("reduce_on_plateau", state, init_fn, "updates", updates)
+        if value is _MISSING:
             raise ValueError(
-                "reduce_on_plateau needs the metric: update(updates, state, params, value=loss)."
+                "reduce_on_plateau needs the metric: update(updates, state, params, value=loss); "
+                "use value=None if there is no new one."
             )
-        metric = value if isinstance(value, jax.Array) else np.asarray(value)  # a NaN is a metric too
+        check_flag("is_new", is_new)
+        if value is None:
+            state = state._replace(count=incremented(state.count))
+            return scaled(widen(updates), state.scale), state
+        metric = value if isinstance(value, jax.Array) else np.asarray(value)  # a NaN is a valid metric
         if metric.ndim or not any(jnp.issubdtype(metric.dtype, kind) for kind in (np.floating, np.integer)):
             raise ValueError(f"value must be a real scalar, got {value!r}.")
         dtype = state.scale.dtype
         metric = jnp.asarray(metric, dtype)
-        total = state.total + jnp.where(jnp.isfinite(metric), metric, 0)
-        spoiled = state.spoiled + (~jnp.isfinite(metric)).astype(jnp.int32)
-        filled = state.filled + 1
-        full = filled == accumulation_size
+        new, finite = jnp.asarray(is_new), jnp.isfinite(metric)
+        total = state.total + jnp.where(new & finite, metric, 0)
+        spoiled = state.spoiled + (new & ~finite).astype(jnp.int32)
+        filled = state.filled + new.astype(jnp.int32)
+        full = new & (filled == accumulation_size)
         mean = total / accumulation_size
 
-        # In the direction in which less is better. An infinite best has no tolerance.
+        # With signs such that less is better. The first finite metric always improves.
         best, x = sign * state.best, sign * mean
-        size = jnp.where(jnp.isfinite(best), jnp.abs(best), 0)
-        tolerance = jnp.where(jnp.isfinite(best), rtol * size + atol, 0)
-        improves = (x < best - tolerance) & (spoiled == 0)
+        has_best = jnp.abs(best) < jnp.finfo(dtype).max
+        size = jnp.where(has_best, jnp.abs(best), 0)
+        improves = (~has_best | (x < best - (rtol * size + atol))) & (spoiled == 0) & jnp.isfinite(x)
         cooling = state.cooldown > 0
         cooldown_left = jnp.maximum(state.cooldown - 1, 0)
         if preset == "keras":
@@ -193,4 +228,4 @@ def reduce_on_plateau(
         )
         return scaled(widen(updates), state.scale), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return transformation("reduce_on_plateau", init_fn, update_fn)

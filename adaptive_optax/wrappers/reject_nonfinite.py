@@ -1,92 +1,88 @@
-"""Steps that would put a NaN or an infinity into parameters or state are not taken."""
+"""Rejecting steps that would put a NaN or an infinity into parameters or state."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from adaptive_optax._checks import check_same_tree, check_state, check_state_kept, check_transformation
-from adaptive_optax._paths import paths_and_leaves
-from adaptive_optax._precision import incremented, moved, widen
-from adaptive_optax._states import one_state_of, unwrapped
+from adaptive_optax._core.checks import check_same_tree, check_state, check_state_kept, check_transformation
+from adaptive_optax._core.paths import paths_and_leaves
+from adaptive_optax._core.precision import incremented, updated_param
+from adaptive_optax._core.states import has_own_rejection, states_of
+from adaptive_optax._core.transformation import transformation, with_array_state
+from adaptive_optax._core.trees import PyTree
+from adaptive_optax.wrappers.accumulation import AccumulateGradientsState
+from adaptive_optax.wrappers.parameter_dtype import outgoing
+from adaptive_optax.wrappers.reporting import OnReject, check_on_reject, report_first
 
 
 class RejectNonfiniteState(NamedTuple):
     """State of `reject_nonfinite`.
 
     Attributes:
-        inner_state: The inner transformation's, as the last accepted step left it.
+        inner_state: State of the inner transformation after the last accepted step.
         total: Number of rejected steps, int32 scalar.
         in_a_row: Number of steps rejected since the last accepted one, int32 scalar.
     """
 
-    inner_state: Any
-    total: jax.Array
-    in_a_row: jax.Array
-
-
-class Rejections(NamedTuple):
-    """How many steps were rejected.
-
-    Attributes:
-        total: In all, int32 scalar.
-        in_a_row: Since the last accepted one, int32 scalar.
-    """
-
+    inner_state: PyTree
     total: jax.Array
     in_a_row: jax.Array
 
 
 def reject_nonfinite(
-    inner: optax.GradientTransformation, *, on_reject: Callable[[str, str], Any] | None = None
+    inner: optax.GradientTransformation, *, on_reject: OnReject | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """Makes every step a transaction: a bad one changes nothing, however many come in a row.
+    """Makes every step a transaction: a bad step changes nothing, however many occur in a row.
 
-    Wrap the whole chain in it, outermost (but for `verified`), and a run survives NaN gradients, spikes that
-    overflow a second moment, and overflow anywhere inside. A step is rejected if
+    Wrap the whole chain in it, outermost (except for `verified`), and a run survives NaN gradients, spikes
+    that overflow a second moment, and overflow anywhere inside. A step is rejected if
 
-    * a gradient holds a NaN or an infinity,
+    * a gradient contains a NaN or an infinity,
     * an update does,
-    * an element of the state that was finite no longer is (one that was infinite, such as the best value of
-      a plateau before its first metric, may stay so), or
-    * an element of the parameters, where `update` is given them, no longer would be after
+    * a finite element of the state becomes non-finite (an infinite one, such as the best value of optax's
+      plateau before its first metric, may stay infinite), or
+    * a finite element of the parameters, if `update` receives them, would become non-finite in
       `optax.apply_updates`.
 
-    Then the updates are zero and the state is what it was, step counts and schedules included, so that the
-    run goes on as if the batch had not been. All devices decide alike, as global arrays are looked at.
+    Then the updates are zero and the state does not change, including step counts and schedules, so that the
+    run continues as if the batch had not occurred. All devices make the same decision, because it is based on
+    global arrays.
 
-    Why outermost: what stands outside it does not see the rejection. A `trace` behind it would go on moving
-    the parameters by its momentum, and a weight decay behind it would go on decaying them.
+    It should be outermost because transformations outside it do not see the rejection. A `trace` after it
+    would keep moving the parameters with its momentum, and weight decay after it would keep decaying them.
 
-    With gradient accumulation there are two places. Outside, around
-    `optax.MultiSteps(tx, k).gradient_transformation()`, it drops a micro-batch with a NaN alone; a finite
-    spike is added up before it overflows, and every rejection then puts back the sum that holds it. Inside,
-    `optax.MultiSteps(reject_nonfinite(tx), k)`, a spike costs its k micro-batches; a NaN stays in optax's
-    accumulator. So wrap both; `get_rejections` reads the outer one.
+    With gradient accumulation there are two places for it. Outside, around
+    `optax.MultiSteps(tx, k).gradient_transformation()`, it drops only the micro-batch with a NaN; but a
+    finite spike is accumulated before it overflows, and every rejection then restores the sum that contains
+    it. Inside, `optax.MultiSteps(reject_nonfinite(tx), k)`, a spike costs its k micro-batches, but a NaN
+    stays in optax's accumulator. So wrap both; `get_rejections` reads the outer one.
 
-    `optax.apply_if_finite` looks at the updates only, wants them in the gradients' dtype, and after its limit
-    lets the NaN in. A run in which `in_a_row` keeps growing is over all the same: look at it with
-    `get_rejections`, or give `on_reject`.
+    This does not cover other effects of the forward pass, such as batch statistics, which a bad batch has
+    already corrupted. `keep_if_rejected` applies the same decision to them.
+
+    `optax.apply_if_finite` checks only the updates, requires them in the gradients' dtype, and accepts the
+    NaN after its limit. A run in which `in_a_row` keeps growing is lost in any case: watch for it with
+    `get_rejections` or `on_reject`.
 
     Args:
         inner: Any transformation whose state keeps its structure.
         on_reject: `on_reject(what, path)` is called on the host, through `jax.debug.callback`, at each
-            rejected step, with what was bad first, "gradient", "update", "state" or "parameter", and the path
-            of its first bad leaf; `print` will do. None for no call.
+            rejected step, with the first thing that was bad, "gradient", "update", "state" or "parameter",
+            and the path of its first bad leaf; `print` works. None for no call.
 
     Returns:
-        The transformation; extra arguments go to `inner`. Updates are float32 or wider.
+        The transformation; extra arguments are forwarded to `inner`. Updates are float32 or wider, unless
+        there is a `match_parameter_dtype` inside.
 
     Raises:
-        ValueError: If `inner` is no transformation or `on_reject` no function (at construction), or the state
-            changes structure, shape or dtype (at update).
+        ValueError: If `inner` is not a transformation or `on_reject` is not a function (at construction), or
+            the state changes structure, shape or dtype (at update).
 
-    State cost: that of `inner` and two counters. The new state is written once more where a rejection has to
-    be undone.
+    State cost: the state of `inner` and two counters. Selecting the old or the new state writes it once more.
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp
@@ -100,16 +96,27 @@ def reject_nonfinite(
         (2, 1)
     """
     check_transformation("inner", inner)
-    if on_reject is not None and not callable(on_reject):
-        raise ValueError(f"on_reject must be None or a function of (what, path), got {on_reject!r}.")
-    inner = optax.with_extra_args_support(inner)
+    check_on_reject(on_reject)
+    inner = with_array_state(inner)
+
+    def own_init(params):
+        del params
+        # Two arrays, because a state with the same array in two places cannot be donated.
+        return RejectNonfiniteState(None, jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
 
     def init_fn(params):
-        # Not one array twice: a state with an array in two places cannot be donated.
-        return RejectNonfiniteState(inner.init(params), jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32))
+        inner_state = inner.init(params)
+        for state in states_of((AccumulateGradientsState, optax.MultiStepsState), inner_state):
+            if any(map(has_own_rejection, jax.tree.leaves(state, is_leaf=has_own_rejection))):
+                raise ValueError(
+                    "reject_nonfinite: the scale of a dynamic_loss_scale inside an accumulation could never "
+                    "fall here, because micro-batches that overflow do not reach it. Put dynamic_loss_scale "
+                    "outside: dynamic_loss_scale(accumulate_gradients(inner, every))."
+                )
+        return own_init(params)._replace(inner_state=inner_state)
 
     def update_fn(updates, state, params=None, **extra_args):
-        check_state("reject_nonfinite", state, RejectNonfiniteState)
+        check_state("reject_nonfinite", state, own_init, "updates", updates)
         old = state.inner_state
         new_updates, new = inner.update(updates, old, params, **extra_args)
         check_state_kept(
@@ -126,10 +133,10 @@ def reject_nonfinite(
                 finite.append(jnp.all(jnp.isfinite(after) | ~jnp.isfinite(before)))
         if params is not None:
             check_same_tree("reject_nonfinite", "updates", new_updates, "params", params)
-            # A finite step can be more than the parameter's dtype holds.
+            # A finite step can overflow the parameter's dtype.
             moves = zip(paths_and_leaves(params), jax.tree.leaves(new_updates), strict=True)
             for (path, before), u in moves:
-                after = moved(before, u)
+                after = updated_param(before, u)
                 places.append(("parameter", path))
                 finite.append(jnp.all(jnp.isfinite(after) | ~jnp.isfinite(before)))
         if not finite:
@@ -137,42 +144,19 @@ def reject_nonfinite(
         finite = jnp.stack(finite)
         accepted = jnp.all(finite)
         if on_reject is not None:
-            _report(on_reject, places, finite)
+            report_first(on_reject, places, finite)
+        kept = jax.tree.map(
+            lambda before, after: before.kept_at_rejection(after) if has_own_rejection(before) else before,
+            old,
+            new,
+            is_leaf=has_own_rejection,
+        )
         state = RejectNonfiniteState(
-            inner_state=jax.tree.map(lambda before, after: jnp.where(accepted, after, before), old, new),
+            inner_state=jax.tree.map(lambda before, after: jnp.where(accepted, after, before), kept, new),
             total=jnp.where(accepted, state.total, incremented(state.total)),
             in_a_row=jnp.where(accepted, 0, incremented(state.in_a_row)),
         )
-        return jax.tree.map(lambda u: jnp.where(accepted, u, jnp.zeros_like(u)), widen(new_updates)), state
+        new_updates = outgoing(new_updates, old)
+        return jax.tree.map(lambda u: jnp.where(accepted, u, jnp.zeros_like(u)), new_updates), state
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
-
-
-def get_rejections(opt_state: Any) -> Rejections:
-    """Reads how many steps `reject_nonfinite` has rejected.
-
-    Args:
-        opt_state: A state with one `reject_nonfinite` in it, at any depth.
-
-    Returns:
-        The counters, int32 scalars.
-
-    Raises:
-        ValueError: If there is none, or more than one.
-
-    Example:
-        >>> import adaptive_optax as ao, jax.numpy as jnp
-        >>> ao.get_rejections(ao.reject_nonfinite(ao.sgd(0.1)).init(jnp.ones(2))).in_a_row.item()
-        0
-    """
-    state = one_state_of(RejectNonfiniteState, opt_state, "reject_nonfinite")
-    return Rejections(unwrapped(state.total), unwrapped(state.in_a_row))
-
-
-def _report(on_reject: Callable[[str, str], Any], places: list[tuple[str, str]], finite: jax.Array) -> None:
-    def call(finite):
-        # Under vmap both branches of the cond run, for all members.
-        if not finite.all():
-            on_reject(*places[int(finite.argmin())])
-
-    jax.lax.cond(jnp.all(finite), lambda _: None, lambda flags: jax.debug.callback(call, flags), finite)
+    return transformation(None, init_fn, update_fn)

@@ -1,4 +1,4 @@
-"""Invariants checked at run time with chex, for a transformation that is not trusted yet."""
+"""Runtime checks of invariants with chex, for transformations under suspicion."""
 
 from __future__ import annotations
 
@@ -9,40 +9,43 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adaptive_optax._checks import check_same_tree, check_transformation
-from adaptive_optax._paths import paths_and_leaves
-from adaptive_optax._precision import abs_square, incremented, wide_dtype
-from adaptive_optax.control.reject_nonfinite import RejectNonfiniteState
+from adaptive_optax._core.checks import check_same_tree, check_transformation
+from adaptive_optax._core.paths import paths_and_leaves
+from adaptive_optax._core.precision import abs_square, incremented, wide_dtype
+from adaptive_optax._core.states import states_of
+from adaptive_optax._core.transformation import transformation, with_array_state
 from adaptive_optax.transforms.direction import Bound, bound_of
+from adaptive_optax.wrappers.parameter_dtype import MatchParameterDtypeState
+from adaptive_optax.wrappers.reject_nonfinite import RejectNonfiniteState
 
-# The rounding of a direction that attains its bound, float32.
+# Float32 rounding of a direction that attains its bound.
 _SLACK = 1e-5
 
 _HOW_TO_RUN = (
-    "verified(...) checks values, which a plain jax.jit does not have: wrap the outermost jitted function, "
-    "step = chex.chexify(jax.jit(step)), and call step.wait_checks() after the last step. The function must "
-    "be functional: with nnx, split the model and the optimizer outside and merge them inside it."
+    "verified(...) checks values, which are not available under a plain jax.jit: wrap the outermost jitted "
+    "function, step = chex.chexify(jax.jit(step)), and call step.wait_checks() after the last step. The "
+    "function must be pure: with nnx, split the model and the optimizer outside and merge them inside it."
 )
 
 
 def verified(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     """Checks at every step that a transformation keeps its invariants.
 
-    Wrap a transformation in it while looking for the step at which a run goes wrong; leave it out otherwise
-    (then it costs nothing). It returns what `inner` returns. Checked, with the path of the first leaf that
-    fails in the message:
+    Wrap a transformation in it while you look for the step at which a run goes wrong, and remove it
+    afterwards. It returns what `inner` returns. It checks the following, and errors name the path of the
+    first leaf that fails:
 
     * updates have the structure and shapes of the gradients and are float32 or wider;
     * the state keeps its structure, shapes and dtypes;
     * updates are finite, and so is every state element that was finite before;
-    * every `count` grows by one (so wrap what is inside `optax.MultiSteps`, not the outside), or stands still
-      in a step that `reject_nonfinite` rejects;
-    * where `inner` is `scale_by_adam` or `scale_by_rms` itself, as in
+    * every `count` grows by one, or does not change in a step that `reject_nonfinite` rejects (so wrap the
+      transformation inside `optax.MultiSteps`, not around it);
+    * if `inner` is `scale_by_adam` or `scale_by_rms` itself, as in
       `optax.chain(verified(scale_by_adam()), ...)`: second moments are not negative, and in every group of
       the granularity the direction's root mean square is within its tight bound (see `adam_bound`) for the
       decays used.
 
-    Eagerly it works as it is. Under `jit` the caller wraps the outermost jitted function in `chex.chexify`::
+    It works directly in eager mode. Under `jit`, wrap the outermost jitted function in `chex.chexify`::
 
         # linen, or any parameters in a tree
         @chex.chexify
@@ -73,9 +76,9 @@ def verified(inner: optax.GradientTransformation) -> optax.GradientTransformatio
         The transformation, with the state of `inner`.
 
     Raises:
-        AssertionError: At a failed check; under `chexify` at the next call or at `wait_checks()`.
-        ValueError: If `inner` is no transformation.
-        RuntimeError: If traced without `chexify`, saying what to write.
+        AssertionError: If a check fails; under `chexify` at the next call or at `wait_checks()`.
+        ValueError: If `inner` is not a transformation.
+        RuntimeError: If traced without `chexify`; the message says what to write.
 
     State cost: none.
 
@@ -91,7 +94,7 @@ def verified(inner: optax.GradientTransformation) -> optax.GradientTransformatio
     """
     check_transformation("inner", inner)
     bound = bound_of(inner)
-    inner = optax.with_extra_args_support(inner)
+    inner = with_array_state(inner)
 
     def update_fn(updates, state, params=None, **extra_args):
         new_updates, new_state = inner.update(updates, state, params, **extra_args)
@@ -106,11 +109,11 @@ def verified(inner: optax.GradientTransformation) -> optax.GradientTransformatio
             raise RuntimeError(_HOW_TO_RUN) from error
         return new_updates, new_state
 
-    return optax.GradientTransformationExtraArgs(inner.init, update_fn)
+    return transformation(None, inner.init, update_fn)
 
 
 def _require(holds: Any, message: str) -> None:
-    """Asserts a scalar truth value, concrete or, under chexify, traced."""
+    """Asserts that a scalar is true; it is concrete or, under chexify, traced."""
     chex.assert_trees_all_equal(jnp.asarray(holds), jnp.asarray(True), custom_message=message)
 
 
@@ -123,14 +126,15 @@ def _check_static(gradients: Any, updates: Any, state: Any, new_state: Any) -> N
     for name, new, old in (("updates", updates, gradients), ("state", new_state, state)):
         if jax.tree.structure(new) != jax.tree.structure(old):
             raise AssertionError(
-                f"verified: the {name} went from {jax.tree.structure(old)} to {jax.tree.structure(new)}."
+                f"verified: the {name} changed from {jax.tree.structure(old)} to {jax.tree.structure(new)}."
             )
+    matched = states_of(MatchParameterDtypeState, new_state)
     for path, u in paths_and_leaves(updates):
-        if u.dtype != wide_dtype(u):
-            raise AssertionError(f"verified: the update of {path!r} is {u.dtype}, float32 or wider is due.")
+        if u.dtype != wide_dtype(u) and not matched:
+            raise AssertionError(f"verified: the update of {path!r} must be float32 or wider, got {u.dtype}.")
     for (path, old), (_, new) in zip(paths_and_leaves(state), paths_and_leaves(new_state), strict=True):
         if old.dtype != new.dtype:
-            raise AssertionError(f"verified: the state {path!r} went from {old.dtype} to {new.dtype}.")
+            raise AssertionError(f"verified: the state {path!r} changed from {old.dtype} to {new.dtype}.")
 
 
 def _check_values(updates: Any, state: Any, new_state: Any) -> None:
@@ -141,7 +145,7 @@ def _check_values(updates: Any, state: Any, new_state: Any) -> None:
     ):
         if jnp.issubdtype(new.dtype, jnp.inexact):
             stayed = jnp.isfinite(new) | ~jnp.isfinite(old)
-            _require(jnp.all(stayed), f"verified: the state {path!r} became not finite")
+            _require(jnp.all(stayed), f"verified: the state {path!r} is no longer finite")
         elif path.split("/")[-1] == "count":  # a parameter of that name is not an integer
             _require(
                 new == jnp.where(rejected, old, incremented(old)), f"verified: {path!r} did not grow by one"
@@ -149,7 +153,7 @@ def _check_values(updates: Any, state: Any, new_state: Any) -> None:
 
 
 def _rejected(state: Any, new_state: Any) -> list[Any]:
-    """For each leaf of the state whether a `reject_nonfinite` around it rejected the step."""
+    """For each leaf of the state, whether a `reject_nonfinite` around it rejected the step."""
 
     def is_transaction(node):
         return isinstance(node, RejectNonfiniteState)

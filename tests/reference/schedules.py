@@ -30,6 +30,30 @@ def exponential_decay(
     return np.array(values)
 
 
+def cosine_restarts(
+    t: Counts,
+    peak_value: float,
+    first_period: int,
+    period_factor: float = 1.0,
+    warmup_steps: int = 0,
+    init_value: float = 0.0,
+    end_value: float = 0.0,
+    peak_factor: float = 1.0,
+) -> np.ndarray:
+    """SGDR, equation 5, period after period, counted from the end of a linear warm-up."""
+    values = []
+    for count in t.tolist():
+        if count < warmup_steps:
+            values.append(init_value + (peak_value - init_value) * count / warmup_steps)
+            continue
+        done, period = count - warmup_steps, 0
+        while done >= (length := round(first_period * period_factor**period)):
+            done, period = done - length, period + 1
+        top = max(peak_value * peak_factor**period, end_value)
+        values.append(end_value + (top - end_value) * (1 + math.cos(math.pi * done / length)) / 2)
+    return np.array(values)
+
+
 def step_decay(t: Counts, init_value: float, factor: float, every: int) -> np.ndarray:
     """The factor once more after every `every` steps."""
     return np.array([init_value * factor ** (count // every) for count in t.tolist()])

@@ -1,82 +1,135 @@
-"""What makes a study the same study: hashes of the programs and the data, and the settings that matter."""
+"""Identifies a study by digests of its programs and data, and by the settings that affect its results.
+
+Programs are hashed as JAX lowers them, with the constants they close over: renaming a variable changes
+nothing, a different weight decay does. They are hashed completely, as the engine runs them: an arm's program
+is a trial from its initial parameters to its last step, with the task's loss and shapes, at every learning
+rate that it is compiled for.
+"""
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import jaxlib.version
 import numpy as np
-import optax
 
-from adaptive_optax.study.runner import ArmSpec
-from adaptive_optax.study.store import digest
+from adaptive_optax.study.engine.chunks import digest, digest_arrays
+from adaptive_optax.study.engine.runner import ArmSpec
+from adaptive_optax.study.engine.trials import (
+    TELEMETRY,
+    Plan,
+    as_trials,
+    at_rate,
+    jax_settings,
+    make_trial,
+)
 from adaptive_optax.study.task import Task
-from adaptive_optax.study.trials import TELEMETRY, Plan
+
+# These change no results: where to dump, and the number of CPU devices, which "device" already records.
+_HARMLESS_FLAGS = re.compile(r"--xla_(dump_|force_host_platform_device_count)")
+_CALLBACK = re.compile(r"custom_call @\w*python\w*callback.* -> (?!\(\))")  # a callback whose result is used
 
 
-def describe_study(
-    task: Task, arms: dict[str, ArmSpec], plan: Plan, rates: dict[str, list[float]], **settings: Any
-) -> dict[str, Any]:
-    """Describes a study by everything that decides its results, as a dictionary that JSON can hold.
+def describe_study(task: Task, plan: Plan, base_seed: int, paired_batches: bool) -> dict[str, Any]:
+    """Describes, in JSON-compatible values, what trials of a study share and what affects their results.
 
-    The programs are hashed as JAX lowers them, with the constants they close over, so that renaming a
-    variable is no change and another weight decay is one.
+    Raises:
+        ValueError: If a program of the task cannot be recognized later.
     """
-    key = jax.random.key(0)
+    key = jax.random.key(0, impl="threefry2x32")
     params, model_state = jax.eval_shape(task.start, key)
-    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((task.batch_size, *x.shape[1:]), x.dtype), task.train)
+    train, validation = (jax.tree.map(_abstract, data) for data in (task.train, task.validation))
+    batch = jax.tree.map(lambda x: jax.ShapeDtypeStruct((task.batch_size, *x.shape[1:]), x.dtype), train)
     differentiated = jax.value_and_grad(task.training_loss, has_aux=True)
-    description = {
-        "task": task.name,
+    init = _lowered(task.start, key)
+    loss = _lowered(differentiated, params, model_state, batch, key)
+    metric = _lowered(task.validation_metric, params, model_state, validation)
+    return {
         "training data": _data(task.train),
         "validation data": _data(task.validation),
         "batch size": task.batch_size,
-        "init program": _program(task.start, key),
-        "loss program": _program(differentiated, params, model_state, batch, key),
-        "metric program": _program(task.validation_metric, params, model_state, task.validation),
-        "arms": list(arms),
-    }
-    for name, spec in arms.items():
-        description[f"arm {name!r} program"] = _arm(spec, params, plan, rates[name][0])
-    return description | {
-        "learning rates": rates,
+        "init program": _digest("init", init),
+        "loss program": _digest("loss", loss),
+        "metric program": _digest("metric", metric),
         "steps": plan.steps,
         "validation steps": list(plan.validation_steps),
         "telemetry": list(TELEMETRY),
-        "jax": jax.__version__,
-        "device": f"{len(jax.local_devices())} x {jax.devices()[0].device_kind}",
-        **settings,
+        "base seed": base_seed,
+        "paired batches": paired_batches,
+        "record shapes": {
+            "training": [len(plan.training_steps)],
+            "validation": [len(plan.validation_steps)],
+            "telemetry": [len(plan.telemetry_steps), len(TELEMETRY)],
+        },
+        "environment": {
+            "jax": jax.__version__,
+            "jaxlib": jaxlib.version.__version__,
+            "device": f"{len(jax.local_devices())} x {jax.devices()[0].device_kind}",
+            "XLA flags": [
+                flag
+                for flag in sorted(os.environ.get("XLA_FLAGS", "").split())
+                if not _HARMLESS_FLAGS.match(flag)
+            ],
+            **jax_settings(),
+        },
     }
 
 
-def _arm(spec: ArmSpec, params: Any, plan: Plan, example_rate: float) -> str:
-    def one_update(rate, params, gradient, value):
-        rate = example_rate if spec.compilation == "per rate" else rate
-        tx = optax.with_extra_args_support(spec.function(rate, plan.steps))
-        state = tx.init(params)
-        updates, state = tx.update(
-            gradient,
-            state,
-            params,
-            value=value,
-            grad=gradient,
-            value_fn=lambda x: optax.tree.norm(x, squared=True),
+def describe_arm(name: str, task: Task, spec: ArmSpec, plan: Plan, rate: float | None) -> dict[str, str]:
+    """Returns digests of an arm's programs, at one learning rate if the arm is compiled for each.
+
+    Raises:
+        ValueError: If the arm cannot be traced at that rate, or cannot be recognized later.
+    """
+    functions = make_trial(task, at_rate(spec.function, rate), plan, spec.evaluate)
+    trial = jax.tree.map(lambda x: jax.ShapeDtypeStruct((), x.dtype), as_trials([0.0], [0]))
+    train, validation = (jax.tree.map(_abstract, data) for data in (task.train, task.validation))
+    index = jax.ShapeDtypeStruct((), np.int32)
+
+    def whole(trial, begin, end, train):
+        return functions.advance(functions.start(trial), trial, begin, end, train)
+
+    try:
+        state = jax.eval_shape(functions.start, trial)
+        program = _lowered(whole, trial, index, index, train)
+        evaluation = _lowered(functions.metric, state, train, validation)
+    except Exception as error:
+        at = "" if rate is None else f" at learning rate {rate}"
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"arm {name!r} cannot be run{at}: {type(error).__name__}: {reason}") from error
+    return {
+        "program": digest(_digest(f"arm {name!r}", program).encode(), str(spec.stream).encode()),
+        "evaluation": _digest(f"evaluate of arm {name!r}", evaluation),
+    }
+
+
+def stream_of(name: str) -> int:
+    """An arm's own stream of batch orders, derived from its name so that other arms do not affect it."""
+    return 1 + int(digest(repr(name).encode())[:8], 16) % (2**32 - 1)
+
+
+def _lowered(function: Callable[..., Any], *arguments: Any) -> str:
+    return jax.jit(function).lower(*arguments).as_text()
+
+
+def _digest(what: str, program: str) -> str:
+    if _CALLBACK.search(program):
+        raise ValueError(
+            f"out cannot save a study whose {what} calls back into Python (jax.pure_callback and the like): "
+            "a change in that code cannot be detected."
         )
-        judged = spec.evaluate(params, state) if spec.evaluate else params
-        return updates, state, judged, spec.stream
-
-    rate = jax.ShapeDtypeStruct((), jax.dtypes.canonicalize_dtype(np.float64))
-    return _program(one_update, rate, params, params, jax.ShapeDtypeStruct((), jnp.float32))
+    return digest(program.encode())
 
 
-def _program(function: Callable[..., Any], *arguments: Any) -> str:
-    return digest(jax.jit(function).lower(*arguments).as_text().encode())
+def _abstract(array: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, jax.dtypes.canonicalize_dtype(array.dtype))
 
 
 def _data(data: Any) -> str:
     leaves, structure = jax.tree.flatten(data)
-    arrays = [np.asarray(leaf) for leaf in leaves]
-    described = repr((str(structure), [(array.dtype.str, array.shape) for array in arrays])).encode()
-    return digest(described, *(np.ascontiguousarray(array).data for array in arrays))
+    arrays = {str(i): np.asarray(leaf) for i, leaf in enumerate(leaves)}
+    return digest(str(structure).encode(), digest_arrays(arrays).encode())

@@ -1,22 +1,24 @@
-"""How to lay trials out on the devices at hand: measured on CPUs, sized to memory on accelerators."""
+"""Chooses how trials are placed on devices: by timing on CPUs, by memory on accelerators."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
 
-from adaptive_optax.study.runner import ArmSpec, agree
-from adaptive_optax.study.store import Store
+from adaptive_optax.study.engine.runner import ArmSpec, agree
+from adaptive_optax.study.engine.store import Store
+from adaptive_optax.study.engine.trials import Placement, Plan, Program, program
 from adaptive_optax.study.task import Task
-from adaptive_optax.study.trials import Layout, Plan, Program, program
 
 MODES = ("scan", "step", "vmap")
-STEP_ADVANTAGE = 1.25  # calls a step must be this much faster than the loop to be chosen
+MOST_CHUNK = 100_000
+STEP_ADVANTAGE = 1.25  # one call per step is chosen only if it is this much faster than the loop
 
 
-def settle_layout(
+def settle_placement(
     task: Task,
     arms: dict[str, ArmSpec],
     plan: Plan,
@@ -26,75 +28,93 @@ def settle_layout(
     example_rate: float,
     mode: str | None = None,
     chunk: int | None = None,
-) -> tuple[Layout, dict[str, float]]:
-    """Decides how to lay out the trials; gives the layout and seconds a step for each mode that was timed.
+) -> tuple[Placement, dict[str, float]]:
+    """Decides how to place the trials; returns the placement, and seconds per step for each timed mode.
 
-    On CPUs the loop and single calls are timed with one arm. On accelerators all trials run side by side, or
-    as many as leave a third of the memory free. A study that goes on keeps the layout it was begun with, and
-    all processes of a distributed run have the same.
+    On CPUs the loop and single calls are timed with one arm. On accelerators all trials run in parallel, or
+    as many as leave a third of the memory free. A resumed study keeps its original placement, and all
+    processes of a distributed study use the same one.
 
     Args:
         task: The task.
         arms: The arms; one that takes a traced rate is timed, if there is one.
         plan: Steps and validation points.
         store: The study's folder, or None.
-        trials: The most trials that will be asked for at once.
-        example_rate: The rate to time an arm with that refuses a traced one.
-        mode: A mode to use instead of choosing one.
-        chunk: Trials a call on each device, instead of choosing it.
+        trials: The largest number of trials that will be requested at once.
+        example_rate: The rate used to time an arm that refuses a traced rate.
+        mode: The mode to use; None chooses.
+        chunk: Trials per call on each device; None chooses.
 
     Raises:
-        ValueError: If the study was begun with another mode or chunk than the ones asked for.
+        ValueError: If the study was begun with a different mode or chunk.
     """
-    begun = store.layout if store else None
+    begun = store.placement(_is_placement) if store else None
     if begun is None:
         spec = min(arms.values(), key=lambda spec: spec.compilation != "once")
         rate = None if spec.compilation == "once" else example_rate
 
-        def compiled(layout: Layout) -> Program:
-            return program(task, spec.function, plan, layout, spec.evaluate, rate)
+        def compiled(placement: Placement) -> Program:
+            return program(task, spec.function, plan, placement, spec.evaluate, rate)
 
-        layout, seconds = _choose(compiled, plan.steps, trials, mode, chunk)
-        agreed = agree([MODES.index(layout.mode), layout.width, layout.devices])
-        layout = Layout(MODES[int(agreed[0])], int(agreed[1]), int(agreed[2]))
+        placement, seconds = _choose(compiled, plan.steps, trials, mode, chunk)
+        agreed = agree([MODES.index(placement.mode), placement.width, placement.devices])
+        placement = Placement(MODES[int(agreed[0])], int(agreed[1]), int(agreed[2]))
         if store is None:
-            return layout, seconds
-        begun = store.settle_layout({"layout": layout, "seconds a step": seconds})
-    layout = Layout(*begun["layout"])
-    local = layout.width // layout.devices
-    for name, asked, is_now in (("mode", mode, layout.mode), ("chunk", chunk, local)):
-        if asked not in (None, is_now) and not (name == "chunk" and layout.mode == "step"):
-            raise ValueError(
-                f"{name} must be {is_now!r}, with which the study in out was begun, got {asked!r}."
-            )
-    return layout, begun["seconds a step"]
+            return placement, seconds
+        begun = store.settle_placement({"layout": placement, "seconds a step": seconds}, _is_placement)
+    placement = Placement(*begun["layout"])
+    local = placement.width // placement.devices
+    for name, asked, is_now in (("mode", mode, placement.mode), ("chunk", chunk, local)):
+        if asked not in (None, is_now) and not (name == "chunk" and placement.mode == "step"):
+            raise ValueError(f"{name} must be {is_now!r}, as in the study already in out, got {asked!r}.")
+    return placement, begun["seconds a step"]
+
+
+def _is_placement(begun: Any) -> bool:
+    """Whether a stored placement is valid for these devices."""
+    try:
+        (mode, width, devices), seconds = begun["layout"], begun["seconds a step"]
+        return (
+            mode in MODES
+            and type(width) is type(devices) is int
+            and 1 <= devices <= len(jax.local_devices())
+            and devices <= width <= MOST_CHUNK * devices
+            and width % devices == 0
+            and (mode != "step" or width == devices)
+            and all(name in MODES and type(value) is float for name, value in seconds.items())
+            and all(0 < value < float("inf") for value in seconds.values())
+        )
+    except (AttributeError, KeyError, TypeError, ValueError):  # has another structure altogether
+        return False
 
 
 def _choose(
-    compiled: Callable[[Layout], Program], steps: int, trials: int, mode: str | None, chunk: int | None
-) -> tuple[Layout, dict[str, float]]:
+    compiled: Callable[[Placement], Program], steps: int, trials: int, mode: str | None, chunk: int | None
+) -> tuple[Placement, dict[str, float]]:
     devices = min(len(jax.local_devices()), trials)
     if mode is None and jax.default_backend() != "cpu":
         mode = "vmap"
     if mode == "step":
-        return Layout(mode, devices, devices), {}
+        return Placement(mode, devices, devices), {}
     if mode is not None and chunk is not None:
-        return Layout(mode, chunk * devices, devices), {}
+        return Placement(mode, chunk * devices, devices), {}
     if mode == "vmap":
-        return _fit_memory(compiled, Layout(mode, -(-trials // devices) * devices, devices)), {}
+        width = min(-(-trials // devices), MOST_CHUNK) * devices
+        return _fit_memory(compiled, Placement(mode, width, devices)), {}
     seconds = _seconds_a_step(
-        {name: compiled(Layout(name, devices, devices)) for name in ([mode] if mode else ["scan", "step"])}
+        {name: compiled(Placement(name, devices, devices)) for name in ([mode] if mode else ["scan", "step"])}
     )
     if mode is None and seconds["step"] * STEP_ADVANTAGE < seconds["scan"]:
-        return Layout("step", devices, devices), seconds
-    # Several trials a call spare calls; more than two seconds a call would make progress and stopping coarse.
+        return Placement("step", devices, devices), seconds
+    # Several trials per call save calls; calls over two seconds would make progress and stopping coarse.
     if chunk is None:
-        chunk = int(np.clip(2.0 / (seconds["scan"] * steps), 1, max(1, trials // devices // 2)))
-    return Layout("scan", chunk * devices, devices), seconds
+        most = min(max(1, trials // devices // 2), MOST_CHUNK)
+        chunk = int(np.clip(2.0 / (seconds["scan"] * steps), 1, most))
+    return Placement("scan", chunk * devices, devices), seconds
 
 
 def _seconds_a_step(programs: dict[str, Program]) -> dict[str, float]:
-    """Times steps of all devices at once: the best of several rounds in which the programs take turns."""
+    """Times steps on all devices at once: the best of several rounds, with the programs interleaved."""
     counts, seconds = {}, dict.fromkeys(programs, float("inf"))
     for name, each in programs.items():
         each.seconds(1)  # warm up
@@ -108,13 +128,13 @@ def _seconds_a_step(programs: dict[str, Program]) -> dict[str, float]:
     return seconds
 
 
-def _fit_memory(compiled: Callable[[Layout], Program], layout: Layout) -> Layout:
+def _fit_memory(compiled: Callable[[Placement], Program], placement: Placement) -> Placement:
     limit = min((device.memory_stats() or {}).get("bytes_limit", 0) for device in jax.local_devices())
-    while limit and layout.width > layout.devices:
-        needed = compiled(layout).bytes_needed
+    while limit and placement.width > placement.devices:
+        needed = compiled(placement).bytes_needed
         if needed < 0.67 * limit:
             break
-        local = layout.width // layout.devices
+        local = placement.width // placement.devices
         local = max(1, min(local // 2, int(local * 0.6 * limit / needed)))
-        layout = layout._replace(width=local * layout.devices)
-    return layout
+        placement = placement._replace(width=local * placement.devices)
+    return placement

@@ -1,4 +1,4 @@
-"""A live progress bar in a terminal, and silence everywhere else."""
+"""A live progress bar in a terminal, and no output elsewhere."""
 
 from __future__ import annotations
 
@@ -9,16 +9,20 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from adaptive_optax._core.names import shortened
+from adaptive_optax.study.direction import MINIMIZE, Direction
+
 
 class TrialProgress:
-    """Shows which arm is at work, how many trials are done, the best metric so far and the time left.
+    """Shows the current arm, the number of finished trials, the best metric so far and the time left.
 
     Args:
-        total: The number of trials, as far as it is known.
-        show: Whether to show anything; None shows it where the output is a terminal.
+        total: The number of trials known so far.
+        show: Whether to show anything; None shows it if the output is a terminal.
+        direction: Which metrics are better.
     """
 
-    def __init__(self, total: int, show: bool | None = None):
+    def __init__(self, total: int, show: bool | None = None, direction: Direction = MINIMIZE):
         console = Console(stderr=True)
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
@@ -33,7 +37,7 @@ class TrialProgress:
             disable=not (console.is_terminal if show is None else show),
         )
         self._task = self._bar.add_task("starting", total=total, best="")
-        self._total, self._best = total, float("inf")
+        self._total, self._direction, self._best_cost = total, direction, float("inf")
 
     def __enter__(self) -> TrialProgress:
         self._bar.start()
@@ -43,27 +47,27 @@ class TrialProgress:
         self._bar.stop()
 
     def describe(self, text: str) -> None:
-        """Says what is at work."""
-        self._bar.update(self._task, description=text)
+        """Shows what is running."""
+        self._bar.update(self._task, description=shortened(text, 60))
 
     def extend(self, trials: int) -> None:
-        """Makes the whole longer, as when a grid grows."""
+        """Adds to the total, as when a grid grows."""
         self._total += trials
         self._bar.update(self._task, total=self._total)
 
     def advance(self, trials: float) -> None:
-        """Counts trials, or parts of them, as done."""
+        """Counts trials, or fractions of them, as done."""
         self._bar.advance(self._task, trials)
 
     def seen(self, metric: float) -> None:
-        """Takes note of a final metric."""
-        if metric < self._best:
-            self._best = metric
+        """Records a final metric."""
+        if (cost := self._direction.cost(metric)) < self._best_cost:
+            self._best_cost = cost
             self._bar.update(self._task, best=f"best {metric:.4g}")
 
     @contextlib.contextmanager
     def part(self, trials: int) -> Iterator[Callable[[float], None]]:
-        """Gives a function that takes how far these trials are, from 0 to 1."""
+        """Yields a function to report the progress of these trials, from 0 to 1."""
         shown = 0.0
 
         def reached(fraction: float) -> None:

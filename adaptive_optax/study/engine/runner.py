@@ -1,4 +1,4 @@
-"""Runs the trials of a study: those that are missing, a chunk at a time, on this and other processes."""
+"""Runs the missing trials of a study, one chunk at a time, in this and other processes."""
 
 from __future__ import annotations
 
@@ -10,36 +10,38 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from adaptive_optax.study.progress import TrialProgress
-from adaptive_optax.study.store import Key, Record, Results, Store, pack, unpack
+from adaptive_optax.study.engine.chunks import Curves, Key, Results, pack, unpack
+from adaptive_optax.study.engine.progress import TrialProgress
+from adaptive_optax.study.engine.store import Store
+from adaptive_optax.study.engine.trials import Placement, Plan, as_trials, program
+from adaptive_optax.study.evaluation import Arm, Evaluate
 from adaptive_optax.study.task import Task
-from adaptive_optax.study.trials import Arm, Evaluate, Layout, Plan, as_trials, program
 
-POLL_SECONDS = 0.2  # how often to look whether another process has finished its chunk
+POLL_SECONDS = 0.2  # how often to check whether another process has finished its chunk
 
 
 class ArmSpec(NamedTuple):
-    """An arm as the runner needs it."""
+    """An arm in the form that the runner needs."""
 
     function: Arm
     compilation: str  # "once", or "per rate" for an arm that refuses a traced rate
     evaluate: Evaluate | None
-    stream: int  # 0 where trials are paired by their seed
+    stream: int  # 0 if trials are paired by their seed
 
 
 class Runner:
-    """Trains the trials asked for, and keeps what they leave behind in `results`.
+    """Trains the requested trials and collects their curves in `results`.
 
-    Processes that share a store share the work: each claims chunks that nobody works on. Under
-    `jax.distributed` the chunks are dealt out to the processes and the results exchanged.
+    Processes that share a store share the work: each claims chunks that no other process is running. Under
+    `jax.distributed` the chunks are divided among the processes and the results exchanged.
 
     Args:
         task: The task.
         arms: The arms by name.
         plan: Steps and validation points.
-        layout: How trials are laid out on this process's devices.
-        store: Where finished chunks are kept, or None.
-        progress: Shows how far the trials are.
+        placement: How trials are placed on this process's devices.
+        store: Where finished chunks are saved, or None.
+        progress: Shows the progress of the trials.
         base_seed: Part of every trial's key.
     """
 
@@ -48,18 +50,25 @@ class Runner:
         task: Task,
         arms: dict[str, ArmSpec],
         plan: Plan,
-        layout: Layout,
+        placement: Placement,
         store: Store | None,
         progress: TrialProgress,
         base_seed: int = 0,
     ):
-        self.task, self.arms, self.plan, self.layout = task, arms, plan, layout
-        self.store, self.progress, self.base_seed = store, progress, base_seed
+        self.task: Task = task
+        self.arms: dict[str, ArmSpec] = arms
+        self.plan: Plan = plan
+        self.placement: Placement = placement
+        self.store: Store | None = store
+        self.progress: TrialProgress = progress
+        self.base_seed: int = base_seed
         self.results: Results = store.read() if store else {}
         self._exchange()
 
     def run(self, keys: Sequence[Key], phase: str) -> None:
-        """Trains those of the trials that are not in `results` yet."""
+        """Trains the trials that are not yet in `results`."""
+        if self.store is not None:
+            self.store.admit(keys)
         chunks = [chunk for chunk in self._chunks(keys) if any(key not in self.results for key in chunk)]
         waiting = chunks[jax.process_index() :: jax.process_count()]
         while waiting:
@@ -74,11 +83,11 @@ class Runner:
         for key in keys:
             rate = key.rate if self.arms[key.arm].compilation == "per rate" else None
             groups.setdefault((key.arm, rate), []).append(key)
-        width = self.layout.width
+        width = self.placement.width
         return [group[i : i + width] for group in groups.values() for i in range(0, len(group), width)]
 
     def _finish(self, chunk: list[Key], phase: str) -> bool:
-        """Trains what is missing of a chunk, unless another process is at it; gives whether it is done."""
+        """Trains the missing trials of a chunk unless another process is; returns whether it is finished."""
         if self.store is None:
             self._train([key for key in chunk if key not in self.results], phase)
             return True
@@ -95,20 +104,20 @@ class Runner:
         spec = self.arms[keys[0].arm]
         rate = keys[0].rate if spec.compilation == "per rate" else None
         self.progress.describe(f"{keys[0].arm} ({phase})")
-        compiled = program(self.task, spec.function, self.plan, self.layout, spec.evaluate, rate)
+        compiled = program(self.task, spec.function, self.plan, self.placement, spec.evaluate, rate)
         trials = as_trials(
             [key.rate for key in keys], [key.seed for key in keys], spec.stream, self.base_seed
         )
         with self.progress.part(len(keys)) as part:
-            records = compiled.run(trials, lambda step: part(step / self.plan.steps))
-        found = {key: Record(*record) for key, record in zip(keys, zip(*records, strict=True), strict=True)}
+            curves = compiled.run(trials, lambda step: part(step / self.plan.steps))
+        found = {key: Curves(*each) for key, each in zip(keys, zip(*curves, strict=True), strict=True)}
         self.results |= found
-        for record in found.values():
-            self.progress.seen(record.validation[-1])
+        for each in found.values():
+            self.progress.seen(each.validation[-1])
         return found
 
     def _exchange(self) -> None:
-        """Gives every process of a distributed run the results of all."""
+        """Gives every process of a distributed study the results of all."""
         if jax.process_count() == 1:
             return
         mine = np.frombuffer(pack(self.results) if self.results else b"", np.uint8)
@@ -121,7 +130,7 @@ class Runner:
 
 
 def agree(value: Sequence[float]) -> list[float]:
-    """Gives every process of a distributed run the numbers of the first."""
+    """Returns the first process's numbers, in every process of a distributed study."""
     if jax.process_count() == 1:
         return list(value)
     return np.asarray(multihost_utils.broadcast_one_to_all(np.array(value, np.float32))).tolist()

@@ -1,6 +1,6 @@
 """Figures of a comparison: all pictures side by side, or one as an SVG element for a page.
 
-They leave pyplot alone, so no display is needed and no figure stays open.
+They do not use pyplot, so no display is needed and no figure stays open.
 """
 
 from __future__ import annotations
@@ -8,26 +8,25 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from html import escape
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib
+from markupsafe import Markup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from adaptive_optax._checks import check_choice
-from adaptive_optax._drawing import THEMES, shortened
-from adaptive_optax.study.pictures import (
+from adaptive_optax._core.checks import check_choice
+from adaptive_optax._core.drawing import THEMES
+from adaptive_optax._core.names import shortened, visible
+from adaptive_optax.study.record import Record
+from adaptive_optax.study.report.pictures import (
     arm_styles,
     plot_curves,
     plot_differences,
     plot_effective_rates,
     plot_rates,
 )
-
-if TYPE_CHECKING:
-    from adaptive_optax.study.result import Comparison
 
 PICTURES = {
     "rates": plot_rates,
@@ -36,7 +35,7 @@ PICTURES = {
     "effective_rates": plot_effective_rates,
 }
 
-# One picture of the report: 330 units wide, text of 11, so that on a phone of 320 px it is still read.
+# One picture of the report: 330 units wide with text of size 11, readable on a phone of 320 px.
 _WIDTH = 330 / 72
 _SVG: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -47,43 +46,43 @@ _SVG: dict[Any, Any] = {
 }
 
 
-def plot(comparison: Comparison, *, theme: str = "light") -> Figure:
-    """Makes a figure with the four pictures, which belongs to nobody but the caller.
+def plot(record: Record, *, theme: str = "light") -> Figure:
+    """Makes a figure with the four pictures, not registered with pyplot.
 
     Args:
-        comparison: What to draw.
+        record: What to draw.
         theme: "light" or "dark".
     """
     check_choice("theme", theme, THEMES)
-    rivals = len(comparison.info["arms"]) - 1
+    rivals = len(record.details.rivals)
     figure = Figure(figsize=(11.0, 2 * max(4.6, 1.4 + 0.52 * rivals)), layout="constrained")
     figure.set_facecolor(THEMES[theme].paper)
     titles = (
         "Tuning: every arm has its own best rate",
         "Verdict: paired differences",
         "Training at the best rates",
-        "The learning rate in effect",
+        "Telemetry: effective learning rates",
     )
     for axes, draw, title in zip(figure.subplots(2, 2).flat, PICTURES.values(), titles, strict=True):
-        draw(comparison, axes, theme=theme)
+        draw(record, axes, theme=theme)
         heading = f"{title}\n{axes.get_title(loc='left')}"
         style = {"color": THEMES[theme].ink, "fontsize": "medium", "parse_math": False}
         axes.set_title(heading, loc="left", **style)
-    _add_legend(figure, comparison, theme)
+    _add_legend(figure, record, theme)
     return figure
 
 
-def to_svg(comparison: Comparison, picture: str, *, theme: str = "light", description: str = "") -> str:
-    """Gives one picture as an SVG element to stand inside HTML.
+def to_svg(record: Record, picture: str, *, theme: str = "light", description: str = "") -> Markup:
+    """Returns one picture as an SVG element for use inside HTML.
 
-    The same comparison gives the same bytes whatever matplotlib's settings are. Its ids begin with the names
-    of picture and theme, so that several elements fit into one page, and it needs no namespaces there.
+    The same comparison produces the same bytes, whatever matplotlib's settings. Ids are prefixed with the
+    names of picture and theme, so that one page can hold several elements; no namespaces are needed.
 
     Args:
-        comparison: What to draw.
+        record: What to draw.
         picture: "rates", "differences", "curves" or "effective_rates".
         theme: "light" or "dark".
-        description: What a screen reader says.
+        description: The text for screen readers.
     """
     check_choice("picture", picture, PICTURES)
     check_choice("theme", theme, THEMES)
@@ -92,12 +91,12 @@ def to_svg(comparison: Comparison, picture: str, *, theme: str = "light", descri
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_SVG)
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has more fonts
-        arms = len(comparison.info["arms"])
-        height = 60 + 42 * (arms - 1) if picture == "differences" else 250
+        rivals = len(record.details.rivals)
+        height = 60 + 42 * rivals if picture == "differences" else 250
         figure = Figure(figsize=(_WIDTH, height / 72), layout="constrained")
-        PICTURES[picture](comparison, figure.subplots(), theme=theme)
+        PICTURES[picture](record, figure.subplots(), theme=theme)
         if picture != "differences":
-            rows = _add_legend(figure, comparison, theme)
+            rows = _add_legend(figure, record, theme)
             figure.set_figheight((height + 16 * rows) / 72)
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
@@ -107,13 +106,15 @@ def to_svg(comparison: Comparison, picture: str, *, theme: str = "light", descri
     svg = re.sub(r"<[^>]*>", lambda tag: re.sub(r'(id="|href="#|url\(#)', prefixed, tag.group()), svg)
     svg = re.sub(r"\s*\n\s*", "\n", svg).replace("xlink:href=", "href=")
     box = re.search(r'viewBox="[^"]*"', svg)
-    head = f'<svg {box.group() if box else ""} role="img" aria-label="{escape(description)}">'
-    return re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1).strip()
+    head = Markup('<svg {} role="img" aria-label="{}">').format(
+        Markup(box.group() if box else ""), visible(description)
+    )
+    return Markup(re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1).strip())
 
 
-def _add_legend(figure: Figure, comparison: Comparison, theme: str) -> int:
-    """Adds the arms below, in as many columns as fit, and gives the number of rows."""
-    styles = arm_styles(comparison, theme)
+def _add_legend(figure: Figure, record: Record, theme: str) -> int:
+    """Adds a legend of the arms below, in as many columns as fit; returns the number of rows."""
+    styles = arm_styles(record, theme)
     handles = [Line2D([], [], markersize=5, **style) for style in styles.values()]
     canvas = FigureCanvasAgg(figure)
     columns = len(handles)

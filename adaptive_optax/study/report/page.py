@@ -1,23 +1,29 @@
-"""The report of a comparison: one HTML page that needs nothing else, and a summary for the terminal."""
+"""The report of a comparison: one self-contained HTML page, and a summary for the terminal."""
 
 from __future__ import annotations
 
 import os
 import shlex
 from collections import Counter
-from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, NamedTuple
 
+import jinja2
 import numpy as np
+from markupsafe import Markup
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from adaptive_optax._drawing import MINUS, THEMES
-from adaptive_optax.study.figures import PICTURES, to_svg
-from adaptive_optax.study.findings import (
+from adaptive_optax._core.drawing import MINUS, THEMES
+from adaptive_optax._core.names import shortened, visible
+from adaptive_optax.study.engine.store import write_atomically
+from adaptive_optax.study.judged import TRAINED
+from adaptive_optax.study.record import Record
+from adaptive_optax.study.report.advice import answer
+from adaptive_optax.study.report.figures import PICTURES, to_svg
+from adaptive_optax.study.report.findings import (
     MISSING,
     best_rate,
     decision,
@@ -27,69 +33,111 @@ from adaptive_optax.study.findings import (
     final_metrics,
     interval,
     judge_all,
-    mean_and_error,
+    judged_by,
     metric_format,
     own_change,
+    paired_differences,
     signed,
 )
-from adaptive_optax.study.report_tables import looks_table, trial_table, tuning_table, verdict_table
-from adaptive_optax.study.store import write_atomically
-
-if TYPE_CHECKING:
-    from adaptive_optax.study.result import Comparison
-    from adaptive_optax.study.verdict import Verdict
+from adaptive_optax.study.report.tables import (
+    looks_table,
+    statistics_table,
+    trial_table,
+    tuning_table,
+    verdict_table,
+)
+from adaptive_optax.study.statistics.paired import mean_and_error
+from adaptive_optax.study.statistics.verdict import Verdict
 
 # ---- The terminal ----
 
+_NAME_WIDTH = 60  # longer names are shortened in the table
+_LEAST_NAME = 12  # minimum width of the column of names, unless all names are shorter
 
-def print_summary(comparison: Comparison, console: Console) -> None:
-    """Prints the sentence of every verdict and a table that fits in 80 columns.
+
+def print_summary(record: Record, console: Console) -> None:
+    """Prints the answer, the sentence of every other verdict, what to do next, and a table.
+
+    The table fits the terminal: a narrow one drops the interval, the metric, the rate and the difference, in
+    this order; the arm and its verdict always remain.
 
     Args:
-        comparison: What was compared.
+        record: The comparison.
         console: Where to print.
     """
-    verdicts, headline, reason = judge_all(comparison)
-    console.print(Text(headline.sentence if headline else f"Not judged: {reason}", style="bold"))
+    verdicts, headline, _ = judge_all(record)
+    found = answer(record)
+    console.print(Text(visible(f"{found.answer}: {found.sentence}"), style="bold"))
     for verdict in verdicts.values():
         if headline is None or verdict.arm != headline.arm:
-            console.print(Text(verdict.sentence))
-    info, number, metrics = comparison.info, metric_format(comparison), final_metrics(comparison)
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("arm", overflow="fold")
-    for heading in ("peak rate", "metric", "difference", "adjusted interval"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("verdict", overflow="fold")
-    for arm in info["arms"]:
-        cells = [best_rate(comparison, arm), number(mean_and_error(metrics[arm])[0])]
+            console.print(Text(visible(verdict.sentence)))
+    console.print(_summary_table(record, verdicts, console))
+    details = record.details
+    notes = [f"Metric: {visible(details.metric_name)}, {record.direction.better} is better"]
+    notes += ["* on the edge of the rates tried"] * any(details.on_edge.values())
+    for arm in details.arms:
+        if (judged := judged_by(record, arm)) != TRAINED:
+            notes.append(f"{visible(arm)}: judged by {judged.by}")
+        lost, trials = diverged_trials(record, arm)
+        notes += [f"{visible(arm)}: {lost} of {trials} trials diverged"] * bool(lost)
+    console.print(Text("; ".join(notes) + ".", style="dim"))
+    for warning in found.warnings:
+        console.print(Text(visible(warning)))
+    if found.next_step:
+        console.print(Text(visible(f"Next: {found.next_step}")))
+    for line in found.code:
+        console.print(Text(f"    {visible(line)}"), soft_wrap=True)
+
+
+def _summary_table(record: Record, verdicts: dict[str, Verdict], console: Console) -> Table:
+    number, metrics = metric_format(record), final_metrics(record)
+    columns: dict[str, list[str]] = {
+        name: [] for name in ("arm", "peak rate", "metric", "difference", "adjusted interval", "verdict")
+    }
+    for arm in record.details.arms:
+        cells = [
+            shortened(arm, _NAME_WIDTH), best_rate(record, arm), number(mean_and_error(metrics[arm])[0])
+        ]  # fmt: skip
         if v := verdicts.get(arm):
             cells += [signed(number, v.effect), interval(number, v.interval), decision(v)]
+        elif arm == record.details.baseline:
+            cells += ["", "", "baseline"]
         else:
-            cells += ["", "", "baseline" if arm == info["baseline"] else "not judged"]
-        cells = [cell.replace(MINUS, "-").replace(MISSING, "-") for cell in cells]
-        table.add_row(Text(arm), *map(Text, cells))
-    console.print(table)
-    notes = [f"Metric: {info['metric_name']}, lower is better"]
-    notes += ["* on the edge of the rates tried"] * any(info["on_edge"].values())
-    for arm in info["arms"]:
-        lost, trials = diverged_trials(comparison, arm)
-        notes += [f"{arm}: {lost} of {trials} runs diverged"] * bool(lost)
-    console.print(Text("; ".join(notes) + ".", style="dim"))
+            difference = mean_and_error(paired_differences(record, arm))[0]
+            cells += [signed(number, difference), "", "not judged"]
+        for column, cell in zip(columns.values(), cells, strict=True):
+            column.append(cell.replace(MINUS, "-").replace(MISSING, "-"))
+
+    def width(name: str) -> int:
+        widest = max(Text(cell).cell_len for cell in (name, *columns[name]))
+        return {"arm": min(widest, _LEAST_NAME), "verdict": min(widest, 10)}.get(name, widest) + 1
+
+    for least_needed in ("adjusted interval", "metric", "peak rate", "difference"):
+        if sum(map(width, columns)) > console.width:
+            del columns[least_needed]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    for name in columns:
+        words = name in ("arm", "verdict")
+        table.add_column(name, overflow="fold", justify="left" if words else "right", no_wrap=not words)
+    for row in zip(*columns.values(), strict=True):
+        table.add_row(*map(Text, row))
+    return table
 
 
 # ---- The page ----
 
 
-def to_html(comparison: Comparison, path: str | os.PathLike[str]) -> None:
-    """Writes the report as one HTML file that refers to no other.
+def to_html(record: Record, path: str | os.PathLike[str]) -> None:
+    """Writes the report as one self-contained HTML file.
 
-    It opens with the verdict on the arm that did best in tuning, or with the reason why none could be
-    reached; pictures, tables, limits and the way it was run follow. It follows the reader's preference for
-    light or dark, and reads on a phone. The same comparison gives the same bytes.
+    It opens with the answer: whether the arm that did best in tuning beats the baseline, or why that could
+    not be judged, and what to do next. Pictures, tables, limits and the settings of the study follow. The
+    page respects the reader's preference for light or dark and is readable on a phone. The same comparison
+    produces the same bytes.
 
     Args:
-        comparison: What was compared.
-        path: The file; its folder is made if need be, and it is whole or absent at any moment.
+        record: The comparison.
+        path: The file. Its folder is created if needed; at any moment the file is complete or absent.
 
     Raises:
         ValueError: If `path` is a folder.
@@ -98,184 +146,179 @@ def to_html(comparison: Comparison, path: str | os.PathLike[str]) -> None:
     if path.is_dir():
         raise ValueError(f"path must be a file to write, got the folder {str(path)!r}.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, _page(comparison).encode())
+    write_atomically(path, _page(record).encode())
 
 
-def _page(comparison: Comparison) -> str:
-    info = comparison.info
-    verdicts, headline, reason = judge_all(comparison)
-    others = [verdict for arm, verdict in verdicts.items() if headline is None or arm != headline.arm]
-    items = "".join(
-        f'<li><span class="decision {escape(v.decision)}">{escape(v.decision)}</span>'
-        f"<span>{escape(v.sentence)}</span></li>\n"
-        for v in others
+def _finalize(value: Any) -> Any:
+    """Makes unprintable characters visible, since names may hold any."""
+    return visible(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(Path(__file__).with_name("templates")),
+    autoescape=True,
+    undefined=jinja2.StrictUndefined,
+    finalize=_finalize,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    keep_trailing_newline=True,
+)
+
+
+def _page(record: Record) -> str:
+    details = record.details
+    verdicts, headline, _ = judge_all(record)
+    found = answer(record)
+    rivals = len(details.rivals)
+    return _TEMPLATES.get_template("report.html").render(
+        title=f"{details.task}: {found.question}",
+        setting=(
+            f"{rivals} arm{'s' * (rivals > 1)} against {details.baseline}, each at its own best peak "
+            f"learning rate; {details.steps:,} steps, {details.seeds} fresh seeds"
+        ),
+        themes=[{"name": name, "colours": theme._asdict().items()} for name, theme in THEMES.items()],
+        answer=found,
+        others=[v for arm, v in verdicts.items() if headline is None or arm != headline.arm],
+        pictures=_pictures(record, bool(verdicts)),
+        verdict_table=verdict_table(record, verdicts),
+        statistics_table=statistics_table(record, verdicts) if verdicts else None,
+        tuning_table=tuning_table(record),
+        looks_table=looks_table(record),
+        covers=_covers(record, bool(verdicts)),
+        limits=_does_not_show(record, verdicts),
+        run=_run(record).items(),
+        command=shlex.join(details.command),
+        trial_table=trial_table(record),
     )
-    others_list = f'<ul class="others">\n{items}</ul>\n' if items else ""
-    rivals = len(info["arms"]) - 1
-    setting = (
-        f"{rivals} arm{'s' * (rivals > 1)} against {info['baseline']}, each at its own best peak rate; "
-        f"{info['steps']:,} steps, {info['seeds']} fresh seeds"
-    )
-    style = Path(__file__).with_name("report.css").read_text("utf-8")
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>{escape(info["task"])}: comparison of learning rates</title>
-<style>
-{_variables()}
-{style}</style>
-</head>
-<body>
-<main>
-<header>
-<h1>{escape(info["task"])}: comparison of learning rates</h1>
-<p class="setting">{escape(setting)}</p>
-<p class="verdict">{escape(headline.sentence if headline else f"Not judged: {reason}")}</p>
-</header>
-{others_list}
-<div class="pictures">
-{_pictures(comparison, bool(verdicts))}</div>
-{verdict_table(comparison, verdicts)}
-{tuning_table(comparison)}
-{looks_table(comparison)}
-<div class="columns">
-<div>
-{_covers(comparison, bool(verdicts))}
-{_does_not_show(comparison, verdicts)}
-</div>
-<section>
-<h2>How it was run</h2>
-{_run(comparison)}
-</section>
-</div>
-{trial_table(comparison)}
-</main>
-</body>
-</html>
-"""
 
 
-def _variables() -> str:
-    light, dark = (
-        ":root { " + " ".join(f"--{name}: {colour};" for name, colour in theme._asdict().items()) + " }"
-        for theme in (THEMES["light"], THEMES["dark"])
-    )
-    return f"{light}\n@media (prefers-color-scheme: dark) {{ {dark} }}"
+class _Picture(NamedTuple):
+    title: str
+    drawn: list[tuple[str, Markup]]  # by theme
+    caption: str
 
 
-def _pictures(comparison: Comparison, judged: bool) -> str:
-    info = comparison.info
-    metric, baseline, seeds = info["metric_name"], info["baseline"], info["seeds"]
-    margin = equivalence_margin(comparison)
-    within = metric_format(comparison)(margin)
-    zone = f" Shaded: equivalent, within {within} of the baseline." if np.isfinite(margin) else ""
+def _pictures(record: Record, judged: bool) -> list[_Picture]:
+    details = record.details
+    metric, baseline, seeds = details.metric_name, details.baseline, details.seeds
+    margin = equivalence_margin(record)
+    zone = f" Shaded: equivalent, within {margin:.2g} of the baseline." if np.isfinite(margin) else ""
+    better = f"{record.direction.better} is better"
     captions = {
         "rates": (
             "Every arm has its own best peak rate",
-            f"Final {metric} on {info['tuning_seeds']} tuning seeds, mean with a band of one standard error. "
-            "Ringed: the rate taken for the verdict. Crosses: a run diverged.",
+            f"Final {metric} ({better}) on {details.tuning_seeds} tuning seeds, mean with a band of one "
+            "standard error. Ringed: the rate used for the verdict. Crosses: a trial diverged.",
         ),
         "differences": (
             "Differences from the baseline",
-            f"Final {metric} minus that of {baseline} for each of {seeds} fresh seeds (dots)"
-            f"{', and the adjusted interval of its mean (bars)' * judged}.{zone} "
-            "Crosses at the edge: a run diverged.",
+            f"Final {metric} ({better}), arm minus {baseline}, for each of {seeds} fresh seeds (dots)"
+            f"{', and the corrected interval of its mean (bars)' * judged}.{zone} "
+            "Crosses at the edge: a trial diverged.",
         ),
         "curves": (
             "Training at the best rates",
-            f"Validation {metric} over {seeds} fresh seeds, mean with a band of one standard error; dotted: "
-            "the training loss. Runs that diverged are left out.",
+            f"Validation {metric} ({better}) over {seeds} fresh seeds, mean with a band of one standard "
+            "error; dotted: the training loss. Diverged trials are excluded.",
         ),
         "effective_rates": (
-            "The learning rate in effect",
-            "That of the gradient step nearest to what the optimizer did, mean over the same runs with a "
-            f"band of one standard error; dotted: the rate as scheduled.{_own_change(comparison)}",
+            "Effective learning rates",
+            "The rate of the gradient step nearest to the optimizer's step, mean over the same trials with a "
+            "band of one standard error; dotted: the scheduled rate. Below 0, the step went uphill on "
+            f"that batch.{_own_change(record)}",
         ),
     }
-    parts = []
+    pictures = []
     for picture in PICTURES:
-        title, caption = map(escape, captions[picture])
-        drawn = "".join(
-            f'<div class="{theme}">{to_svg(comparison, picture, theme=theme, description=title)}</div>\n'
-            for theme in THEMES
-        )
-        caption = f"<figcaption>{caption}</figcaption>"
-        parts.append(f"<figure>\n<h2>{title}</h2>\n{drawn}{caption}\n</figure>\n")
-    return "".join(parts)
+        title, caption = captions[picture]
+        drawn = [(theme, to_svg(record, picture, theme=theme, description=title)) for theme in THEMES]
+        pictures.append(_Picture(title, drawn, caption))
+    return pictures
 
 
-def _own_change(comparison: Comparison) -> str:
-    """Says what the optimizer did to the baseline's rate by itself."""
-    baseline = comparison.info["baseline"]
-    change = own_change(comparison, baseline)
+def _own_change(record: Record) -> str:
+    """Says how the optimizer itself changed the baseline's rate, beyond the schedule."""
+    baseline = record.details.baseline
+    change = own_change(record, baseline)
     if np.isnan(change):
         return ""
     verb, times = ("rose", change) if change > 1 else ("fell", 1 / change)
+    factor = f"{times:.2g}"
+    did = "did not change" if factor == "1" else f"{verb} by a factor of {factor}"
     return (
-        f" Beyond its schedule, that of {baseline} {verb} by a factor of {times:.2g} from the first to the "
-        "last quarter of the run."
+        f" Beyond the schedule, the rate of {baseline} {did} from the first to the last quarter of the steps."
     )
 
 
-# ---- Words ----
+# ---- Text ----
 
 
-def _covers(comparison: Comparison, judged: bool) -> str:
-    info = comparison.info
-    rivals = len(info["arms"]) - 1
-    adjusted = f"{rivals} comparisons (Holm) and for looking" if rivals > 1 else "looking"
-    held = f" The adjusted intervals allow for {adjusted} again after adding seeds." if judged else ""
-    return f"""<section class="prose">
-<h2>What the intervals cover</h2>
-<p>Seeds: other initial parameters and other orders of the batches. All else is held: these tuned rates, this
-split of the data, {info["steps"]:,} steps. The seeds of the verdict were not used in tuning, but tuning and
-verdict share the validation set.{held}</p>
-</section>"""
+def _covers(record: Record, judged: bool) -> str:
+    details = record.details
+    rivals = len(details.rivals)
+    several = f"{rivals} simultaneous comparisons and for " if rivals > 1 else ""
+    allowance = f" Corrected intervals allow for {several}judging again after adding seeds." if judged else ""
+    return (
+        "Variation between seeds: different initial parameters and different orders of the batches. "
+        f"Everything else is fixed: these tuned rates, this split of the data, {details.steps:,} steps. The "
+        "seeds of the verdict were not used in tuning, but tuning and verdict share the validation set."
+        f"{allowance}"
+    )
 
 
-def _does_not_show(comparison: Comparison, verdicts: dict[str, Verdict]) -> str:
-    info, number = comparison.info, metric_format(comparison)
+def _does_not_show(record: Record, verdicts: dict[str, Verdict]) -> list[str]:
+    details, number = record.details, metric_format(record)
     limits = [
-        f"That it is so on another task, model or length of training: this is one task, "
-        f"{info['parameters']:,} parameters and {info['steps']:,} steps.",
-        "That it is so on other data: the rates were chosen on the validation set that judges them.",
+        "Whether the result holds for another task, model or length of training: this is one task, "
+        f"{details.parameters:,} parameters and {details.steps:,} steps.",
+        "Whether it holds for other data: the rates were chosen on the validation set that judges them.",
         "Anything about rates between those tried, or about settings that were not tuned.",
     ]
-    if len(info["arms"]) > 2:
-        baseline = info["baseline"]
-        limits.append(f"A ranking of the arms among themselves: each was compared with {baseline} only.")
+    if len(details.rivals) > 1:
+        baseline = details.baseline
+        limits.append(f"A ranking of the arms: each was compared only with {baseline}.")
     ends = [max(map(abs, v.interval)) for v in verdicts.values() if v.decision == "undecided"]
     if np.isfinite(ends).any():
         limits.append(
-            f"That undecided arms equal {info['baseline']}: differences of up to {number(np.nanmax(ends))} "
-            "are compatible with what was seen."
+            f"That undecided arms equal {details.baseline}: differences of up to {number(np.nanmax(ends))} "
+            "are compatible with the data."
         )
-    if edges := [arm for arm in info["arms"] if info["on_edge"].get(arm)]:
-        limits.append(f"The best rate of {', '.join(edges)}: it lies on the edge of the rates tried.")
-    items = "".join(f"<li>{escape(limit)}</li>\n" for limit in limits)
-    return f'<section class="prose">\n<h2>What this does not show</h2>\n<ul>\n{items}</ul>\n</section>'
+    if edges := [arm for arm in details.arms if details.on_edge.get(arm)]:
+        limits.append(f"The best rate of {', '.join(edges)}: it is on the edge of the rates tried.")
+    return limits
 
 
-def _run(comparison: Comparison) -> str:
-    info, table = comparison.info, comparison.table
+_MODES = {
+    "scan": "a whole trial in one compiled loop",
+    "step": "one compiled step at a time",
+    "vmap": "the trials of a chunk in parallel",
+}
+
+
+def _judged(record: Record) -> str:
+    arms: dict[str, list[str]] = {}
+    for arm in record.details.arms:
+        arms.setdefault(judged_by(record, arm).by, []).append(arm)
+    if len(arms) == 1:
+        return f"every arm by {next(iter(arms))}"
+    return "; ".join(f"{', '.join(names)} by {by}" for by, names in arms.items())
+
+
+def _run(record: Record) -> dict[str, str]:
+    details, table = record.details, record.table
     slow = dict.fromkeys(table["arm"][table["compilation"] == "per rate"])
-    data = info["dataset"]
-    entries = {
-        "Baseline": info["baseline"],
-        "Metric": f"{info['metric_name']}, lower is better",
-        "Training": f"{info['steps']:,} steps, batches of {info['batch_size']:,}",
-        "Seeds": f"{info['seeds']} fresh, {info['tuning_seeds']} for tuning",
-        "Data": f"{data['train']:,} training and {data['validation']:,} validation samples",
-        "Parameters": f"{info['parameters']:,}",
-        "Execution": f"mode {info['mode']}, chunks of {info['chunk']} runs",
+    data = details.dataset
+    return {
+        "Baseline": details.baseline,
+        "Metric": f"{details.metric_name}, {record.direction.better} is better",
+        "Judged": _judged(record),
+        "Training": f"{details.steps:,} steps, batches of {details.batch_size:,}",
+        "Seeds": f"{details.seeds} fresh, {details.tuning_seeds} for tuning",
+        "Data": f"{data.train:,} training and {data.validation:,} validation samples",
+        "Parameters": f"{details.parameters:,}",
+        "Execution": f"{_MODES.get(details.mode or '', details.mode)}; {details.chunk} trials at a time",
         "Compiled": "once per arm" + (f"; once per rate: {', '.join(slow)}" if slow else ""),
-        "Devices": ", ".join(f"{n} × {name}" for name, n in Counter(info["devices"]).items()),
-        "Versions": ", ".join(f"{name} {version}" for name, version in info["versions"].items()),
-        "Time": duration(info["seconds"]),
+        "Devices": ", ".join(f"{n} × {name}" for name, n in Counter(details.devices).items()),
+        "Versions": ", ".join(f"{name} {version}" for name, version in details.versions.items()),
+        "Time": duration(details.seconds),
     }
-    lines = "".join(f"<dt>{name}</dt><dd>{escape(text)}</dd>\n" for name, text in entries.items())
-    command = f"<dt>Command</dt><dd><code>{escape(shlex.join(info['command']))}</code></dd>\n"
-    return f"<dl>\n{lines}{command}</dl>"

@@ -1,31 +1,34 @@
-"""The pictures of a comparison, each drawn on axes that it is given: rates, differences, curves, telemetry.
+"""The pictures of a comparison, each drawn on given axes: rates, differences, curves, telemetry.
 
-The baseline has the text's colour, and every arm its own marker, so that no arm is told from another by
-colour only.
+The baseline has the text's colour, and every arm has its own marker, so that arms do not differ by colour
+alone.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from adaptive_optax._checks import check_choice
-from adaptive_optax._drawing import (
+from adaptive_optax._core.checks import check_choice
+from adaptive_optax._core.drawing import (
     LINES,
     MARKERS,
     PALETTE,
     THEMES,
+    draw_placeholder,
     dress,
-    say_nothing,
     set_range,
     set_step_axis,
     set_ticks,
-    shortened,
     text,
 )
-from adaptive_optax.study.findings import (
+from adaptive_optax._core.names import shortened
+from adaptive_optax.study.direction import Direction
+from adaptive_optax.study.record import Record
+from adaptive_optax.study.report.findings import (
     Tuned,
     effective_rates,
     equivalence_margin,
@@ -36,13 +39,8 @@ from adaptive_optax.study.findings import (
     tuned_rates,
     written,
 )
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-    from adaptive_optax.study.result import Comparison
-    from adaptive_optax.study.verdict import Verdict
-
+from adaptive_optax.study.statistics.paired import column_means
+from adaptive_optax.study.statistics.verdict import Verdict
 
 _MOST_WINDOWS = 25
 
@@ -50,18 +48,17 @@ _MOST_WINDOWS = 25
 # ---- Parts of pictures ----
 
 
-def arm_styles(comparison: Comparison, theme: str) -> dict[str, dict[str, Any]]:
-    """Gives each arm its colour, marker and line; the baseline has the ink's colour."""
-    baseline, arms = comparison.info["baseline"], comparison.info["arms"]
-    rivals = [arm for arm in arms if arm != baseline]
-    styles = {baseline: {"color": THEMES[theme].ink, "marker": MARKERS[0], "linestyle": "-"}}
-    for i, arm in enumerate(rivals):
+def arm_styles(record: Record, theme: str) -> dict[str, dict[str, Any]]:
+    """Returns each arm's colour, marker and line style; the baseline has the text's colour."""
+    details = record.details
+    styles = {details.baseline: {"color": THEMES[theme].ink, "marker": MARKERS[0], "linestyle": "-"}}
+    for i, arm in enumerate(details.rivals):
         styles[arm] = {
             "color": PALETTE[i % len(PALETTE)],
             "marker": MARKERS[(i + 1) % len(MARKERS)],
             "linestyle": LINES[i // len(PALETTE) % len(LINES)],
         }
-    return {arm: styles[arm] for arm in arms}
+    return {arm: styles[arm] for arm in details.arms}
 
 
 def _draw_band(axes: Axes, x: Any, mean: Any, error: Any, style: dict[str, Any], **more: Any) -> None:
@@ -73,26 +70,29 @@ def _draw_band(axes: Axes, x: Any, mean: Any, error: Any, style: dict[str, Any],
 # ---- The four pictures ----
 
 
-def plot_rates(comparison: Comparison, axes: Axes, *, theme: str = "light") -> None:
+def plot_rates(record: Record, axes: Axes, *, theme: str = "light") -> None:
     """Draws the final metric against the peak rate on the tuning seeds, for every arm.
 
-    Mean with a band of one standard error; the best rate is ringed; a rate at which a trial diverged is a
-    cross in the strip at the top. The y range holds every arm's best rate and the better half of all means;
-    it is logarithmic if all of them are positive.
+    Shows means with bands of one standard error. The best rate is ringed; a rate at which a trial diverged is
+    a cross in the strip at the top. The y range includes every arm's best rate and the better half of all
+    means; it is logarithmic if all of these are positive and lower is better.
 
     Args:
-        comparison: What to draw.
+        record: What to draw.
         axes: Where to draw it.
         theme: "light" or "dark".
     """
     check_choice("theme", theme, THEMES)
-    info, styles = comparison.info, arm_styles(comparison, theme)
-    tuned = {arm: tuned_rates(comparison, arm) for arm in info["arms"]}
+    details, styles = record.details, arm_styles(record, theme)
+    tuned = {arm: tuned_rates(record, arm) for arm in details.arms}
     crossed = {arm: found for arm, found in tuned.items() if found.diverged.any()}
-    height = min(0.055, 0.3 / max(len(crossed), 1))  # of a row of crosses, as a share of the axes
+    height = min(0.055, 0.3 / max(len(crossed), 1))  # height of one row of crosses, as a share of the axes
     strip = max(0.09, height * len(crossed) + 0.02) if crossed else 0.0
 
-    dress(axes, THEMES[theme], f"{info['metric_name']}, tuning seeds", "peak learning rate")
+    direction = record.direction
+    title = f"{shortened(details.metric_name, 24)}, tuning seeds"
+    title += " (higher is better)" * direction.maximize
+    dress(axes, THEMES[theme], title, "peak learning rate")
     axes.set_xscale("log")
     for i, (arm, found) in enumerate(tuned.items()):
         _draw_band(axes, found.rates, found.mean, found.error, styles[arm], label=arm, markersize=4.5)
@@ -109,7 +109,7 @@ def plot_rates(comparison: Comparison, axes: Axes, *, theme: str = "light") -> N
     left, right = (rates.min() / 1.6, rates.max() * 1.6) if len(rates) else (0.1, 1.0)
     axes.set_xlim(left, right)
     set_ticks(axes.xaxis, left, right, True)
-    _set_readable_range(axes, list(tuned.values()), strip)
+    _set_readable_range(axes, list(tuned.values()), strip, direction)
     if crossed:
         shade = {"color": THEMES[theme].strip, "linewidth": 0, "zorder": 2.5, "transform": axes.transAxes}
         axes.add_patch(Rectangle((0, 1 - strip), 1, strip + 0.01, clip_on=False, **shade))
@@ -122,42 +122,47 @@ def plot_rates(comparison: Comparison, axes: Axes, *, theme: str = "light") -> N
                   zorder=3, gid=f"diverged-{row}")  # fmt: skip
 
 
-def _set_readable_range(axes: Axes, tuned: list[Tuned], above: float) -> None:
+def _set_readable_range(axes: Axes, tuned: list[Tuned], above: float, direction: Direction) -> None:
     means, errors = (np.concatenate([getattr(found, name) for found in tuned]) for name in ("mean", "error"))
     finite = np.isfinite(means)
     if not finite.any():
         axes.set_yticks([])
         return
-    bests = [np.nanmin(found.mean) for found in tuned if np.isfinite(found.mean).any()]
-    low = np.min((means - np.nan_to_num(errors))[finite])
-    if low <= 0 < np.min(means[finite]):
-        low = np.min(means[finite])  # a wide band alone does not take away the logarithm
-    set_range(axes, low, max(*bests, np.median(means[finite])), above)
+    costs = direction.cost(means)
+    bests = [np.nanmin(direction.cost(found.mean)) for found in tuned if np.isfinite(found.mean).any()]
+    best = np.min((costs - np.nan_to_num(errors))[finite])
+    if not direction.maximize and best <= 0 < np.min(means[finite]):
+        best = np.min(means[finite])  # a wide band alone must not prevent the logarithmic axis
+    low, high = sorted(direction.cost(cost) for cost in (best, max(*bests, np.median(costs[finite]))))
+    set_range(axes, low, high, above, log=not direction.maximize)
 
 
-def plot_differences(comparison: Comparison, axes: Axes, *, theme: str = "light") -> None:
+def plot_differences(record: Record, axes: Axes, *, theme: str = "light") -> None:
     """Draws a forest plot: how every arm differs from the baseline, paired by seed.
 
     Dots are seeds, the bar is the adjusted interval, the strip is the region of equivalence. A seed at which
-    the arm diverged is a cross at the right edge, one at which only the baseline did at the left edge. What
-    is far beyond the other arms ends in an arrow.
+    the arm diverged is a cross at the worse edge; a seed at which only the baseline diverged, one at the
+    better edge. Intervals far beyond those of the other arms end in an arrow.
 
     Args:
-        comparison: What to draw; dots alone are drawn if it cannot be judged.
+        record: What to draw; only dots are drawn if it cannot be judged.
         axes: Where to draw it.
         theme: "light" or "dark".
     """
     check_choice("theme", theme, THEMES)
-    colours, info, styles = THEMES[theme], comparison.info, arm_styles(comparison, theme)
-    verdicts, _, _ = judge_all(comparison)
-    metrics, margin = final_metrics(comparison), equivalence_margin(comparison)
-    rivals = [arm for arm in info["arms"] if arm != info["baseline"]]
-    differences = {arm: paired_differences(comparison, arm) for arm in rivals}
+    colours, details, styles = THEMES[theme], record.details, arm_styles(record, theme)
+    verdicts, _, _ = judge_all(record)
+    metrics, margin = final_metrics(record), equivalence_margin(record)
+    rivals = details.rivals
+    differences = {arm: paired_differences(record, arm) for arm in rivals}
     low, high = _common_range(differences, verdicts, margin)
     edge = 0.03 * (high - low)
 
-    gap = "\N{NO-BREAK SPACE}" * 8  # a browser would make one of many spaces
-    label = f"← better{gap}worse →\n{shortened(info['metric_name'] + ' minus ' + info['baseline'], 46)}"
+    gap = "\N{NO-BREAK SPACE}" * 8  # a browser would collapse ordinary spaces
+    sides = ("worse", "better") if record.direction.maximize else ("better", "worse")
+    label = (
+        f"← {sides[0]}{gap}{sides[1]} →\n{shortened(details.metric_name + ' minus ' + details.baseline, 46)}"
+    )
     dress(axes, colours, "", label)
     axes.set_xlim(low, high)
     set_ticks(axes.xaxis, low, high, False)
@@ -175,9 +180,10 @@ def plot_differences(comparison: Comparison, axes: Axes, *, theme: str = "light"
         dots = {"markersize": 3.6, "alpha": 0.75, "markeredgewidth": 0, "gid": f"seeds-{y}"}
         axes.plot(seen, np.full(len(seen), y + 0.3), "o", color=colour, label=arm, **dots)
         lost = np.isnan(seeds)
+        edges = (low + edge, high - edge) if record.direction.maximize else (high - edge, low + edge)
         for x, seeds_lost in (
-            (high - edge, lost & np.isnan(metrics[arm])),
-            (low + edge, lost & ~np.isnan(metrics[arm])),
+            (edges[0], lost & np.isnan(metrics[arm])),
+            (edges[1], lost & ~np.isnan(metrics[arm])),
         ):
             if seeds_lost.any():
                 axes.plot(x, y + 0.3, "x", color=colour, markersize=5.5, gid=f"diverged-{y}")
@@ -197,7 +203,7 @@ def plot_differences(comparison: Comparison, axes: Axes, *, theme: str = "light"
 def _common_range(
     differences: dict[str, np.ndarray], verdicts: dict[str, Verdict], margin: float
 ) -> tuple[float, float]:
-    """Gives the range of all arms, but for those whose extent is beyond eight times the lower median."""
+    """Returns the range of all arms except those whose extent exceeds eight times the lower median."""
     extents = []
     for arm, seeds in differences.items():
         ends = np.array([0.0, *seeds, *(verdicts[arm].interval if arm in verdicts else ())])
@@ -223,39 +229,38 @@ def _draw_interval(axes: Axes, verdict: Verdict, row: int, colour: str, marker: 
             axes.plot(x, y, arrow, color=colour, clip_on=False, markersize=6)
 
 
-def plot_curves(comparison: Comparison, axes: Axes, *, theme: str = "light") -> None:
+def plot_curves(record: Record, axes: Axes, *, theme: str = "light") -> None:
     """Draws validation curves with bands of one standard error, and dotted training curves.
 
-    Every arm at its best rate: means over the verdict's seeds, without the trials that diverged. The y range
-    is that of the second half of the steps. Training losses are means over at most 25 windows, as batches are
-    noisy; they have their own axis, on the right, where the metric is not the loss.
+    Shows every arm at its best rate: means over the verdict's seeds, without diverged trials. The y range is
+    that of the second half of the steps. Training losses are means over at most 25 windows, because batches
+    are noisy; they have their own axis, on the right, if the metric is not the loss.
 
     Args:
-        comparison: What to draw.
+        record: What to draw.
         axes: Where to draw it.
         theme: "light" or "dark".
     """
     check_choice("theme", theme, THEMES)
-    colours, info = THEMES[theme], comparison.info
-    steps, windows = np.asarray(comparison.validation_steps), np.asarray(comparison.training_steps)
+    colours, details = THEMES[theme], record.details
+    steps, windows = np.asarray(record.validation_steps), np.asarray(record.training_steps)
     width = -(-len(windows) // _MOST_WINDOWS)
     windows = windows[width - 1 :: width]
-    same = info["metric_name"] == "loss"
-    dress(axes, colours, f"validation {info['metric_name']}{' (dotted: training)' * same}", "step")
+    same = details.metric_name == "loss"
+    title = f"validation {shortened(details.metric_name, 20)}" + " (dotted: training)" * same
+    dress(axes, colours, title + " (higher is better)" * record.direction.maximize, "step")
     set_step_axis(axes, steps)
     other = axes if same else axes.twinx()
-    every = max(len(steps) // 6, 1)  # markers are sparse, and not at the same steps
+    every = max(len(steps) // 6, 1)  # markers are sparse, and at different steps for each arm
     seen, fitted = [], []
-    for i, (arm, style) in enumerate(arm_styles(comparison, theme).items()):
-        trials = judged_trials(comparison, arm)
+    for i, (arm, style) in enumerate(arm_styles(record, theme).items()):
+        trials = judged_trials(record, arm)
         if not len(trials):
             continue
-        curves = np.asarray(comparison.validation_curves)[trials]
-        training = np.asarray(comparison.training_curves)[trials].mean(axis=0)
+        curves = np.asarray(record.validation_curves)[trials]
+        training = column_means(np.asarray(record.training_curves)[trials])[0]
         training = training[: len(windows) * width].reshape(-1, width).mean(axis=1)
-        mean, error = curves.mean(axis=0), np.zeros(len(steps))
-        if len(curves) > 1:
-            error = curves.std(axis=0, ddof=1) / np.sqrt(len(curves))
+        mean, error = column_means(curves)
         marks = {"markevery": (i % every, every), "markersize": 4.5, "linewidth": 1.4, "label": arm}
         _draw_band(axes, steps, mean, error, style, **marks)
         other.plot(windows, training, ":", color=style["color"], linewidth=0.9)
@@ -264,55 +269,67 @@ def plot_curves(comparison: Comparison, axes: Axes, *, theme: str = "light") -> 
         fitted.append(training[windows >= steps[-1] / 2])
     if not seen:
         other.set_yticks([])
-        say_nothing(axes, colours)
+        draw_placeholder(axes, colours)
         return
-    low, high = np.min(seen), np.max(seen)
-    least, most = np.min(fitted), np.max(fitted)
+    (low, high), (least, most) = _ends(seen), _ends(fitted)
     if same:
-        set_range(axes, _extended(low, high, least), high)
+        set_range(axes, _extended(low, high, least), high, log=least > 0)
         return
-    set_range(axes, low, high)
+    set_range(axes, low, high, log=not record.direction.maximize)
     set_range(other, least, most)
     other.set_ylabel("training loss (dotted)", rotation=270, va="bottom", color=colours.muted)
     other.spines[:].set_visible(False)
     other.tick_params(colors=colours.muted, which="both", color=colours.line)
 
 
+def _ends(curves: list[np.ndarray]) -> tuple[float, float]:
+    """The least and the largest finite value."""
+    values = np.concatenate(curves)
+    values = values[np.isfinite(values)]
+    return (float(values.min()), float(values.max())) if len(values) else (0.0, 1.0)
+
+
 def _extended(low: float, high: float, least: float) -> float:
-    """Lowers a range towards training curves, which must not squeeze the validation curves."""
+    """Lowers a range towards the training curves without squeezing the validation curves."""
     if low > 0:
         return min(low, max(least, low / 3))
     return min(low, max(least, 2 * low - high))
 
 
-def plot_effective_rates(comparison: Comparison, axes: Axes, *, theme: str = "light") -> None:
-    """Draws the effective learning rate over the steps, and dotted the rate that the schedule gives.
+def plot_effective_rates(record: Record, axes: Axes, *, theme: str = "light") -> None:
+    """Draws the effective learning rate over the steps, with the scheduled rate dotted.
 
-    The effective rate is that of the gradient step nearest to what the optimizer did. Every arm at its best
-    rate: means over the verdict's seeds with bands of one standard error, without the trials that diverged.
+    The effective rate is the rate of the gradient step nearest to the optimizer's step. Shows every arm at
+    its best rate: means over the verdict's seeds with bands of one standard error, without diverged trials.
+    With noisy gradients a rate may be negative. Then the axis is linear, with a line at 0: a logarithmic axis
+    would show such rates, and bands that reach below 0, as a fall to zero.
 
     Args:
-        comparison: What to draw.
+        record: What to draw.
         axes: Where to draw it.
         theme: "light" or "dark".
     """
     check_choice("theme", theme, THEMES)
     colours = THEMES[theme]
     dress(axes, colours, "effective learning rate (dotted: as scheduled)", "step")
-    steps = np.asarray(comparison.telemetry_steps)
-    seen = []
-    for i, (arm, style) in enumerate(arm_styles(comparison, theme).items()):
-        found = effective_rates(comparison, arm)
+    steps = np.asarray(record.telemetry_steps)
+    seen, scheduled = [], []
+    for i, (arm, style) in enumerate(arm_styles(record, theme).items()):
+        found = effective_rates(record, arm)
         if found is None:
             continue
         at = np.isfinite(found.mean)
         marks = {"markevery": (i % 4, 4), "markersize": 4.5, "linewidth": 1.4, "label": arm}
         _draw_band(axes, steps[at], found.mean[at], found.error[at], style, **marks)
         axes.plot(steps, found.scheduled, ":", color=style["color"], linewidth=0.9)
-        seen += [found.mean[at & (found.mean > 0)], found.scheduled[:1][found.scheduled[:1] > 0]]
+        seen += [found.mean[at], (found.mean - np.nan_to_num(found.error))[at]]
+        scheduled.append(found.scheduled[:1][found.scheduled[:1] > 0])
     values = np.concatenate(seen) if seen else np.zeros(0)
     if not len(values):
-        say_nothing(axes, colours)
+        draw_placeholder(axes, colours)
         return
-    set_step_axis(axes, np.asarray(comparison.training_steps))
+    values = np.concatenate([values, *scheduled])
+    set_step_axis(axes, np.asarray(record.training_steps))
     set_range(axes, values.min(), values.max())
+    if values.min() <= 0:
+        axes.axhline(0, color=colours.muted, linewidth=0.9, zorder=1.5, gid="zero")

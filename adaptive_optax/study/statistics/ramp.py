@@ -1,4 +1,4 @@
-"""The classic range test: one run whose rate grows, and fastai's rules for reading such a curve."""
+"""The classic range test: one trial whose rate grows, and fastai's rules for reading such a curve."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numpy.typing import ArrayLike
 
-from adaptive_optax._checks import check_choice
+from adaptive_optax._core.checks import check_choice
 
 _SLIDE_WIDTH, _SLIDE_THRESHOLD = 15, 0.005
 _FEWEST_POINTS = {"steepest": 2, "valley": 1, "slide": _SLIDE_WIDTH + 1, "minimum": 1}
@@ -16,27 +16,27 @@ _FEWEST_POINTS = {"steepest": 2, "valley": 1, "slide": _SLIDE_WIDTH + 1, "minimu
 def suggest(learning_rates: ArrayLike, losses: ArrayLike, rule: str) -> float:
     r"""Reads a learning rate off a curve of losses by one of fastai's four rules.
 
-    For curves that another finder recorded, and to see what the rules say. The curve is taken as it is:
-    fastai's `lr_find` gives its rules the smoothed losses without the first tenth of its steps and the last
-    five points, and so does `lr_range_test(..., ramp=True)`. With points :math:`0 \dots n-1`:
+    Use it for curves recorded by another finder, or to compare the rules. The curve is used unchanged:
+    fastai's `lr_find` and `lr_range_test(..., ramp=True)` first smooth the losses and drop the first tenth of
+    the steps and the last five points. With points :math:`0 \dots n-1`:
 
     | rule | index of the rate |
     |---|---|
     | `"steepest"` | the left end of the interval with the least :math:`\Delta L / \Delta\log\eta` |
-    | `"valley"` | a third, and half a third, into the longest decreasing subsequence: with its length \ell and its last index e (the first index to reach that length), :math:`e - \ell + \lfloor\ell/3\rfloor + \lfloor\ell/6\rfloor`; 0 where nothing decreases |
-    | `"slide"` | the left end of a window 15 wide, which moves left from the end of the curve while the gradients :math:`\Delta L / \Delta i` at its two ends differ by more than 0.005 |
+    | `"valley"` | a third plus half a third into the longest decreasing subsequence: with its length \ell and its last index e (the first index to reach that length), :math:`e - \ell + \lfloor\ell/3\rfloor + \lfloor\ell/6\rfloor`; 0 if nothing decreases |
+    | `"slide"` | the left end of a window of width 15, which moves left from the end of the curve while the gradients :math:`\Delta L / \Delta i` at its two ends differ by more than 0.005 |
     | `"minimum"` | the lowest loss; a tenth of that rate is suggested |
 
-    An index of -1, which `"valley"` has for a curve that falls in its first step only, is the last point, as it
-    is in fastai. Of equal values the first counts.
+    An index of -1, which `"valley"` gives for a curve that falls only in its first step, means the last
+    point, as in fastai. Among equal values the first counts.
 
     Args:
         learning_rates: Rates above 0, increasing.
-        losses: As many finite losses.
+        losses: Finite losses, one per rate.
         rule: The rule. `"slide"` needs 16 points, `"steepest"` 2, the others 1.
 
     Raises:
-        ValueError: If an argument is not as above.
+        ValueError: If an argument does not meet these conditions.
 
     >>> rates = [1e-4, 1e-3, 1e-2, 1e-1]
     >>> suggest(rates, [2.0, 1.9, 1.0, 0.9], "steepest"), suggest(rates, [2.0, 1.9, 1.0, 3.0], "minimum")
@@ -75,7 +75,7 @@ def _minimum(rates: np.ndarray, losses: np.ndarray) -> int:
 
 
 def _valley(rates: np.ndarray, losses: np.ndarray) -> int:
-    lengths = np.ones(len(losses), int)  # of the longest decreasing subsequence that ends here
+    lengths = np.ones(len(losses), int)  # of the longest decreasing subsequence ending here
     for i in range(1, len(losses)):
         lengths[i] += np.max(lengths[:i], where=losses[:i] > losses[i], initial=0)
     length, end = int(np.max(lengths)), int(np.argmax(lengths))
@@ -101,13 +101,13 @@ def read_ramp(rates: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, dict[s
 
         a_i = \beta a_{i-1} + (1 - \beta) L_i, \qquad \hat L_i = a_i / (1 - \beta^{i+1}), \quad \beta = 0.98
 
-    The ramp ends with the first point that is not finite or above 4 times the lowest one before it. The rules
-    see it without the first tenth of the planned steps and without its last five points; a rule that needs
-    more points than are left gives NaN.
+    The ramp ends at the first point that is not finite or above 4 times the lowest earlier one. The rules use
+    it without the first tenth of the planned steps and without its last five points; a rule that needs more
+    points than remain yields NaN.
 
     Returns:
-        The smoothed losses, the last of them the one that stopped the ramp; and the rate by each rule, with
-        the rate of the stop as `"stop"` (NaN if nothing stopped it).
+        The smoothed losses, ending with the one that stopped the ramp; and the rate by each rule, with the
+        rate where the ramp stopped as `"stop"` (NaN if nothing stopped it).
     """
     smoothed, average, best, stop = [], 0.0, math.inf, math.nan
     for i, loss in enumerate(losses.tolist()):

@@ -1,4 +1,4 @@
-"""What short trials at constant rates say: where training is stable, where it descends, where to start."""
+"""Analyzes short trials at constant rates: where training is stable, where it descends, where to start."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from typing import NamedTuple
 import numpy as np
 from scipy import stats
 
-UNSTABLE_RATIO = 3.0  # how far above what is usual the training loss rises in an unstable trial
-LOST_DESCENT = 0.5  # of the best descent; a trial that keeps more is stable, however it came there
-BEST_TO_PEAK = 0.5  # from the rate that is best in a short trial to the suggestion
+UNSTABLE_RATIO = 3.0  # an unstable trial's training loss exceeds the usual peak by this factor
+LOST_DESCENT = 0.5  # share of the best descent; a trial that keeps more is stable, however it got there
+BEST_TO_PEAK = 0.5  # ratio of the suggestion to the best rate in a short trial
 
 
 class Analysis(NamedTuple):
-    """What constant-rate trials say; rates are NaN where they are not defined.
+    """The analysis of constant-rate trials; undefined rates are NaN.
 
     Attributes:
-        suggestion: Half the rate with the lowest final loss, the geometric mean over seeds.
+        suggestion: Half the rate with the lowest final loss, as a geometric mean over seeds.
         interval: The 95 % t interval of the suggestion over seeds, in the logarithm of the rate. It covers
-            seeds, not the choice of half, nor other lengths of trials.
+            variation between seeds, not the factor of a half, nor other lengths of trials.
         steepest: Where the mean final loss falls fastest with the logarithm of the rate.
-        largest_stable: The middle, in the logarithm, of the last stable rate and the first unstable one.
+        largest_stable: The geometric mean of the last stable rate and the first unstable one.
         unstable: Which trials are unstable, [rate, seed].
         declined: Why there is no suggestion, or None.
     """
@@ -37,29 +37,29 @@ class Analysis(NamedTuple):
 def analyze(rates: np.ndarray, initial: np.ndarray, final: np.ndarray, training: np.ndarray) -> Analysis:
     r"""Analyzes trials at constant rates.
 
-    **Stable.** A trial is unstable if a loss is not finite, or if it ends without half of the descent that
-    the seed's best trial makes and its training loss is not stationary: with :math:`P_1, P_2` the peaks in
-    the first and the second half, above the lowest loss of all, and P the usual peak (the larger of the
-    initial loss and the peak at the lowest rate),
+    **Stable.** A trial is unstable if a loss is not finite, or if it ends with at most half of the descent of
+    the seed's best trial and its training loss is not stationary. Let :math:`P_1, P_2` be the peaks in the
+    first and the second half, above the lowest loss of all, and P the usual peak (the larger of the initial
+    loss and the peak at the lowest rate). The loss is not stationary if
 
     .. math:: \max(P_1, P_2) > 3 \max(\min(P_1, P_2), P).
 
-    :math:`P_2 > P_1` is a loss that grows; :math:`P_1 > P_2` one that exploded and came to rest on a plateau,
-    as in networks, which seldom overflow. A quadratic's noise floor may lie far above the initial loss: it
-    is stationary, and stable. A rate is unstable if one of its trials is not finite or half of them are
-    unstable. Only the rates below the first unstable one enter what follows.
+    :math:`P_2 > P_1` means a growing loss; :math:`P_1 > P_2` means one that exploded and settled on a
+    plateau, as in networks, which seldom overflow. A quadratic's noise floor may be far above the initial
+    loss, but it is stationary, and so stable. A rate is unstable if one of its trials is not finite or half
+    of them are unstable. Only the rates below the first unstable one are used below.
 
     **Suggestion.** Each seed's best rate is the minimum of its final loss, by a parabola through the lowest
-    point and its neighbours. Short trials prefer larger rates than long runs do: half the best rate lost
-    least in the worst case on a small network (SGD, momentum, Adam; constant and decaying rates; runs 3 to
-    30 times as long). It cannot exceed half the largest stable rate. The steepest rate is not used: on a
+    point and its neighbours. Short trials prefer larger rates than long runs: half the best rate lost least
+    in the worst case on a small network (SGD, momentum, Adam; constant and decaying rates; runs 3 to 30 times
+    as long). The suggestion cannot exceed half the largest stable rate. The steepest rate is not used: on a
     quadratic of curvature h it is 1/(2hT) after T steps, which says more about T than about h.
 
     Args:
         rates: [rate], ascending and evenly spaced in the logarithm.
         initial: [seed], the loss on the probe set before training.
         final: [rate, seed], the loss on the probe set after training.
-        training: [rate, seed, window], the training losses on the way.
+        training: [rate, seed, window], the training losses.
     """
     x, losses = np.log(rates), np.where(np.isfinite(final), final, np.inf)
     finite = np.isfinite(final) & np.all(np.isfinite(training), axis=2)
@@ -100,14 +100,14 @@ def _reason_to_decline(
     if not np.all(np.isfinite(initial)):
         return "the loss is not finite before training"
     if not finite.any():
-        return f"every trial diverges, at {rates[0]:.2g} already: lower low"
+        return f"every trial diverges, even at {rates[0]:.2g}: lower low"
     if not len(stable_losses):
-        return f"training is unstable at the lowest rate, {rates[0]:.2g}, already: lower low"
+        return f"training is unstable even at the lowest rate, {rates[0]:.2g}: lower low"
     best, seeds = int(np.argmin(stable_losses.mean(axis=1))), len(initial)
     fell = int(np.sum(stable_losses[best] < initial))
     if stats.binom.sf(fell - 1, seeds, 0.5) > max(0.05, 0.5**seeds):  # a sign test over seeds
         where = f"at the best rate, {rates[best]:.2g}"
-        return f"nothing descends: {where}, the loss falls in {fell} of {seeds} seeds"
+        return f"training does not descend: {where}, the loss falls in only {fell} of {seeds} seeds"
     if best == 0:
         return f"the loss is lowest at the lowest rate, {rates[0]:.2g}: lower low"
     if best == len(rates) - 1:
@@ -116,7 +116,7 @@ def _reason_to_decline(
 
 
 def _lowest(x: np.ndarray, y: np.ndarray) -> float:
-    """Where y is lowest: the vertex of the parabola through the lowest point and its neighbours."""
+    """The x of the minimum: the vertex of the parabola through the lowest point and its neighbours."""
     i = int(np.argmin(y))
     if i in (0, len(y) - 1):
         return float(x[i])
@@ -126,9 +126,9 @@ def _lowest(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def geometric_mean(rates: np.ndarray, spacing: float = 0.0) -> tuple[float, tuple[float, float]]:
-    """The geometric mean of one rate a seed, and its interval; NaNs are left out.
+    """The geometric mean of one rate per seed, and its interval; NaNs are excluded.
 
-    A rate read off a grid is rounded: one twelfth of the squared `spacing` is added to the seeds' variance.
+    A rate read off a grid is rounded, so one twelfth of the squared `spacing` is added to the variance.
     """
     logs = np.log(rates[np.isfinite(rates)])
     if len(logs) < 2:

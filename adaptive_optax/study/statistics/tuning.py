@@ -1,41 +1,51 @@
-"""Choosing an arm's peak rate: the lowest mean, on a grid that grows where the best lies on its edge."""
+"""Chooses an arm's peak rate: the best mean, on a grid that grows while the best rate is on its edge."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 
-RATIO_OF_ONE = math.sqrt(10.0)  # between neighbours, where a grid was given as a single rate
+import numpy as np
+import pandas as pd
+
+from adaptive_optax.study.direction import MINIMIZE, Direction
+from adaptive_optax.study.statistics.judge import judged_metric
+from adaptive_optax.study.statistics.paired import mean_and_error
+
+RATIO_OF_ONE = math.sqrt(10.0)  # between neighbours, for a grid given as a single rate
 
 
 class Grid:
     """The peak rates of one arm.
 
     Args:
-        given: The rates that were asked for, ascending.
-        growth: How many may be added on either side.
+        given: The requested rates, ascending.
+        growth: How many rates may be added on either side.
+        direction: Which metrics are better.
     """
 
-    def __init__(self, given: list[float], growth: int):
-        self.rates, self.growth = list(given), growth
+    def __init__(self, given: list[float], growth: int, direction: Direction = MINIMIZE):
+        self.rates: list[float] = list(given)
+        self.growth: int = growth
+        self.direction: Direction = direction
         self.below: list[float] = []
         self.above: list[float] = []
 
     @property
     def grown(self) -> list[float]:
-        """The rates that were added, ascending."""
+        """The added rates, ascending."""
         return sorted(self.below + self.above)
 
     def best(self, metric: Mapping[float, float]) -> float:
-        """The rate with the lowest mean metric; the lowest such rate at a tie."""
-        return min(self.rates, key=lambda rate: (metric[rate], rate))
+        """The rate with the best mean metric; the lowest such rate at a tie."""
+        return min(self.rates, key=lambda rate: (self.direction.cost(metric[rate]), rate))
 
     def on_edge(self, metric: Mapping[float, float]) -> bool:
         """Whether a better rate may lie beyond the grid."""
         return self.best(metric) in (self.rates[0], self.rates[-1])
 
     def extend(self, metric: Mapping[float, float]) -> list[float]:
-        """Adds a rate on the side where the best one lies on the edge; gives what was added."""
+        """Adds a rate beyond each edge that holds the best rate; returns the added rates."""
         best, added = self.best(metric), []
         if best == self.rates[0] and len(self.below) < self.growth:
             self.below.append(_rounded(self.rates[0] / _ratio(self.rates[:3])))
@@ -48,7 +58,7 @@ class Grid:
 
 
 def _ratio(edge: list[float]) -> float:
-    """The ratio with which a grid goes on, from its last rates, outermost first: 1, 3, 10 goes on with 30."""
+    """The ratio that continues a grid, from its last rates, outermost first: 1, 3, 10 continues with 30."""
     if len(edge) == 1:
         return RATIO_OF_ONE
     inner, outer = edge[-1], edge[-2]
@@ -57,3 +67,20 @@ def _ratio(edge: list[float]) -> float:
 
 def _rounded(rate: float) -> float:
     return float(f"{rate:.4g}")  # 0.3 and not 0.30000000000000004
+
+
+def tuning_means(table: pd.DataFrame, direction: Direction = MINIMIZE) -> dict[str, dict[float, float]]:
+    """The mean final metric by arm and learning rate; diverged trials count as in the verdict."""
+    tuning = pd.DataFrame(table[table["phase"] == "tuning"])
+    if np.isfinite(tuning[["final_metric", "initial_metric"]].to_numpy()).any():
+        metric = judged_metric(tuning, maximize=direction.maximize)
+    else:  # no finite value to substitute for a diverged trial
+        metric = np.full(len(tuning), direction.cost(np.inf))
+    groups: dict[str, dict[float, list[float]]] = {}
+    for name, rate, value in zip(tuning["arm"], tuning["learning_rate"], metric, strict=True):
+        groups.setdefault(name, {}).setdefault(rate, []).append(value)
+    return {name: {rate: _mean(v) for rate, v in rates.items()} for name, rates in groups.items()}
+
+
+def _mean(metrics: list[float]) -> float:
+    return mean_and_error(np.array(metrics))[0] if np.isfinite(metrics).all() else metrics[0]

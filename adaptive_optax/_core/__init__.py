@@ -1,0 +1,1 @@
+"""The foundation of all other layers; nothing here is public."""

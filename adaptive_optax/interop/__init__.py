@@ -1,0 +1,1 @@
+"""Converting states between libraries, storage formats and layouts."""

@@ -1,0 +1,104 @@
+"""Flax: a train state whose `apply_gradients` forwards extra arguments, and states for nnx.
+
+`flax.nnx.Optimizer` works without changes, including `optimizer.update(model, grads, value=loss)`. Only a
+state that was made outside of it needs `optimizer_from_state`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, TypeVar, cast
+
+import jax
+import optax
+from flax import nnx
+from flax.training import train_state
+
+from adaptive_optax._core.checks import check_same_tree
+from adaptive_optax._core.paths import paths_and_leaves
+from adaptive_optax._core.trees import PyTree
+
+State = TypeVar("State", bound="TrainState")
+
+
+class TrainState(train_state.TrainState):
+    """flax.training's TrainState, for transformations that need extra arguments.
+
+    For example, `reduce_on_plateau` needs `value`. Keywords of `apply_gradients` that are fields of the state
+    are replaced, as in Flax; all others are forwarded to `tx`.
+
+    Example:
+        >>> import adaptive_optax as ao, jax.numpy as jnp, optax
+        >>> from adaptive_optax.integrations.flax import TrainState
+        >>> tx = optax.chain(ao.sgd(1.0), ao.reduce_on_plateau(factor=0.5, patience=1))
+        >>> state = TrainState.create(apply_fn=None, params={"w": jnp.ones(1)}, tx=tx)
+        >>> for loss in (1.0, 1.0):
+        ...     state = state.apply_gradients(grads={"w": jnp.ones(1)}, value=loss)
+        >>> state.params["w"].tolist(), state.step
+        ([-0.5], 2)
+    """
+
+    def apply_gradients(self: State, *, grads: Any, **kwargs: Any) -> State:
+        """Takes a step.
+
+        Args:
+            grads: Gradients like `params`.
+            **kwargs: Fields of this state to replace, and extra arguments of the transformation's `update`.
+
+        Returns:
+            The state after the step.
+        """
+        names = {field.name for field in dataclasses.fields(self)}
+        fields = {name: value for name, value in kwargs.items() if name in names}
+        extra = {name: value for name, value in kwargs.items() if name not in names}
+        tx = optax.with_extra_args_support(self.tx)
+
+        def update(updates, state, params=None):
+            return tx.update(updates, state, params, **extra)
+
+        bound = self.replace(tx=optax.GradientTransformation(tx.init, update))
+        after = train_state.TrainState.apply_gradients(bound, grads=grads, **fields)
+        return cast(State, after.replace(tx=fields.get("tx", self.tx)))
+
+
+def optimizer_from_state(
+    model: Any, tx: optax.GradientTransformation, opt_state: PyTree, *, wrt: Any = nnx.Param
+) -> nnx.Optimizer[Any]:
+    """Builds an `nnx.Optimizer` that continues from a state, such as one from `from_optax` or `from_torch`.
+
+    `nnx.Optimizer` wraps every array of the state in its own Variable, so a state that was made outside of it
+    cannot be assigned to its `opt_state` (under `nnx.jit`, "Cannot set key on immutable node").
+
+    Args:
+        model: The model.
+        tx: The transformation that continues the run.
+        opt_state: A state of `tx` for the model's parameters, in any containers: leaves are matched by path.
+        wrt: As in `nnx.Optimizer`.
+
+    Returns:
+        The optimizer. Its own `step` starts at 0; nothing in this library reads it.
+
+    Raises:
+        ValueError: If the leaves or shapes of the state differ from those of `tx`.
+
+    Example:
+        >>> import adaptive_optax as ao, jax.numpy as jnp, optax
+        >>> from adaptive_optax.integrations.flax import optimizer_from_state
+        >>> from flax import nnx
+        >>> model, tx = nnx.Linear(2, 3, rngs=nnx.Rngs(0)), ao.adam(1e-3)
+        >>> params = nnx.state(model, nnx.Param)
+        >>> state = ao.from_optax(optax.adam(1e-3).init(params), tx, params)
+        >>> optimizer = optimizer_from_state(model, tx, state)
+        >>> _ = optimizer.update(model, nnx.grad(lambda model: model(jnp.ones((1, 2))).sum())(model))
+        >>> int(optimizer.opt_state[0].count[...])
+        1
+    """
+    like = jax.eval_shape(tx.init, nnx.state(model, wrt))
+    check_same_tree("optimizer_from_state", "opt_state", opt_state, "the state of tx", like, ordered=False)
+    by_path = dict(paths_and_leaves(opt_state))
+    leaves = [by_path[path] for path, _ in paths_and_leaves(like)]
+    state = jax.tree.structure(like).unflatten(leaves)
+    # nnx.Optimizer wraps what init returns.
+    optimizer = nnx.Optimizer(model, optax.GradientTransformation(lambda params: state, tx.update), wrt=wrt)
+    optimizer.tx = tx
+    return optimizer

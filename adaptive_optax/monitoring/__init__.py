@@ -1,0 +1,1 @@
+"""Measuring, logging and plotting what a chain does."""

@@ -1,0 +1,144 @@
+"""Loads the user's own tasks and arms by name: "package.module:task", "path/to/file.py:my_arm"."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple, cast
+
+from adaptive_optax.study.arms import OPTIMIZERS, arm
+from adaptive_optax.study.evaluation import Arm
+from adaptive_optax.study.origin import described
+from adaptive_optax.study.task import Task
+
+
+def load_task(name: str) -> Task:
+    """Loads `MODULE:TASK`, a task or a function without arguments that makes one.
+
+    Raises:
+        ValueError: If there is no such task. For an error in the user's code, the message has file and line.
+    """
+    found = _load("MODULE:TASK must name a module and a task", name)
+    if callable(found) and not isinstance(found, Task):
+        try:
+            found = found()
+        except (Exception, SystemExit) as error:
+            raise ValueError(
+                f"{name} must return a task when called without arguments: {described(error)}."
+            ) from error
+    if not isinstance(found, Task):
+        raise ValueError(f"{name} must be a study.Task or return one, got {type(found).__name__}.")
+    return found
+
+
+class LoadedArm(NamedTuple):
+    """An arm and its source: `optimizer:schedule[:averaged]` or `MODULE:ARM`."""
+
+    name: str
+    arm: Arm
+    source: str
+
+
+def load_arms(text: str) -> list[LoadedArm]:
+    """Loads comma-separated arms, each in the form that `load_arm` takes.
+
+    Raises:
+        ValueError: If one cannot be loaded, or two have the same name.
+    """
+    arms: dict[str, LoadedArm] = {}
+    for part in filter(None, map(str.strip, text.split(","))):
+        found = load_arm(part)
+        if found.name in arms:
+            raise ValueError(
+                f"arms must have distinct names, got {found.name!r} twice; name them, as in mine={part}."
+            )
+        arms[found.name] = found
+    return [*arms.values()]
+
+
+def load_arm(text: str) -> LoadedArm:
+    """Loads an arm, `optimizer:schedule[:averaged]` or `MODULE:ARM`.
+
+    A known optimizer takes precedence over a module of that name. The user's own arm is named as in its
+    module; the prefix `NAME=` renames any arm.
+
+    Raises:
+        ValueError: If it is not a standard arm and cannot be loaded.
+    """
+    given, equals, spec = (part.strip() for part in text.partition("="))
+    if not equals:
+        given, spec = "", given
+    elif not given:
+        raise ValueError(f"arm {text!r}: expected a name before '='.")
+    if spec.partition(":")[0] in OPTIMIZERS:
+        return LoadedArm(given or spec, arm(spec), spec)
+    try:
+        found = _load("it must name a module and an arm", spec)
+    except ValueError as error:
+        raise ValueError(
+            f"arm {spec!r}: the optimizer must be one of {', '.join(OPTIMIZERS)}; read as your own arm, "
+            f"MODULE:ARM: {error}"
+        ) from error
+    if not callable(found):
+        raise ValueError(
+            f"{spec} must be an arm, a function of (learning_rate, total_steps), got {type(found).__name__}."
+        )
+    return LoadedArm(given or spec.rpartition(":")[2], cast(Arm, found), spec)
+
+
+def _load(what: str, name: str) -> Any:
+    """Loads an attribute of a module or a file."""
+    place, _, attribute = name.rpartition(":")
+    if not place or not attribute or (place.startswith(".") and not place.endswith(".py")):
+        raise ValueError(f"{what} in it, got {name!r}.")
+    try:
+        module = _import(place)
+    except SystemExit as error:
+        raise ValueError(
+            f"{place!r} cannot be imported: it ends the program, {described(error)}; put code that only a "
+            "script runs under if __name__ == '__main__'."
+        ) from error
+    except Exception as error:
+        absent = isinstance(error, ModuleNotFoundError) and place.partition(".")[0] == error.name
+        reason = str(error) if absent else described(error)
+        raise ValueError(f"{place!r} cannot be imported: {reason}.") from error
+    try:
+        return getattr(module, attribute)
+    except AttributeError as error:
+        raise ValueError(f"module {place!r} has no {attribute!r}.") from error
+
+
+def _import(place: str) -> ModuleType:
+    _find_first(os.getcwd())
+    if not place.endswith(".py"):
+        return importlib.import_module(place)
+    path = Path(place).resolve()
+    _find_first(str(path.parent))  # as for a script, modules beside it can be imported
+    return _import_file(path, path.stat().st_mtime_ns)
+
+
+def _find_first(folder: str) -> None:
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+
+
+@functools.cache
+def _import_file(path: Path, changed: int) -> ModuleType:
+    """Imports a file, once for all names loaded from it."""
+    del changed  # only a cache key: a changed file is a new module
+    name = str(path) if path.stem in sys.modules else path.stem
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None  # because the path ends in .py
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # classes in it may look themselves up
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

@@ -1,0 +1,113 @@
+"""The record of a comparison: its trials, curves and details, and the verdicts that follow from them.
+
+Everything that shows a comparison reads the record; `study.result` adds methods to show and save it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+
+import numpy as np
+import pandas as pd
+
+from adaptive_optax._core.checks import check_choice
+from adaptive_optax.study.details import Details
+from adaptive_optax.study.direction import Direction
+from adaptive_optax.study.statistics.judge import improved, judge
+from adaptive_optax.study.statistics.sentences import undefined_sentence, untrained_sentence
+from adaptive_optax.study.statistics.tuning import tuning_means
+from adaptive_optax.study.statistics.verdict import Verdict, without_decision
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Record:
+    """What a comparison found. `Comparison`, which shows and saves it, documents the attributes."""
+
+    table: pd.DataFrame
+    training_steps: np.ndarray
+    training_curves: np.ndarray
+    validation_steps: np.ndarray
+    validation_curves: np.ndarray
+    telemetry_steps: np.ndarray
+    telemetry_curves: np.ndarray
+    details: Details
+
+    @property
+    def direction(self) -> Direction:
+        """Which metrics are better."""
+        return self.details.direction
+
+    @functools.cached_property
+    def verdicts(self) -> dict[str, Verdict]:
+        """A verdict for every arm but the baseline.
+
+        The verdict is withheld ("undecided", with the reason "untrained") if the metric of arm or baseline
+        did not improve in training, or improved at no more seeds than by chance, and its best rate is on the
+        edge of those tried: such a rate was chosen by chance, or by a metric with the wrong direction. It is
+        also withheld ("undefined metric") if no trial of arm and baseline has a finite metric, even before
+        training.
+
+        Raises:
+            ValueError: If the trials allow no verdict: the comparison was stopped early, or the metric is not
+                positive and there is no margin (`with_margin` sets one).
+        """
+        if not self.details.looks:
+            raise ValueError(
+                f"The comparison was stopped before its verdict, after {len(self.table)} trials; "
+                "run it again; with out= it resumes there."
+            )
+        verdicts = judge(
+            self.table,
+            baseline=self.details.baseline,
+            margin=self.details.margin,
+            maximize=self.direction.maximize,
+            look=len(self.details.looks),
+        )
+        untrained = {arm: found for arm in self.details.arms if (found := self._untrained(arm))}
+        for arm, verdict in verdicts.items():
+            if verdict.reason == "nothing measured" and self._is_undefined((arm, verdict.baseline)):
+                sentence = undefined_sentence(arm, verdict.baseline)
+                verdicts[arm] = without_decision(verdict, "undefined metric", sentence)
+            failed = [name for name in (arm, verdict.baseline) if name in untrained]
+            if failed and not math.isnan(verdict.effect):
+                name = failed[0]
+                rate = self.details.best_rates[name]
+                sentence = untrained_sentence(
+                    arm, verdict.baseline, name, rate, *untrained[name], self.direction
+                )
+                verdicts[arm] = without_decision(verdict, "untrained", sentence)
+        return verdicts
+
+    def _is_undefined(self, arms: tuple[str, ...]) -> bool:
+        """Whether no trial of these arms had a finite metric even before training."""
+        rows = self.table["arm"].isin(arms) & (self.table["phase"] == "verdict")
+        return not np.isfinite(np.asarray(self.table.loc[rows, "initial_metric"], float)).any()
+
+    def _untrained(self, arm: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """The metrics before and after training, if training improved nothing at any rate; otherwise None."""
+        if not self.details.on_edge.get(arm):
+            return None
+        rows = self.table[(self.table["phase"] == "verdict") & (self.table["arm"] == arm)]
+        initial, final = (np.asarray(rows[name], float) for name in ("initial_metric", "final_metric"))
+        kept = np.isfinite(initial) & np.isfinite(final)
+        if improved(final, initial, self.direction):
+            return None
+        return initial[kept], final[kept]
+
+    def verdict(self, arm: str | None = None) -> Verdict:
+        """Returns the verdict on an arm against the baseline.
+
+        Args:
+            arm: The arm; None for the one that did best in tuning, apart from the baseline.
+
+        Raises:
+            ValueError: If there is no such arm, or as for `verdicts`.
+        """
+        others = self.details.rivals
+        if arm is not None:
+            check_choice("arm", arm, others)
+            return self.verdicts[arm]
+        verdicts, means = self.verdicts, tuning_means(self.table, self.direction)
+        return verdicts[min(others, key=lambda name: min(map(self.direction.cost, means[name].values())))]

@@ -1,0 +1,1 @@
+"""What a reader sees: findings, tables, pictures, advice and the page."""

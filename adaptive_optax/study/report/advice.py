@@ -1,0 +1,240 @@
+"""The answer of a comparison: yes, no or not decided; what weakens it, and what to do next."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from adaptive_optax._core.names import visible
+from adaptive_optax.study.details import Details
+from adaptive_optax.study.judged import TRAINED
+from adaptive_optax.study.record import Record
+from adaptive_optax.study.report.findings import equivalence_margin, judge_all, judged_by, metric_format
+from adaptive_optax.study.statistics.verdict import Verdict
+
+
+class Answer(NamedTuple):
+    """The answer to the question whether the arm that did best in tuning beats the baseline.
+
+    Attributes:
+        question: The question.
+        answer: "Yes", "No", "Not decided" or "Not judged".
+        sentence: The verdict behind the answer, or why there is none.
+        chosen: How the arm was chosen; "" if nothing was judged.
+        warnings: What weakens the answer.
+        next_step: What to do next; "" if the sentence says it.
+        code: The next step as Python statements or as a command.
+    """
+
+    question: str
+    answer: str
+    sentence: str
+    chosen: str
+    warnings: list[str]
+    next_step: str
+    code: list[str]
+
+
+def answer(record: Record) -> Answer:
+    """Answers whether the arm that did best in tuning beats the baseline."""
+    _, headline, reason = judge_all(record)
+    details = record.details
+    baseline, rivals = details.baseline, len(details.rivals)
+    if headline is None:
+        question = f"does another arm beat {baseline}?"
+        next_step, code = _suggest_margin(record) if details.looks else ("", [])
+        return Answer(question, "Not judged", reason, "", [], next_step, code)
+    chosen = "An arm is one way to train: an optimizer with its learning-rate schedule."
+    if rivals > 1:
+        chosen = f"Of the {rivals} arms besides {baseline}, {headline.arm} did best in tuning. {chosen}"
+    rival, base = (judged_by(record, arm).by for arm in (headline.arm, baseline))
+    if {rival, base} != {TRAINED.by}:
+        chosen += f" {headline.arm} was judged by {rival}; {baseline} by {base}."
+    short = {"better": "Yes", "worse": "No", "equivalent": "No", "undecided": "Not decided"}
+    next_step, code = _next_step(record, headline)
+    return Answer(
+        f"does {headline.arm} beat {baseline}?",
+        short[headline.decision],
+        headline.sentence,
+        chosen,
+        list(filter(None, [_coarse_metric(record, headline)])),
+        next_step,
+        code,
+    )
+
+
+# ---- What to do next ----
+
+
+def _next_step(record: Record, verdict: Verdict) -> tuple[str, list[str]]:
+    v, baseline = verdict, verdict.baseline
+    if v.decision == "better":
+        return _train_with(record, f"train with {v.arm}", v.arm)
+    if v.decision in ("worse", "equivalent"):
+        why = "" if v.decision == "worse" else ", since a change gains nothing"
+        return _train_with(record, f"keep {baseline}{why}", baseline)
+    if v.reason == "untrained":
+        opposite = not record.direction.maximize
+        return (
+            "set whether higher or lower metrics are better, or try other learning rates.",
+            _repeated(
+                record,
+                f"study.Task(..., maximize={opposite})",
+                "--maximize" if opposite else "--minimize",
+            ),
+        )
+    if v.reason == "undefined metric":
+        return "evaluate the metric on the initial parameters, and fix what is not finite.", []
+    if v.reason == "deterministic task":
+        return (
+            "more seeds cannot decide this, since nothing in the task is random. Compare on several splits "
+            "of the data, or compare the two numbers directly.",
+            [],
+        )
+    if v.reason or math.isnan(v.effect):
+        lowest = min(min(rates) for rates in record.details.grid.values())
+        rates = [f"{lowest / ratio:.2g}" for ratio in (100, 30, 10, 3)]
+        return (
+            "compare at lower learning rates, where trials do not diverge.",
+            _repeated(
+                record,
+                f"study.compare(..., learning_rates=[{', '.join(rates)}])",
+                "--rates",
+                ",".join(rates),
+            ),
+        )
+    if v.seeds_needed is None:
+        largest = metric_format(record)(max(map(abs, v.interval)))
+        _, code = _suggest_margin(record)
+        return (
+            f"accept what is known: a difference of more than {largest} is ruled out. If a difference of "
+            "that size does not matter, a margin above it makes the arms equivalent.",
+            code,
+        )
+    return _more_seeds(record, v.seeds_needed)
+
+
+def _more_seeds(record: Record, seeds: int) -> tuple[str, list[str]]:
+    out = record.details.out
+    folder = "..." if out is None else json.dumps(visible(out), ensure_ascii=False)
+    call, option = ("command", "--out") if _is_command(record) else ("call", "out=")
+    advice = f"repeat the {call} with more seeds and the same folder; only new trials are trained."
+    if out is None:
+        later = f"With a folder as {option}, later {call}s train only new trials."
+        advice = f"repeat the {call} with more seeds. {later}"
+    again = f"study.compare(..., seeds={seeds}, out={folder})"
+    return advice, _repeated(record, again, "--seeds", str(seeds))
+
+
+def _suggest_margin(record: Record) -> tuple[str, list[str]]:
+    code = _repeated(record, "comparison.with_margin(...).verdict()", "--margin", "MARGIN")
+    if not _is_command(record):
+        return "", code
+    trains = (
+        "without --out nothing was saved, so everything is trained again"
+        if record.details.out is None
+        else "nothing is trained again"
+    )
+    return (
+        "repeat the command with --margin, the smallest difference that matters, in the metric's units; "
+        f"{trains}.",
+        code,
+    )
+
+
+def _train_with(record: Record, do: str, arm: str) -> tuple[str, list[str]]:
+    """Says how to train with an arm, and how to obtain the parameters that were judged."""
+    details, judged = record.details, judged_by(record, arm)
+    then = f" After training, {judged.then}." if judged.then else ""
+    imports, made = _constructor(details, arm)
+    code = [*imports, f"tx = {made}({details.best_rates[arm]:g}, {details.steps})"]
+    if judged.code:
+        code = ["import adaptive_optax as ao", *code, judged.code]
+    return f"{do}, at the peak rate found in tuning.{then}", code
+
+
+def _constructor(details: Details, arm: str) -> tuple[list[str], str]:
+    """Returns the imports and the Python expression for an arm."""
+
+    def quoted(text: str) -> str:
+        return json.dumps(visible(text), ensure_ascii=False)
+
+    if usual := details.usual_arms.get(arm):
+        return ["from adaptive_optax import study"], f"study.arm({quoted(usual)})"
+    place, _, function = details.own_arms.get(arm, "").rpartition(":")
+    if place.endswith(".py"):
+        return ["import runpy"], f"runpy.run_path({quoted(place)})[{quoted(function)}]"
+    if function:
+        return [f"from {place} import {function}"] * bool(place), function
+    return [], f"arms[{quoted(arm)}]"
+
+
+# ---- The call again ----
+
+
+def _is_command(record: Record) -> bool:
+    command = record.details.command
+    return bool(command) and Path(command[0]).name == "adaptive-optax"
+
+
+def _repeated(record: Record, call: str, option: str, *value: str) -> list[str]:
+    """Returns a call in Python, or the command with one more option if a command made the comparison."""
+    if not _is_command(record):
+        return [call]
+    return [shlex.join([*_without(record.details.command, option), option, *value])]
+
+
+_FLAGS = ("--maximize", "--minimize")
+
+
+def _without(command: Sequence[str], option: str) -> list[str]:
+    if option in _FLAGS:
+        return [word for word in command if word not in _FLAGS]
+    names = ("--rates", "--learning-rates") if option == "--rates" else (option,)
+    kept, skip = [], False
+    for word in command:
+        if not skip and word not in names and not word.startswith(tuple(f"{name}=" for name in names)):
+            kept.append(word)
+        skip = word in names
+    return kept
+
+
+# ---- What weakens the answer ----
+
+
+def _coarse_metric(record: Record, verdict: Verdict) -> str:
+    """Warns if one validation sample weighs as much as the difference or the margin."""
+    step = metric_step(record)
+    if math.isnan(step):
+        return ""
+    margin, effect = equivalence_margin(record), abs(verdict.effect)
+    heavier = [f"the margin of equivalence ({margin:.3g})"] * (step >= 0.999 * margin)
+    if 0 < effect <= 1.001 * step:
+        heavier.insert(0, f"the difference found ({effect:.3g})")
+    if not heavier:
+        return ""
+    return (
+        f"One of the {record.details.dataset.validation:,} validation samples changes the metric by "
+        f"{step:.3g}, at least as much as {' and '.join(heavier)}. A larger validation set, "
+        "or a metric that does not count samples, would resolve more."
+    )
+
+
+def metric_step(record: Record) -> float:
+    """The weight of one validation sample if the metric counts samples, as an accuracy does; else NaN."""
+    samples = record.details.dataset.validation
+    columns = record.table[["initial_metric", "final_metric", "best_metric"]].to_numpy(float)
+    seen = np.unique(columns[np.isfinite(columns)])
+    for whole in (1.0, 100.0):  # a share, or per cent
+        counts = seen / whole * samples
+        rounding = max(1e-3, 1e-6 * samples)  # the metric is float32
+        if len(seen) > 1 and rounding < 0.1 and np.ptp(counts) > 0.5 and np.abs(seen).max() <= whole:
+            if (np.abs(counts - counts.round()) <= rounding).all():
+                return whole / samples
+    return math.nan

@@ -1,0 +1,1 @@
+"""Pure statistics: no training, no files, no pictures."""

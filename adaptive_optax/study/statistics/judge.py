@@ -1,0 +1,377 @@
+"""Judging: paired statistics over seeds that decide better, worse, equivalent or undecided.
+
+Seeds are paired: a seed has the same initial parameters and the same batches in every arm, so only the
+differences between an arm and the baseline are judged. The paired t-test looks for a difference; two
+one-sided t-tests look for equivalence (Schuirmann 1987, J. Pharmacokinet. Biopharm. 15:657). Both are
+corrected for several arms (Holm 1979, Scand. J. Statist. 6:65) and for judging again after adding seeds.
+Failing to find a difference never counts as "equivalent": it is "undecided". The value substituted for a
+diverged trial is not a measurement: it never makes arms equivalent, and a seed at which both diverged says
+nothing about them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+import pandas as pd
+from scipy import special
+
+from adaptive_optax._core.checks import check_bool, check_choice, check_integer, check_scalar
+from adaptive_optax.study.direction import Direction
+from adaptive_optax.study.statistics.paired import (
+    Paired,
+    bootstrap,
+    exponents,
+    holm,
+    paired_t,
+    scaled,
+    seeds_needed,
+    unscaled,
+)
+from adaptive_optax.study.statistics.sentences import verdict_sentence
+from adaptive_optax.study.statistics.verdict import Verdict
+
+
+def judge(
+    table: pd.DataFrame,
+    *,
+    baseline: str,
+    margin: float | None = None,
+    maximize: bool = False,
+    relative_margin: float = 0.01,
+    alpha: float = 0.05,
+    look: int | None = None,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> dict[str, Verdict]:
+    """Judges every arm in a table of trials against the baseline, without training.
+
+    Let a and b be the final metrics of arm and baseline, paired by seed, and r = `relative_margin`:
+
+        difference     mean(a - b) = 0, two-sided paired t-test
+        equivalence    mean(a - (1 + r) b) < 0 and mean(a - (1 - r) b) > 0, one-sided paired t-tests;
+                       with an absolute margin mean(a - b) < margin and mean(a - b) > -margin
+        several arms   Holm's step-down, separately over the differences and over the equivalences
+        look k         spends alpha 2**-k: p-values are multiplied by 2**k; all looks together spend < alpha
+
+    The decision is "equivalent" if p_equivalence < alpha (a difference may exist, but is too small to
+    matter); else "better" or "worse" if p_value < alpha; else "undecided". If all differences are exactly 0,
+    the arm is equivalent. If they are all equal otherwise, up to rounding, nothing can be tested: undecided,
+    "deterministic task".
+
+    A seed at which both arm and baseline diverged says nothing about them and is excluded. If fewer than two
+    seeds remain, the arm is undecided, "nothing measured" or "too few measured". If only one of the two
+    diverged, its trial counts with the worse of its own initial metric and the worst finite final metric of
+    the judged trials; such a seed never makes an arm equivalent. If no seed has both measured, the arm is
+    "worse" (or "better") if all of its trials (or the baseline's) diverged and none of the other's; otherwise
+    the sign test decides. A trial has diverged if it is marked so, or if its final metric is NaN or, in a
+    table without a column diverged, infinite.
+
+    Args:
+        table: One row per trial: arm, seed, final_metric; optionally initial_metric, best_metric, diverged
+            and phase (then only rows of phase "verdict" are judged). All arms have the same seeds, at least
+            2.
+        baseline: The arm that the others are compared with.
+        margin: Differences smaller than this do not matter; in the metric's units, (0, inf). None: relative.
+        maximize: Whether higher metrics are better, as for an accuracy.
+        relative_margin: The margin as a fraction of the baseline's metric, in (0, 1).
+        alpha: Error rate over all arms and looks, in (0, 1).
+        look: 1 for the first judgement, 2 after adding seeds, and so on up to 100. None: the only look.
+        resamples: Bootstrap resamples; 0 for no bootstrap interval.
+        seed: Seed of the bootstrap, the same for every arm.
+
+    Returns:
+        A verdict for each arm except the baseline, in the table's order.
+
+    Raises:
+        ValueError: If an argument is out of range; if the table does not have exactly one trial per arm and
+            seed; or if the margin is relative and a baseline metric is not positive.
+
+    >>> import pandas as pd
+    >>> table = pd.DataFrame({
+    ...     "arm": ["constant"] * 4 + ["cosine"] * 4, "seed": [0, 1, 2, 3] * 2,
+    ...     "final_metric": [0.90, 0.88, 0.91, 0.89, 0.93, 0.92, 0.94, 0.93],
+    ... })
+    >>> verdict = judge(table, baseline="constant", maximize=True)["cosine"]
+    >>> verdict.decision, round(verdict.effect, 3)
+    ('better', 0.035)
+    """
+    check_bool("maximize", maximize)
+    direction = Direction(bool(maximize))
+    check_scalar("relative_margin", relative_margin, "(0, 1)")
+    check_scalar("alpha", alpha, "(0, 1)")
+    check_integer("resamples", resamples, "[0, inf)")
+    check_integer("seed", seed, "[0, inf)")
+    if margin is not None:
+        check_scalar("margin", margin, "(0, inf)")
+        margin = float(margin)
+    if look is not None:
+        check_integer("look", look, "[1, 100]")
+    arms, final, best, diverged = _grid(table, direction)
+    check_choice("baseline", baseline, arms)
+    others = [row for row, arm in enumerate(arms) if arm != baseline]
+    base, seeds = arms.index(baseline), final.shape[1]
+    a, b = final[others], np.broadcast_to(final[base], (len(others), seeds))
+    lost_a, lost_b = diverged[others], np.broadcast_to(diverged[base], a.shape)
+    if margin is None and (below := b[~lost_b & (b <= 0)]).size:
+        raise ValueError(
+            "margin must be given, in the metric's units: a relative margin needs positive metrics of the "
+            f"baseline, got {below.min():g}."
+        )
+
+    kept, one_sided = ~(lost_a & lost_b), lost_a ^ lost_b  # a seed at which both diverged says nothing
+    measured = kept.sum(axis=1)
+    unpaired = (measured > 0) & ~(kept & ~one_sided).any(axis=1)  # no seed at which both were measured
+    a, b = np.where(kept, a, 0.0), np.where(kept, b, 0.0)
+    tests = _three_tests(a, b, kept, margin, relative_margin)
+    difference, above, below = tests
+    same = ((a == b) | ~kept).all(axis=1)
+    few = (measured < 2) & ~unpaired
+    deterministic = difference.constant & ~same & ~few & ~unpaired
+    untested = deterministic | few
+    df = np.maximum(measured - 1, 1)
+    p_difference = 2 * special.stdtr(df, -np.abs(difference.t))
+    p_difference = np.where(unpaired, _sign_test(lost_a & ~lost_b, ~lost_a & lost_b), p_difference)
+    p_difference = np.where(untested, 1.0, p_difference)
+    p_equivalence = np.maximum(special.stdtr(df, above.t), special.stdtr(df, -below.t))
+    p_equivalence = np.where(same, 0.0, p_equivalence)
+    incomparable = np.any(one_sided, axis=1)
+    p_equivalence = np.where(untested | incomparable, 1.0, p_equivalence)
+
+    spent = 1.0 if look is None else 2.0**look
+    adjusted, factor = holm(p_difference)
+    adjusted_equivalence, factor_equivalence = holm(p_equivalence)
+    p_values = np.where(untested, np.nan, np.minimum(spent * adjusted, 1))
+    p_equivalences = np.where(untested, np.nan, np.minimum(spent * adjusted_equivalence, 1))
+
+    # p_value < alpha means p_difference < level, so the interval at 1 - level excludes 0 exactly then.
+    # Neither is clipped at 1 here; if p_difference underflowed to 0, Holm's factor is the ratio's limit.
+    level = alpha / spent * np.divide(p_difference, adjusted, out=1 / factor, where=adjusted > 0)
+    mean = np.where(unpaired | (measured < 1), np.nan, difference.mean)
+    error = np.where(untested | unpaired, np.nan, difference.error)
+    halves = [-special.stdtrit(df, two_sided / 2) * error for two_sided in (level, 0.05)]
+    effect = unscaled(mean, difference.exponent)
+    intervals = [
+        np.stack([unscaled(mean + side * half, difference.exponent) for side in (-1, 1)], axis=1)
+        for half in halves
+    ]
+    level_of_base = _mean(scaled(b, difference.exponent), kept)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        relative = np.where(level_of_base > 0, mean / level_of_base, np.nan)
+
+    next_alpha = alpha if look is None else alpha / (2 * spent)
+    adjustments = [f"{len(others)} arms"] * (len(others) > 1) + ["added seeds"] * (look is not None)
+    verdicts = {}
+    for i, row in enumerate(others):
+        needed = None
+        if p_equivalences[i] < alpha:
+            decision = "equivalent"
+        elif p_values[i] < alpha:
+            change = lost_a[i].sum() - lost_b[i].sum() if unpaired[i] else direction.cost(mean[i])
+            decision = "better" if change < 0 else "worse"
+        else:
+            decision = "undecided"
+            if not untested[i] and not unpaired[i]:
+                levels = next_alpha / factor[i], next_alpha / factor_equivalence[i]
+                effects = np.array([test.t[i] for test in tests]) / math.sqrt(measured[i])
+                effects[1:] = np.where(incomparable[i], 0.0, effects[1:])
+                needed = seeds_needed(int(measured[i]), effects, *levels)
+                needed = needed and math.ceil(needed * seeds / measured[i])
+        x = scaled(a[i], difference.exponent[i]) - scaled(b[i], difference.exponent[i])
+        testable = not (few[i] or unpaired[i])
+        verdict = Verdict(
+            arm=arms[row],
+            baseline=baseline,
+            decision=decision,
+            effect=float(effect[i]),
+            relative_effect=float(relative[i]),
+            interval=(float(intervals[0][i, 0]), float(intervals[0][i, 1])),
+            interval_95=(float(intervals[1][i, 0]), float(intervals[1][i, 1])),
+            bootstrap=(
+                None if not resamples
+                else bootstrap(x[kept[i]], difference.exponent[i], resamples, seed) if testable
+                else (math.nan, math.nan)
+            ),
+            p_value=float(p_values[i]),
+            p_equivalence=float(p_equivalences[i]),
+            margin=margin,
+            seeds=seeds,
+            measured=int(measured[i]),
+            seeds_needed=needed,
+            best_effect=math.nan if best is None else _mean_difference(best[row], best[base]),
+            diverged=(int(diverged[row].sum()), int(diverged[base].sum())),
+            reason=(
+                "deterministic task" if deterministic[i]
+                else "" if not few[i]
+                else "too few measured" if measured[i] else "nothing measured"
+            ),
+            sentence="",
+        )  # fmt: skip
+        sentence = verdict_sentence(verdict, relative_margin, alpha, adjustments)
+        verdicts[verdict.arm] = dataclasses.replace(verdict, sentence=sentence)
+    return verdicts
+
+
+# ---- The tests ----
+
+
+def _three_tests(
+    a: np.ndarray, b: np.ndarray, kept: np.ndarray, margin: float | None, relative_margin: float
+) -> tuple[Paired, Paired, Paired]:
+    """Returns the paired tests of a against b, b plus the margin, and b minus the margin."""
+    exponent = exponents(a, b)
+    x, y = scaled(a, exponent), scaled(b, exponent)
+    difference = paired_t(x - y, kept, exponent)
+    if margin is None:
+        above, below = y * (1 + relative_margin), y * (1 - relative_margin)
+    else:
+        exponent = np.maximum(exponent, math.frexp(margin)[1])
+        x, y, zone = scaled(a, exponent), scaled(b, exponent), np.ldexp(margin, -exponent)[:, None]
+        above, below = y + zone, y - zone
+    return difference, paired_t(x - above, kept, exponent), paired_t(x - below, kept, exponent)
+
+
+def _sign_test(arm_lost: np.ndarray, base_lost: np.ndarray) -> np.ndarray:
+    """The p-value if every counted seed has exactly one of arm and baseline diverged.
+
+    The exact two-sided sign test; 0 if all trials of one diverged and none of the other's, which is the
+    t-test's limit as the value substituted for a diverged trial grows.
+    """
+    worse, better = arm_lost.sum(axis=1), base_lost.sum(axis=1)
+    tail = special.bdtrc(np.maximum(worse, better) - 1.0, worse + better, 0.5)
+    complete = np.maximum(worse, better) == arm_lost.shape[1]
+    return np.where(complete, 0.0, np.minimum(2 * tail, 1))
+
+
+def _mean(x: np.ndarray, kept: np.ndarray) -> np.ndarray:
+    return x.sum(axis=-1, where=kept) / np.maximum(kept.sum(axis=-1), 1)
+
+
+def _mean_difference(a: np.ndarray, b: np.ndarray) -> float:
+    kept = np.isfinite(a) & np.isfinite(b)
+    if not kept.any():
+        return math.nan
+    a, b = a[kept], b[kept]
+    exponent = exponents(a, b)
+    return float(unscaled((scaled(a, exponent) - scaled(b, exponent)).mean(), exponent))
+
+
+def improved(final: np.ndarray, initial: np.ndarray, direction: Direction) -> bool:
+    """Whether training improved the metric, by a one-sided test over paired seeds at the level 0.05.
+
+    Either the t-test or the exact sign test suffices. With a few huge metrics before training, the t-test
+    misses what happened at every seed; with few seeds, the sign test misses a steady gain. Trials without
+    both metrics are excluded; without any trial left, nothing shows that training failed.
+    """
+    kept = np.isfinite(final) & np.isfinite(initial)
+    if not kept.any():
+        return True
+    after, before = direction.cost(final[kept]), direction.cost(initial[kept])
+    if len(after) == 1:
+        return bool(after[0] < before[0])
+    exponent = exponents(after, before)
+    x = scaled(after, exponent) - scaled(before, exponent)
+    found = paired_t(x, np.ones(len(x), bool), exponent)
+    lower, changed = np.sum(after < before), np.sum(after != before)
+    p_values = special.stdtr(len(x) - 1, found.t), special.bdtrc(lower - 1.0, changed, 0.5)
+    return bool(min(p_values) < 0.05)
+
+
+# ---- The table ----
+
+
+def judged_metric(table: pd.DataFrame, *, maximize: bool = False) -> pd.Series:
+    """Returns the final metric of every row as `judge` counts it, with a finite value for diverged trials.
+
+    Raises:
+        ValueError: If no finite metric can be substituted, or if the columns are not as `judge` requires.
+    """
+    final, _, diverged = _outcomes(table, Direction(maximize))
+    if np.isnan(final[diverged]).any():
+        raise ValueError(
+            "final_metric must be finite in some trial, or initial_metric where a trial diverged."
+        )
+    return pd.Series(final, index=table.index, name="final_metric")
+
+
+def _outcomes(table: pd.DataFrame, direction: Direction) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns by row the judged final metric, the substitute for a diverged trial's, and which diverged."""
+    final = _numbers(table, "final_metric")
+    diverged = ~np.isfinite(final)
+    stand_in = np.full(final.shape, direction.worst(final[~diverged]))
+    if "diverged" in table.columns:
+        marks = table["diverged"].to_numpy(object)
+        if not all(mark in (False, True) for mark in marks if mark is not pd.NA) or pd.isna(marks).any():
+            raise ValueError(
+                f"diverged must be True or False in every row, got {table['diverged'].dtype} values."
+            )
+        marks = marks.astype(bool)
+        if (np.isinf(final) & ~marks).any():
+            raise ValueError(
+                "final_metric must be finite or NaN where diverged is False, got an infinite value."
+            )
+        diverged |= marks
+    if "initial_metric" in table.columns:
+        initial = _numbers(table, "initial_metric")
+        initial = np.where(np.isfinite(initial), initial, np.nan)
+        worse = np.fmax(direction.cost(stand_in), direction.cost(initial))  # fmax ignores NaNs
+        stand_in = direction.cost(worse)
+    return np.where(diverged, stand_in, final), stand_in, diverged
+
+
+def _names(column: pd.Series) -> np.ndarray:
+    names = column.to_numpy(object, na_value=None)
+    for name in names:
+        if not (name is None or isinstance(name, str)):
+            raise ValueError(f"arm must hold names, got {name!r}.")
+    return names
+
+
+def _numbers(table: pd.DataFrame, column: str) -> np.ndarray:
+    try:
+        if table[column].dtype.kind in "cmM":
+            raise TypeError
+        return table[column].to_numpy(float, na_value=np.nan)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"{column} must hold numbers, got {table[column].dtype} values.") from None
+
+
+def _grid(
+    table: pd.DataFrame, direction: Direction
+) -> tuple[list[str], np.ndarray, np.ndarray | None, np.ndarray]:
+    """Returns the arms; and, as [arms, seeds], judged final metrics, best metrics, and divergence."""
+    if not isinstance(table, pd.DataFrame):
+        raise ValueError(f"table must be a pandas DataFrame, got {type(table).__name__}.")
+    if missing := [name for name in ("arm", "seed", "final_metric") if name not in table.columns]:
+        raise ValueError(f"table must have columns arm, seed and final_metric, got none named {missing[0]}.")
+    if not table.columns.is_unique:
+        raise ValueError("table must have each column only once, got a duplicate.")
+    if "phase" in table.columns:
+        table = table.loc[table["phase"] == "verdict"]
+    if table.empty:
+        raise ValueError("table must have trials to judge (of phase 'verdict', if it has phases), got none.")
+    arm_of, arms = pd.factorize(_names(pd.Series(table["arm"])))
+    seed_of, seeds = pd.factorize(_numbers(table, "seed"), sort=True)
+    if min(arm_of.min(), seed_of.min()) < 0:
+        raise ValueError("table must name the arm and the seed in every row, got a row without one of them.")
+    shape = len(arms), len(seeds)
+    if shape[0] < 2:
+        raise ValueError(f"table must have the baseline and another arm, got {arms[0]!r} alone.")
+    if shape[1] < 2:
+        raise ValueError(f"table must have at least 2 seeds, got {seeds[0]:g} alone.")
+    trials = np.bincount(arm_of * shape[1] + seed_of, minlength=shape[0] * shape[1]).reshape(shape)
+    if (trials != 1).any():
+        arm, seed = np.argwhere(trials != 1)[0]
+        raise ValueError(
+            f"table must have one row for each arm and seed, got {trials[arm, seed]} for arm {arms[arm]!r} "
+            f"and seed {seeds[seed]:g}."
+        )
+    at = np.argsort(arm_of * shape[1] + seed_of)  # the row of each arm and seed
+    final, stand_in, diverged = (values[at].reshape(shape) for values in _outcomes(table, direction))
+    best = None
+    if "best_metric" in table.columns:
+        best = _numbers(table, "best_metric")[at].reshape(shape)
+        best = np.where(np.isfinite(best), best, stand_in)
+    return list(arms), final, best, diverged

@@ -1,0 +1,13 @@
+"""Type aliases used in the public API, for your own annotations."""
+
+from adaptive_optax._core.trees import PyTree as PyTree
+from adaptive_optax.hyperparams import Factory as Factory
+from adaptive_optax.interop.torch_layout import Layout as Layout
+from adaptive_optax.moments.granularity import Reduce as Reduce
+from adaptive_optax.moments.storage import Role as Role
+from adaptive_optax.transforms.adam import AdamVariants as AdamVariants
+from adaptive_optax.transforms.adam import EpsForm as EpsForm
+from adaptive_optax.transforms.weight_decay import Coupling as Coupling
+from adaptive_optax.wrappers.plateau import Mode as Mode
+from adaptive_optax.wrappers.plateau import Preset as Preset
+from adaptive_optax.wrappers.reporting import OnReject as OnReject
