@@ -11,8 +11,8 @@ from adaptive_optax.hyperparams import inject_hyperparams as inject_hyperparams
 from adaptive_optax.hyperparams import set_hyperparams as set_hyperparams
 from adaptive_optax.interop.adam_states import from_optax as from_optax
 from adaptive_optax.interop.adam_states import to_optax as to_optax
-from adaptive_optax.interop.storage import convert_storage as convert_storage
-from adaptive_optax.interop.storage import state_bytes as state_bytes
+from adaptive_optax.interop.convert_storage import convert_storage as convert_storage
+from adaptive_optax.interop.convert_storage import state_bytes as state_bytes
 from adaptive_optax.interop.torch_states import describe_from_torch as describe_from_torch
 from adaptive_optax.interop.torch_states import from_torch as from_torch
 from adaptive_optax.interop.torch_states import to_torch as to_torch
@@ -77,11 +77,19 @@ from adaptive_optax.transforms.clipping import clip_by_global_norm as clip_by_gl
 from adaptive_optax.transforms.clipping import global_norm as global_norm
 from adaptive_optax.transforms.learning_rate import ScaleByLearningRateState as ScaleByLearningRateState
 from adaptive_optax.transforms.learning_rate import scale_by_learning_rate as scale_by_learning_rate
+from adaptive_optax.transforms.match_parameter_dtype import (
+    MatchParameterDtypeState as MatchParameterDtypeState,
+)
+from adaptive_optax.transforms.match_parameter_dtype import match_parameter_dtype as match_parameter_dtype
 from adaptive_optax.transforms.momentum import TraceState as TraceState
 from adaptive_optax.transforms.momentum import trace as trace
+from adaptive_optax.transforms.reduce_on_plateau import ReduceOnPlateauState as ReduceOnPlateauState
+from adaptive_optax.transforms.reduce_on_plateau import reduce_on_plateau as reduce_on_plateau
 from adaptive_optax.transforms.rms import ScaleByRmsState as ScaleByRmsState
 from adaptive_optax.transforms.rms import scale_by_global_rms as scale_by_global_rms
 from adaptive_optax.transforms.rms import scale_by_rms as scale_by_rms
+from adaptive_optax.transforms.stochastic_rounding import StochasticRoundingState as StochasticRoundingState
+from adaptive_optax.transforms.stochastic_rounding import stochastic_rounding as stochastic_rounding
 from adaptive_optax.transforms.weight_decay import (
     AddDecoupledWeightDecayState as AddDecoupledWeightDecayState,
 )
@@ -91,26 +99,18 @@ from adaptive_optax.wrappers.accumulation import accumulate_gradients as accumul
 from adaptive_optax.wrappers.accumulation import noise_scale as noise_scale
 from adaptive_optax.wrappers.freezing import FreezeState as FreezeState
 from adaptive_optax.wrappers.freezing import freeze as freeze
+from adaptive_optax.wrappers.kahan_summation import KahanSummationState as KahanSummationState
+from adaptive_optax.wrappers.kahan_summation import kahan_summation as kahan_summation
 from adaptive_optax.wrappers.loss_scale import DynamicLossScaleState as DynamicLossScaleState
 from adaptive_optax.wrappers.loss_scale import dynamic_loss_scale as dynamic_loss_scale
 from adaptive_optax.wrappers.loss_scale import get_loss_scale as get_loss_scale
 from adaptive_optax.wrappers.loss_scale import scale_loss as scale_loss
-from adaptive_optax.wrappers.low_precision_parameters import KahanSummationState as KahanSummationState
-from adaptive_optax.wrappers.low_precision_parameters import MasterWeightsState as MasterWeightsState
-from adaptive_optax.wrappers.low_precision_parameters import (
-    StochasticRoundingState as StochasticRoundingState,
-)
-from adaptive_optax.wrappers.low_precision_parameters import kahan_summation as kahan_summation
-from adaptive_optax.wrappers.low_precision_parameters import master_weights as master_weights
-from adaptive_optax.wrappers.low_precision_parameters import stochastic_rounding as stochastic_rounding
-from adaptive_optax.wrappers.parameter_dtype import MatchParameterDtypeState as MatchParameterDtypeState
-from adaptive_optax.wrappers.parameter_dtype import match_parameter_dtype as match_parameter_dtype
+from adaptive_optax.wrappers.master_weights import MasterWeightsState as MasterWeightsState
+from adaptive_optax.wrappers.master_weights import master_weights as master_weights
 from adaptive_optax.wrappers.partition import decay_mask as decay_mask
 from adaptive_optax.wrappers.partition import describe_partition as describe_partition
 from adaptive_optax.wrappers.partition import mask_by_path as mask_by_path
 from adaptive_optax.wrappers.partition import partition_by_path as partition_by_path
-from adaptive_optax.wrappers.plateau import ReduceOnPlateauState as ReduceOnPlateauState
-from adaptive_optax.wrappers.plateau import reduce_on_plateau as reduce_on_plateau
 from adaptive_optax.wrappers.reject_nonfinite import RejectNonfiniteState as RejectNonfiniteState
 from adaptive_optax.wrappers.reject_nonfinite import reject_nonfinite as reject_nonfinite
 from adaptive_optax.wrappers.rejections import Rejections as Rejections

@@ -18,13 +18,14 @@ import numpy as np
 import optax
 from optax.schedules import StatefulSchedule
 
-from adaptive_optax._core.checks import check_state
-from adaptive_optax._core.hyperparameters import assigned, in_effect, replacement
-from adaptive_optax._core.precision import incremented, value_at
+from adaptive_optax._core.overrides import assigned, in_effect, replacement
+from adaptive_optax._core.precision import incremented
 from adaptive_optax._core.random_bits import is_low_precision
+from adaptive_optax._core.state_check import check_state
 from adaptive_optax._core.states import carries_hyperparameters, hyperparameters_of, unwrapped
 from adaptive_optax._core.transformation import transformation, with_array_state
 from adaptive_optax._core.trees import PyTree
+from adaptive_optax._core.values import value_at
 
 
 def _set_injected(state: Any, name: str, value: Any) -> Any:

@@ -14,7 +14,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from adaptive_optax._core.checks import check_bool, check_choice
-from adaptive_optax._core.hyperparameters import as_hyperparameter
+from adaptive_optax._core.values import as_hyperparameter
 from adaptive_optax.moments.adam_mini import AdamMiniBlocks
 from adaptive_optax.moments.formats import as_storage
 from adaptive_optax.moments.granularity import Granularity

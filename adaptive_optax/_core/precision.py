@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import contextvars
-import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.core import Tracer
 
 
 def wide_dtype(x: Any) -> jnp.dtype:
@@ -90,49 +85,6 @@ def divide(x: jax.Array, divisor: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(x):
         return jax.lax.complex(divide(x.real, divisor), divide(x.imag, divisor))
     return x / cast(divisor, x.dtype)
-
-
-def static_value(value: Any) -> float | None:
-    """Returns a hyperparameter's value if it is known while tracing, or None for a schedule or a tracer."""
-    if callable(value) or isinstance(value, Tracer):
-        return None
-    return float(value)
-
-
-_UNEVALUATED = contextvars.ContextVar("_UNEVALUATED", default=False)
-
-
-@contextlib.contextmanager
-def unevaluated() -> Iterator[None]:
-    """Makes `value_at` return zeros of the right dtype, for a state of which only the shapes matter.
-
-    A schedule may be a plain Python function, which abstract evaluation cannot run.
-    """
-    token = _UNEVALUATED.set(True)
-    try:
-        yield
-    finally:
-        _UNEVALUATED.reset(token)
-
-
-def value_at(hyperparameter: Any, count: jax.Array, dtype: Any) -> jax.Array:
-    """Evaluates a number, an array or a schedule at a step count, as a strongly typed scalar.
-
-    Raises:
-        ValueError: If a schedule does not return a scalar, or a finite value overflows in `dtype`.
-    """
-    if _UNEVALUATED.get():
-        return jnp.zeros((), dtype)
-    value: Any = hyperparameter(count) if callable(hyperparameter) else hyperparameter
-    if value is None or (value.ndim if isinstance(value, jax.Array) else np.ndim(value)):
-        raise ValueError(f"A schedule must return a scalar, got {value!r} from {hyperparameter!r}.")
-    known = static_value(value)
-    limits = jnp.finfo(dtype) if jnp.issubdtype(dtype, jnp.inexact) else jnp.iinfo(dtype)
-    if known is not None and math.isfinite(known) and abs(known) > float(limits.max):
-        raise ValueError(f"A hyperparameter must fit in {jnp.dtype(dtype)}, got {known!r}.")
-    # Via a Python float, so that a NumPy float64 is rounded once and the result is strongly typed. A copy, so
-    # that donating the state does not delete the caller's array.
-    return jnp.array(value if known is None else known, dtype)
 
 
 def incremented(count: jax.Array) -> jax.Array:

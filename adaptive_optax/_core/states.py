@@ -7,8 +7,6 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
-from adaptive_optax._core.precision import static_value
-
 State = TypeVar("State")
 
 
@@ -84,9 +82,3 @@ def has_own_rejection(node: Any) -> bool:
 def unwrapped(value: Any) -> Any:
     """Returns the array in an nnx Variable, or the value itself."""
     return value.get_value() if hasattr(value, "get_value") else value
-
-
-def known_scalar(x: Any) -> float | None:
-    """Returns the value of a state's scalar, or None if it is traced or abstract."""
-    x = unwrapped(x)
-    return None if isinstance(x, jax.ShapeDtypeStruct) else static_value(x)

@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 
-from adaptive_optax._core.states import known_scalar, replace_states, states_of, unwrapped
+from adaptive_optax._core.states import replace_states, states_of, unwrapped
 from adaptive_optax._core.trees import PyTree
+from adaptive_optax._core.values import known_scalar
 from adaptive_optax.moments.formats import as_storage, dense, encode_as
 from adaptive_optax.moments.storage import Role, Storage
 from adaptive_optax.transforms.adam import ScaleByAdamState, moments_of

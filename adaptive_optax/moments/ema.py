@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adaptive_optax._core.precision import cast, scale, static_value, value_at
+from adaptive_optax._core.precision import cast, scale
+from adaptive_optax._core.values import static_value, value_at
 
 
 class Decay(NamedTuple):

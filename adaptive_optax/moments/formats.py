@@ -6,8 +6,9 @@ from typing import Any
 
 import jax
 
-from adaptive_optax._core.precision import static_value, widen
+from adaptive_optax._core.precision import widen
 from adaptive_optax._core.trees import PyTree
+from adaptive_optax._core.values import static_value
 from adaptive_optax.moments.bfloat16 import BFloat16
 from adaptive_optax.moments.int8 import Int8
 from adaptive_optax.moments.storage import CompressedMoment, Float32, Role, Storage, cast_like, check_storage

@@ -33,8 +33,9 @@ from adaptive_optax._core.checks import check_integer
 from adaptive_optax._core.paths import paths_and_leaves
 from adaptive_optax._core.random_bits import as_uniform, random_bits
 from adaptive_optax._core.sharding import traced_sharding
-from adaptive_optax._core.states import known_scalar, unwrapped
+from adaptive_optax._core.states import unwrapped
 from adaptive_optax._core.trees import PyTree, by_leaf, leaf_numbers
+from adaptive_optax._core.values import known_scalar
 from adaptive_optax.moments.blocks import (
     SHORT_AXIS,
     block_extents,

@@ -16,25 +16,24 @@ import numpy as np
 import optax
 
 from adaptive_optax._core.checks import (
-    Settings,
     check_choice,
     check_inexact,
     check_integer,
     check_same_tree,
-    check_state,
     check_transformation,
 )
 from adaptive_optax._core.norms import is_safe
 from adaptive_optax._core.paths import paths_and_leaves
 from adaptive_optax._core.precision import abs_square, divide, incremented, scalar_dtype, updated_param, widen
+from adaptive_optax._core.state_check import Settings, check_state
 from adaptive_optax._core.states import one_state_of, states_of, unwrapped
 from adaptive_optax._core.transformation import transformation, with_array_state
 from adaptive_optax._core.trees import PyTree
 from adaptive_optax._core.undefined import nan_unless
 from adaptive_optax.hyperparams import learning_rates
-from adaptive_optax.monitoring.adam import BINS, HISTOGRAM_EDGES, adam_statistics
-from adaptive_optax.wrappers.parameter_dtype import outgoing
-from adaptive_optax.wrappers.plateau import ReduceOnPlateauState
+from adaptive_optax.monitoring.adam_statistics import BINS, HISTOGRAM_EDGES, adam_statistics
+from adaptive_optax.transforms.match_parameter_dtype import outgoing
+from adaptive_optax.transforms.reduce_on_plateau import ReduceOnPlateauState
 
 
 class Telemetry(NamedTuple):

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adaptive_optax._core.precision import static_value
+from adaptive_optax._core.values import static_value
 
 MAX_STEPS = 2**31 - 1  # the largest value of optax's int32 counters
 

@@ -11,8 +11,8 @@ import optax
 from jax.core import Tracer
 
 from adaptive_optax._core.checks import check_choice, check_integer
-from adaptive_optax._core.hyperparameters import check_hyperparameter
-from adaptive_optax._core.precision import static_value
+from adaptive_optax._core.ranges import check_hyperparameter
+from adaptive_optax._core.values import static_value
 from adaptive_optax.schedules._steps import MAX_STEPS, as_count, as_real
 
 _ROUNDING = 1e-5  # a rate of 1/k of the largest must allow k, whichever way float32 rounded it

@@ -9,8 +9,8 @@ import optax
 from jax.typing import ArrayLike
 
 from adaptive_optax._core.checks import check_integer, check_scalar
-from adaptive_optax._core.hyperparameters import check_hyperparameter
-from adaptive_optax._core.precision import static_value
+from adaptive_optax._core.ranges import check_hyperparameter
+from adaptive_optax._core.values import static_value
 from adaptive_optax.schedules._phases import SHAPES, Phase, in_phases
 from adaptive_optax.schedules._steps import MAX_STEPS, as_count, as_number, as_real, power, steps_since
 

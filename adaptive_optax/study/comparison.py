@@ -24,7 +24,7 @@ import jax
 import numpy as np
 
 from adaptive_optax._core.checks import check_bool, check_choice, check_integer, check_name, check_scalar
-from adaptive_optax._core.hyperparameters import check_hyperparameter
+from adaptive_optax._core.ranges import check_hyperparameter
 from adaptive_optax.study.arms import NamedArm, check_arm
 from adaptive_optax.study.arms import arm as named_arm
 from adaptive_optax.study.details import Details, Samples

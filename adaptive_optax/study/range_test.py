@@ -21,7 +21,7 @@ import optax
 import pandas as pd
 
 from adaptive_optax._core.checks import check_bool, check_choice, check_integer
-from adaptive_optax._core.hyperparameters import check_hyperparameter
+from adaptive_optax._core.ranges import check_hyperparameter
 from adaptive_optax.study.arms import check_arm
 from adaptive_optax.study.engine.chunks import Key
 from adaptive_optax.study.engine.placement import MODES, MOST_CHUNK, settle_placement

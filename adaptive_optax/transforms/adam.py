@@ -11,17 +11,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from adaptive_optax._core.checks import (
-    Settings,
-    check_bool,
-    check_choice,
-    check_integer,
-    check_real,
-    check_same_tree,
-    check_state,
-)
+from adaptive_optax._core.checks import check_bool, check_choice, check_integer, check_real, check_same_tree
 from adaptive_optax._core.described import described
-from adaptive_optax._core.hyperparameters import as_hyperparameter, check_hyperparameter
 from adaptive_optax._core.precision import (
     abs_square,
     as_wide_as,
@@ -30,13 +21,14 @@ from adaptive_optax._core.precision import (
     scalar_dtype,
     scale,
     scaled,
-    static_value,
-    value_at,
     widen,
 )
+from adaptive_optax._core.ranges import check_hyperparameter
+from adaptive_optax._core.state_check import Settings, check_state
 from adaptive_optax._core.states import carries_hyperparameters, unwrapped
 from adaptive_optax._core.transformation import transformation
 from adaptive_optax._core.trees import PyTree, by_leaf
+from adaptive_optax._core.values import as_hyperparameter, static_value, value_at
 from adaptive_optax.moments.ema import Decay, decay_at, ema, ema_weight, weight_error
 from adaptive_optax.moments.formats import as_storage, dense, is_rounded
 from adaptive_optax.moments.granularity import (

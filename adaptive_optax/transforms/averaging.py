@@ -15,22 +15,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adaptive_optax._core.checks import check_params, check_same_tree, check_state
-from adaptive_optax._core.hyperparameters import as_hyperparameter, check_hyperparameter
+from adaptive_optax._core.checks import check_params, check_same_tree
 from adaptive_optax._core.paths import paths_and_leaves
-from adaptive_optax._core.precision import (
-    incremented,
-    scalar_dtype,
-    scale,
-    static_value,
-    updated_param,
-    value_at,
-    wide_dtype,
-    widen,
-)
+from adaptive_optax._core.precision import incremented, scalar_dtype, scale, updated_param, wide_dtype, widen
+from adaptive_optax._core.ranges import check_hyperparameter
+from adaptive_optax._core.state_check import check_state
 from adaptive_optax._core.states import carries_hyperparameters, unwrapped
 from adaptive_optax._core.transformation import transformation
 from adaptive_optax._core.trees import PyTree
+from adaptive_optax._core.values import as_hyperparameter, static_value, value_at
 from adaptive_optax.moments.ema import decay_at, ema_weight
 
 _POWER = 8.0

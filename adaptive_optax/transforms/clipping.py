@@ -11,11 +11,12 @@ import optax
 from jax.typing import ArrayLike
 
 from adaptive_optax._core.checks import check_inexact
-from adaptive_optax._core.hyperparameters import check_hyperparameter
 from adaptive_optax._core.norms import is_safe
-from adaptive_optax._core.precision import abs_square, scalar_dtype, scaled, value_at, widen
+from adaptive_optax._core.precision import abs_square, scalar_dtype, scaled, widen
+from adaptive_optax._core.ranges import check_hyperparameter
 from adaptive_optax._core.transformation import transformation
 from adaptive_optax._core.trees import PyTree, by_leaf
+from adaptive_optax._core.values import value_at
 
 
 def global_norm(tree: PyTree) -> jax.Array:

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import optax
 
 from adaptive_optax._core.described import description_of
-from adaptive_optax._core.precision import divide, static_value
+from adaptive_optax._core.precision import divide
+from adaptive_optax._core.values import static_value
 from adaptive_optax.moments.granularity import Granularity
 from adaptive_optax.moments.storage import Storage
 

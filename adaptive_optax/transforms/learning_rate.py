@@ -8,20 +8,20 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adaptive_optax._core.checks import SCHEDULED, check_bool, check_state
-from adaptive_optax._core.hyperparameters import (
-    as_hyperparameter,
-    assigned,
-    in_effect,
-    next_schedule_state,
-    replacement,
-    schedule_state,
-    step_of,
-)
-from adaptive_optax._core.precision import scalar_dtype, scaled, value_at, widen
+from adaptive_optax._core.checks import check_bool
+from adaptive_optax._core.overrides import assigned, in_effect, replacement
+from adaptive_optax._core.precision import scalar_dtype, scaled, widen
+from adaptive_optax._core.state_check import SCHEDULED, check_state
 from adaptive_optax._core.states import carries_hyperparameters
 from adaptive_optax._core.transformation import transformation
 from adaptive_optax._core.trees import PyTree
+from adaptive_optax._core.values import (
+    as_hyperparameter,
+    next_schedule_state,
+    schedule_state,
+    step_of,
+    value_at,
+)
 
 
 def _set_learning_rate(state: Any, name: str, value: Any) -> Any:

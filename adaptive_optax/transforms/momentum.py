@@ -8,24 +8,19 @@ import jax
 import optax
 from jax.typing import DTypeLike
 
-from adaptive_optax._core.checks import (
-    SCHEDULED,
-    Settings,
-    check_bool,
-    check_real,
-    check_same_tree,
-    check_state,
-)
-from adaptive_optax._core.hyperparameters import (
+from adaptive_optax._core.checks import check_bool, check_real, check_same_tree
+from adaptive_optax._core.precision import as_wide_as, scalar_dtype, scale, widen
+from adaptive_optax._core.state_check import SCHEDULED, Settings, check_state
+from adaptive_optax._core.states import carries_hyperparameters
+from adaptive_optax._core.transformation import transformation
+from adaptive_optax._core.trees import PyTree
+from adaptive_optax._core.values import (
     as_hyperparameter,
     next_schedule_state,
     schedule_state,
     step_of,
+    value_at,
 )
-from adaptive_optax._core.precision import as_wide_as, scalar_dtype, scale, value_at, widen
-from adaptive_optax._core.states import carries_hyperparameters
-from adaptive_optax._core.transformation import transformation
-from adaptive_optax._core.trees import PyTree
 from adaptive_optax.moments.formats import as_storage
 from adaptive_optax.moments.storage import as_nearest
 

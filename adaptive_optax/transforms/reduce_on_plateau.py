@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adaptive_optax._core.checks import check_choice, check_flag, check_integer, check_state
-from adaptive_optax._core.hyperparameters import check_hyperparameter, check_members, filled_like
+from adaptive_optax._core.checks import check_choice, check_flag, check_integer
+from adaptive_optax._core.overrides import filled_like
 from adaptive_optax._core.precision import incremented, scalar_dtype, scaled, widen
+from adaptive_optax._core.ranges import check_hyperparameter, check_members
+from adaptive_optax._core.state_check import check_state
 from adaptive_optax._core.states import carries_hyperparameters
 from adaptive_optax._core.transformation import transformation
 

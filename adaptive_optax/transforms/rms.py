@@ -14,9 +14,8 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from adaptive_optax._core.checks import Settings, check_bool, check_same_tree, check_state
+from adaptive_optax._core.checks import check_bool, check_same_tree
 from adaptive_optax._core.described import described
-from adaptive_optax._core.hyperparameters import as_hyperparameter, check_hyperparameter
 from adaptive_optax._core.precision import (
     abs_square,
     as_wide_as,
@@ -24,12 +23,14 @@ from adaptive_optax._core.precision import (
     scalar_dtype,
     scale,
     scaled,
-    value_at,
     widen,
 )
+from adaptive_optax._core.ranges import check_hyperparameter
+from adaptive_optax._core.state_check import Settings, check_state
 from adaptive_optax._core.states import carries_hyperparameters
 from adaptive_optax._core.transformation import transformation
 from adaptive_optax._core.trees import PyTree, by_leaf
+from adaptive_optax._core.values import as_hyperparameter, value_at
 from adaptive_optax.moments.ema import Decay, decay_at, ema, ema_weight, weight_error
 from adaptive_optax.moments.formats import as_storage
 from adaptive_optax.moments.granularity import Granularity, as_granularity

@@ -7,24 +7,20 @@ from typing import Any, Literal, NamedTuple
 import jax
 import optax
 
-from adaptive_optax._core.checks import (
-    SCHEDULED,
-    check_choice,
-    check_params,
-    check_same_tree,
-    check_state,
-)
-from adaptive_optax._core.hyperparameters import (
+from adaptive_optax._core.checks import check_choice, check_params, check_same_tree
+from adaptive_optax._core.paths import masked_leaves
+from adaptive_optax._core.precision import scalar_dtype, scale, widen
+from adaptive_optax._core.state_check import SCHEDULED, check_state
+from adaptive_optax._core.states import carries_hyperparameters
+from adaptive_optax._core.transformation import transformation
+from adaptive_optax._core.trees import PyTree, by_leaf
+from adaptive_optax._core.values import (
     as_hyperparameter,
     next_schedule_state,
     schedule_state,
     step_of,
+    value_at,
 )
-from adaptive_optax._core.paths import masked_leaves
-from adaptive_optax._core.precision import scalar_dtype, scale, value_at, widen
-from adaptive_optax._core.states import carries_hyperparameters
-from adaptive_optax._core.transformation import transformation
-from adaptive_optax._core.trees import PyTree, by_leaf
 
 Coupling = Literal["learning_rate", "schedule", "independent"]
 

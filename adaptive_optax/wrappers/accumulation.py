@@ -19,8 +19,6 @@ from adaptive_optax._core.checks import (
     check_integer,
     check_same_tree,
     check_scalar,
-    check_state,
-    check_state_kept,
     check_transformation,
 )
 from adaptive_optax._core.paths import paths_and_leaves
@@ -30,15 +28,16 @@ from adaptive_optax._core.precision import (
     incremented,
     scalar_dtype,
     scale,
-    value_at,
     wide_dtype,
     widen,
 )
+from adaptive_optax._core.state_check import check_state, check_state_kept
 from adaptive_optax._core.states import has_own_rejection, one_state_of, unwrapped
 from adaptive_optax._core.transformation import transformation, with_array_state
 from adaptive_optax._core.trees import PyTree
 from adaptive_optax._core.undefined import nan_unless
-from adaptive_optax.wrappers.parameter_dtype import outgoing
+from adaptive_optax._core.values import value_at
+from adaptive_optax.transforms.match_parameter_dtype import outgoing
 from adaptive_optax.wrappers.reporting import OnReject, check_on_reject, report_first
 
 _NOISE_DECAY = 0.99  # averages over about a hundred emissions

@@ -12,10 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from adaptive_optax._core.checks import check_same_tree, check_state, check_transformation, is_inexact
+from adaptive_optax._core.checks import check_same_tree, check_transformation, is_inexact
 from adaptive_optax._core.described import described, description_of
 from adaptive_optax._core.paths import check_expressions, check_patterns, masked_leaves, paths_and_leaves
 from adaptive_optax._core.precision import wide_dtype
+from adaptive_optax._core.state_check import check_state
 from adaptive_optax._core.transformation import transformation, with_array_state
 from adaptive_optax._core.trees import PyTree, is_mask
 from adaptive_optax.wrappers.partition import Groups

@@ -9,20 +9,14 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from adaptive_optax._core.checks import check_integer, check_state, check_transformation
-from adaptive_optax._core.hyperparameters import check_hyperparameter
-from adaptive_optax._core.precision import (
-    divide,
-    incremented,
-    scalar_dtype,
-    scale,
-    static_value,
-    value_at,
-    widen,
-)
+from adaptive_optax._core.checks import check_integer, check_transformation
+from adaptive_optax._core.precision import divide, incremented, scalar_dtype, scale, widen
+from adaptive_optax._core.ranges import check_hyperparameter
+from adaptive_optax._core.state_check import check_state
 from adaptive_optax._core.states import one_state_of, unwrapped
 from adaptive_optax._core.transformation import transformation, with_array_state
 from adaptive_optax._core.trees import PyTree
+from adaptive_optax._core.values import static_value, value_at
 from adaptive_optax.wrappers.reject_nonfinite import reject_nonfinite
 from adaptive_optax.wrappers.reporting import OnReject
 

@@ -8,14 +8,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adaptive_optax._core.checks import check_same_tree, check_state, check_state_kept, check_transformation
+from adaptive_optax._core.checks import check_same_tree, check_transformation
 from adaptive_optax._core.paths import paths_and_leaves
 from adaptive_optax._core.precision import incremented, updated_param
+from adaptive_optax._core.state_check import check_state, check_state_kept
 from adaptive_optax._core.states import has_own_rejection, states_of
 from adaptive_optax._core.transformation import transformation, with_array_state
 from adaptive_optax._core.trees import PyTree
+from adaptive_optax.transforms.match_parameter_dtype import outgoing
 from adaptive_optax.wrappers.accumulation import AccumulateGradientsState
-from adaptive_optax.wrappers.parameter_dtype import outgoing
 from adaptive_optax.wrappers.reporting import OnReject, check_on_reject, report_first
 
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adaptive_optax._core.checks import check_state_kept
+from adaptive_optax._core.state_check import check_state_kept
 from adaptive_optax._core.states import states_of, unwrapped
 from adaptive_optax._core.trees import PyTree
 from adaptive_optax.wrappers.accumulation import AccumulateGradientsState

@@ -15,7 +15,7 @@ from adaptive_optax._core.precision import abs_square, incremented, wide_dtype
 from adaptive_optax._core.states import states_of
 from adaptive_optax._core.transformation import transformation, with_array_state
 from adaptive_optax.transforms.direction import Bound, bound_of
-from adaptive_optax.wrappers.parameter_dtype import MatchParameterDtypeState
+from adaptive_optax.transforms.match_parameter_dtype import MatchParameterDtypeState
 from adaptive_optax.wrappers.reject_nonfinite import RejectNonfiniteState
 
 # Float32 rounding of a direction that attains its bound.
