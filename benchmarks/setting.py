@@ -82,6 +82,7 @@ def described(result: dict[str, Any]) -> str:
         result["date"],
         f"`{result['command']}`",
         *([f"XLA_FLAGS={result['xla_flags']}"] if result["xla_flags"] else []),
+        *([result["note"]] if "note" in result else []),
     ]
     return ", ".join(parts)
 

@@ -154,8 +154,8 @@ def save(comparison: study.Comparison, found: str, updates: dict[str, int], out:
     (out / "summary.json").write_text(json.dumps(finite, indent=2) + "\n")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Runs the comparison."""
+def command_line() -> argparse.ArgumentParser:
+    """Returns the parser of the options."""
     parser = argparse.ArgumentParser(description="Measures decaying the rate against growing the batch.")
     parser.add_argument("--optimizer", choices=RATES, default="adam", help="default: %(default)s")
     parser.add_argument("--steps", type=int, help="micro-batches per trial (default: 2560)")
@@ -163,6 +163,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--max-factor", type=int, default=8, help="largest growth (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="where to write (default: out/decay_or_grow/OPTIMIZER)")
     parser.add_argument("--smoke", action="store_true", help="a tiny run to check that everything works")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the comparison."""
+    parser = command_line()
     values = parser.parse_args(arguments)
     with contextlib.suppress(RuntimeError):  # raised if JAX is already in use
         jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)

@@ -144,14 +144,20 @@ def save(comparison: study.Comparison, found: str, out: Path) -> None:
     (out / "summary.json").write_text(json.dumps(finite, indent=2) + "\n")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Runs the comparison."""
+def command_line() -> argparse.ArgumentParser:
+    """Returns the parser of the options."""
     parser = argparse.ArgumentParser(description="Measures whether Adam's learning rate should decay.")
     parser.add_argument("--task", choices=SMOKE_SIZES, default="localization", help="default: %(default)s")
     parser.add_argument("--steps", type=int, help="training steps per trial (default: 2560; text: 1000)")
     parser.add_argument("--seeds", type=int, help="fresh seeds, at least 5 (default: 12; text: 8)")
     parser.add_argument("--out", type=Path, help="where to write (default: out/should_i_decay/TASK)")
     parser.add_argument("--smoke", action="store_true", help="a tiny run to check that everything works")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the comparison."""
+    parser = command_line()
     values = parser.parse_args(arguments)
     with contextlib.suppress(RuntimeError):  # raised if JAX is already in use
         jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)

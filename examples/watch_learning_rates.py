@@ -56,13 +56,19 @@ def train(epochs: int, learning_rate: float) -> tuple[ao.TelemetryLog, float]:
     return log, float(np.mean(losses))
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Trains, draws and prints."""
+def command_line() -> argparse.ArgumentParser:
+    """Returns the parser of the options."""
     parser = argparse.ArgumentParser(description="Shows the effective learning rates of Adam's steps.")
     parser.add_argument("--epochs", type=int, default=EPOCHS, help="default: %(default)s")
     parser.add_argument("--learning-rate", type=float, default=LEARNING_RATE, help="default: %(default)s")
     parser.add_argument("--tensorboard", action="store_true", help="also write event files")
     parser.add_argument("--out", type=Path, default=Path("out/watch_learning_rates"), help="where to write")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Trains, draws and prints."""
+    parser = command_line()
     values = parser.parse_args(arguments)
     if values.epochs < 1:
         parser.error(f"--epochs must be at least 1, got {values.epochs}.")
