@@ -38,9 +38,6 @@ class Suite(enum.StrEnum):
     low_precision = "low_precision"
 
 
-DEFAULT = [Suite.update_step, Suite.scaling, Suite.study_throughput, Suite.end_to_end]
-
-
 def module(suite: str) -> Any:
     """Returns a suite's module: `measure(quick, advance)`, `tables(result)`, perhaps `figures(result)`."""
     return importlib.import_module(f"benchmarks.{suite}")
@@ -112,18 +109,20 @@ def plain_errors() -> Iterator[None]:
 
 def main(
     suite: Annotated[
-        list[Suite] | None, typer.Option(help="What to measure.", show_default="the first four")
+        list[Suite] | None, typer.Option(help="What to measure.", show_default="all suites")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = RESULTS,
+    out: Annotated[
+        Path, typer.Option(help="Folder for the results.", show_default="benchmarks/results")
+    ] = RESULTS,
     quick: Annotated[bool, typer.Option(help="Tiny sizes: a test that it runs, not a measurement.")] = False,
     readme: Annotated[bool, typer.Option(help="Whether to update README and pictures afterwards.")] = True,
     render: Annotated[bool, typer.Option(help="Measure nothing; only update README and pictures.")] = False,
 ) -> None:
-    """Times update steps, their scaling, the study and a training step, and publishes the results."""
+    """Measures every suite whose results are published, and updates the README's tables and pictures."""
     out = out.resolve()  # the processes below have another working directory
     if quick and out == RESULTS:
         raise typer.BadParameter("--quick measures nothing worth publishing; choose another --out.")
-    suites = [] if render else suite or DEFAULT
+    suites = [] if render else suite or list(Suite)
     if len(suites) == 1:
         with plain_errors():
             run_here(suites[0], out, quick)

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import subprocess
 from pathlib import Path
 
 import jax
@@ -254,6 +255,19 @@ def test_exponents_are_those_of_power_laws():
     assert found["step against leaves"] == pytest.approx({"ours": 0.5, "optax": 1.0})
     assert found["trace + compile against leaves"] == pytest.approx({"ours": 1.0, "optax": 2.0})
     assert all(math.isfinite(x) for fitted in found.values() for x in fitted.values())
+
+
+def test_one_command_measures_every_suite_that_is_published(tmp_path, monkeypatch):
+    begun = []
+
+    def run(arguments, **_):
+        begun.append(arguments[arguments.index("--suite") + 1])
+        return subprocess.CompletedProcess(arguments, 0)
+
+    monkeypatch.setattr(command.subprocess, "run", run)
+    command.main(out=tmp_path)
+    assert begun == list(command.Suite)
+    assert command.stored().keys() == set(begun)
 
 
 def test_a_quick_run_does_not_overwrite_what_is_published():
