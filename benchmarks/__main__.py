@@ -21,6 +21,7 @@ import typer
 
 from benchmarks.readme import render as render_readme
 from benchmarks.setting import RESULTS, cores_busy_elsewhere, hardware, setting
+from benchmarks.studies import published
 
 PROJECT = Path(__file__).parent.parent
 PICTURES = PROJECT / "docs" / "performance"
@@ -65,8 +66,8 @@ def draw(results: dict[str, dict[str, dict[str, Any]]], folder: Path) -> None:
 
 
 def rendered(text: str) -> str:
-    """Returns the README's text with tables generated from the committed results."""
-    return render_readme(text, stored(), {suite: module(suite).tables for suite in Suite})
+    """Returns the README's text with tables generated from the committed results and studies."""
+    return render_readme(text, stored(), {suite: module(suite).tables for suite in Suite}, published())
 
 
 def run_here(suite: Suite, out: Path, quick: bool) -> None:

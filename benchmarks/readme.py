@@ -1,4 +1,8 @@
-"""Generates the README's tables from results, between `<!-- benchmark:SUITE TABLE -->` and its end mark."""
+"""Generates the README's tables from results.
+
+A benchmark's table stands between `<!-- benchmark:SUITE TABLE -->` and `<!-- /benchmark -->`, a published
+study's between `<!-- study:FOLDER -->` and `<!-- /study -->`.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +13,19 @@ from typing import Any
 from benchmarks.setting import described
 from benchmarks.tables import Table
 
+_MARK = re.compile(r"<!-- */?(?:benchmark|study)[^\n]*")
 _BLOCK = re.compile(
-    r"<!-- benchmark:(\w+) (\w+) -->\n((?:(?!<!-- benchmark).)*?)<!-- /benchmark -->", re.DOTALL
+    r"<!-- (?:benchmark:(?P<suite>\w+) (?P<table>\w+)|study:(?P<study>[\w/]+)) -->\n"
+    r"(?:(?!<!-- (?:benchmark|study)).)*?<!-- /(?(suite)benchmark|study) -->",
+    re.DOTALL,
 )
-_MARK = re.compile(r"<!-- */?benchmark[^\n]*")
 
 
 def render(
     text: str,
     results: Mapping[str, Mapping[str, dict[str, Any]]],
     tables: Mapping[str, Callable[[dict[str, Any]], dict[str, Table]]],
+    studies: Mapping[str, str] | None = None,
 ) -> str:
     """Returns the README with regenerated blocks.
 
@@ -26,31 +33,53 @@ def render(
         text: The README.
         results: The results, by suite and hardware.
         tables: For each suite, the function that makes tables from a result.
+        studies: The text of each published study, by its folder.
 
     Raises:
-        ValueError: If a block names an unknown suite or table, or if a mark does not belong to a block.
+        ValueError: If a block names an unknown suite, table or study, or a mark belongs to no block.
     """
     if stray := _MARK.search(_BLOCK.sub("", text)):
         raise ValueError(
             f"{stray[0]!r} is not a block of the README; a block is <!-- benchmark:SUITE TABLE -->, "
-            "its text, and <!-- /benchmark -->."
+            "its text, and <!-- /benchmark -->, or the same with study:FOLDER and /study."
         )
 
     def block(found: re.Match[str]) -> str:
-        suite, name, _ = found.groups()
-        if suite not in tables:
-            raise ValueError(
-                f"The README has a block of the suite {suite!r}; the suites are {', '.join(tables)}."
-            )
-        parts = []
-        for hardware, result in results.get(suite, {}).items():
-            made = tables[suite](result)
-            if name not in made:
-                raise ValueError(f"{suite} has no table {name!r}; it has {', '.join(made)}.")
-            source = f"[numbers](benchmarks/results/{suite}_{hardware}.json)"
-            parts.append(f"{made[name].title} ({described(result)}; {source}):\n\n{made[name].markdown()}\n")
-        if not parts:
-            raise ValueError(f"There is no result of the suite {suite!r}; run it first.")
-        return f"<!-- benchmark:{suite} {name} -->\n" + "\n".join(parts) + "<!-- /benchmark -->"
+        if study := found["study"]:
+            return f"<!-- study:{study} -->\n{_study(study, studies or {})}<!-- /study -->"
+        suite, name = found["suite"], found["table"]
+        made = _benchmark(suite, name, results, tables)
+        return f"<!-- benchmark:{suite} {name} -->\n{made}<!-- /benchmark -->"
 
     return _BLOCK.sub(block, text)
+
+
+def _study(name: str, studies: Mapping[str, str]) -> str:
+    if name not in studies:
+        raise ValueError(
+            f"The README has a block of the study {name!r}; the studies are {', '.join(studies)}."
+        )
+    return studies[name]
+
+
+def _benchmark(
+    suite: str,
+    name: str,
+    results: Mapping[str, Mapping[str, dict[str, Any]]],
+    tables: Mapping[str, Callable[[dict[str, Any]], dict[str, Table]]],
+) -> str:
+    """The table of a suite on each hardware."""
+    if suite not in tables:
+        raise ValueError(
+            f"The README has a block of the suite {suite!r}; the suites are {', '.join(tables)}."
+        )
+    parts = []
+    for hardware, result in results.get(suite, {}).items():
+        made = tables[suite](result)
+        if name not in made:
+            raise ValueError(f"{suite} has no table {name!r}; it has {', '.join(made)}.")
+        source = f"[numbers](benchmarks/results/{suite}_{hardware}.json)"
+        parts.append(f"{made[name].title} ({described(result)}; {source}):\n\n{made[name].markdown()}\n")
+    if not parts:
+        raise ValueError(f"There is no result of the suite {suite!r}; run it first.")
+    return "\n".join(parts)

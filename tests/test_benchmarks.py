@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import adaptive_optax as ao
 from benchmarks import __main__ as command
-from benchmarks import readme, scaling, trees, update_step
+from benchmarks import readme, scaling, studies, trees, update_step
 from benchmarks.contenders import (
     HAS_TORCH,
     Step,
@@ -198,11 +198,45 @@ def test_a_block_that_means_nothing_is_refused(block, message):
         "<!-- benchmark:speed main -->\nan end is missing",
         "a beginning is missing\n<!-- /benchmark -->",
         "<!-- benchmark:speed main -->\nprose\n<!-- benchmark:speed main -->\n<!-- /benchmark -->",
+        "<!-- benchmark:speed main -->\nanother's end\n<!-- /study -->",
+        "<!-- study:decay/text -->\n<!-- /benchmark -->",
     ],
 )
 def test_a_mark_without_a_block_is_refused(text):
     with pytest.raises(ValueError, match="is not a block of the README"):
         readme.render(text, {"speed": {"cpu_2_cores": RESULT}}, {"speed": made})
+
+
+def test_a_study_of_the_readme_is_generated_too():
+    text = "Before\n<!-- study:decay/text -->\nold\n<!-- /study -->\nAfter\n"
+    found = readme.render(text, {}, {}, {"decay/text": "new\n"})
+    assert found == "Before\n<!-- study:decay/text -->\nnew\n<!-- /study -->\nAfter\n"
+    with pytest.raises(ValueError, match="the study 'decay/text'; the studies are other"):
+        readme.render(text, {}, {}, {"other": "new\n"})
+
+
+def test_a_study_s_table_shows_fresh_seeds_and_percent_of_the_baseline():
+    verdict = {"effect": -0.5, "relative_effect": -0.25, "interval": [-0.6, 0.4], "decision": "undecided"}
+    summary = {
+        "info": {
+            "task": "a task", "arms": ["a", "b"], "baseline": "a", "metric_name": "squared_error",
+            "best_rates": {"a": 0.01, "b": 0.5},
+        },
+        "verdicts": {"b": verdict}, "updates": {"a": 2000, "b": 20},
+    }  # fmt: skip
+    trials = [
+        {"arm": arm, "phase": phase, "final_metric": metric}
+        for arm, phase, metric in [
+            ("a", "tuning", "9"), ("a", "verdict", "1"), ("a", "verdict", "3"), ("b", "verdict", "1.5"),
+            ("b", "verdict", "1.5"),
+        ]
+    ]  # fmt: skip
+    made = studies.table(summary, trials)
+    assert made.columns == ["arm", "peak", "updates", "squared error", "minus a, %", "verdict"]
+    assert made.rows == [
+        ["a", "0.01", "2,000", "2.000 ± 1.000", "", "baseline"],
+        ["b", "0.5", "20", "1.500 ± 0.000", "−25.0 [−30.0, +20.0]", "undecided"],
+    ]
 
 
 def test_a_result_of_unknown_origin_is_named(tmp_path):
@@ -225,6 +259,7 @@ def test_what_is_started_and_awaited_is_one_kernel():
 def test_the_readme_is_what_the_committed_results_say():
     text = (PROJECT / "README.md").read_text()
     assert text.count("<!-- benchmark:") == text.count("<!-- /benchmark -->") >= 6
+    assert text.count("<!-- study:") == text.count("<!-- /study -->") == len(studies.published()) == 4
     assert command.rendered(text) == text
 
 

@@ -1,0 +1,78 @@
+"""Tables of the published studies, from what the examples wrote to `docs/STUDY/CASE/`."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.tables import Table
+
+PROJECT = Path(__file__).resolve().parent.parent
+SHOWN_VERSIONS = ("jax", "optax", "flax")
+
+
+def published(project: Path = PROJECT) -> dict[str, str]:
+    """Returns the README's text of every study under `docs/`, by its folder: "should_i_decay/text"."""
+    found = {}
+    for path in sorted((project / "docs").glob("*/*/summary.json")):
+        folder = path.parent.relative_to(project).as_posix()
+        with (path.parent / "results.csv").open(newline="") as file:
+            trials = list(csv.DictReader(file))
+        found[folder.removeprefix("docs/")] = _text(json.loads(path.read_text()), trials, folder)
+    return found
+
+
+def _text(summary: Mapping[str, Any], trials: list[dict[str, str]], folder: str) -> str:
+    info = summary["info"]
+    epochs = info["steps"] * info["batch_size"] / info["dataset"]["train"]
+    script, *options = info["command"]
+    settings = [
+        f"{info['parameters']:,} parameters",
+        f"{info['steps']:,} steps of {info['batch_size']} samples",
+        f"{epochs:.2g} epochs",
+        f"{info['seeds']} seeds",
+        f"{len(info['devices'])} {info['devices'][0]} devices",
+        f"Python {info['versions']['python']}",
+        *(f"{name} {info['versions'][name]}" for name in SHOWN_VERSIONS),
+        f"`{' '.join(['python', f'examples/{script}', *options])}`",
+    ]
+    files = {"trials": "results.csv", "numbers": "summary.json", "report": "report.html"}
+    links = ", ".join(f"[{name}]({folder}/{file})" for name, file in files.items())
+    title = f"{info['task'].capitalize()} ({', '.join(settings)}; {links}):"
+    return f"{title}\n\n{table(summary, trials).markdown()}\n"
+
+
+def table(summary: Mapping[str, Any], trials: list[dict[str, str]]) -> Table:
+    """Returns a table with one row per arm.
+
+    Args:
+        summary: The study's summary.json.
+        trials: The rows of its results.csv.
+    """
+    info, verdicts, updates = summary["info"], summary["verdicts"], summary.get("updates", {})
+    metric, baseline = info["metric_name"].replace("_", " "), info["baseline"]
+    counted = ["updates"] if updates else []
+    made = Table(info["task"], ["arm", "peak", *counted, metric, f"minus {baseline}, %", "verdict"])
+    for arm in info["arms"]:
+        metrics = [
+            float(row["final_metric"]) for row in trials if (row["arm"], row["phase"]) == (arm, "verdict")
+        ]
+        error = np.std(metrics, ddof=1) / np.sqrt(len(metrics))
+        cells = [arm, f"{info['best_rates'][arm]:g}", *([f"{updates[arm]:,}"] if updates else [])]
+        cells.append(f"{np.mean(metrics):.3f} ± {error:.3f}")
+        made.add(*cells, *(("", "baseline") if arm == baseline else _judged(verdicts[arm])))
+    return made
+
+
+def _judged(verdict: Mapping[str, Any]) -> tuple[str, str]:
+    """The difference from the baseline with its interval, in percent of the baseline, and the decision."""
+    unit = 100 * verdict["relative_effect"] / verdict["effect"] if verdict["effect"] else 0.0
+    effect, low, high = (
+        f"{unit * x:+.1f}".replace("-", "−") for x in (verdict["effect"], *verdict["interval"])
+    )
+    return f"{effect} [{low}, {high}]", verdict["decision"]
