@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike, DTypeLike
 from optax.schedules import StatefulSchedule
 
 from adaptive_optax._core.overrides import assigned, in_effect, replacement
@@ -24,7 +25,7 @@ from adaptive_optax._core.random_bits import is_low_precision
 from adaptive_optax._core.state_check import check_state
 from adaptive_optax._core.states import carries_hyperparameters, hyperparameters_of, unwrapped
 from adaptive_optax._core.transformation import transformation, with_array_state
-from adaptive_optax._core.trees import PyTree
+from adaptive_optax._core.trees import Count, Flag, OptState, PyTree
 from adaptive_optax._core.values import value_at
 
 
@@ -50,12 +51,12 @@ class InjectHyperparamsState(NamedTuple):
     Only `hyperparams` is keyed by name, so that `optax.tree_utils.tree_get` finds each name once.
     """
 
-    count: jax.Array
+    count: Count
     hyperparams: dict[str, jax.Array]
     given_values: tuple[jax.Array, ...]
-    overrides: tuple[jax.Array, ...]
-    schedule_states: tuple[Any, ...]
-    inner_state: PyTree
+    overrides: tuple[Flag, ...]
+    schedule_states: tuple[PyTree, ...]
+    inner_state: OptState
 
     @property
     def given(self) -> dict[str, jax.Array]:
@@ -63,7 +64,7 @@ class InjectHyperparamsState(NamedTuple):
         return dict(zip(sorted(self.hyperparams), self.given_values, strict=True))
 
     @property
-    def overridden(self) -> dict[str, jax.Array]:
+    def overridden(self) -> dict[str, Flag]:
         """`overrides` by name."""
         return dict(zip(sorted(self.hyperparams), self.overrides, strict=True))
 
@@ -72,7 +73,7 @@ Factory = Callable[..., optax.GradientTransformation]
 
 
 def inject_hyperparams(
-    factory: Factory, static_args: str | Iterable[str] = (), hyperparam_dtype: Any = jnp.float32
+    factory: Factory, static_args: str | Iterable[str] = (), hyperparam_dtype: DTypeLike = jnp.float32
 ) -> Callable[..., optax.GradientTransformationExtraArgs]:
     """Puts the hyperparameters of a factory into the state, where they can be read, set and swept.
 
@@ -295,7 +296,7 @@ def _with_stable_dtypes(inner: optax.GradientTransformationExtraArgs, state: Any
     return jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), state, later)
 
 
-def get_hyperparams(opt_state: PyTree) -> dict[str, jax.Array]:
+def get_hyperparams(opt_state: OptState) -> dict[str, jax.Array]:
     """Returns the hyperparameters that the last step used.
 
     Every state of this library carries the values that may change: learning rate, decays, eps, momentum,
@@ -323,7 +324,7 @@ def get_hyperparams(opt_state: PyTree) -> dict[str, jax.Array]:
     return {key: unwrapped(found.value) for key, found in _found(opt_state).items()}
 
 
-def learning_rates(opt_state: PyTree) -> list[jax.Array]:
+def learning_rates(opt_state: OptState) -> list[jax.Array]:
     """Returns the learning rates that the last step used, except those hidden by injected ones."""
     return [found.value for found in _walk(opt_state, (), frozenset()) if found.name == "learning_rate"]
 
@@ -331,7 +332,7 @@ def learning_rates(opt_state: PyTree) -> list[jax.Array]:
 T = TypeVar("T")
 
 
-def set_hyperparams(opt_state: T, **values: Any) -> T:
+def set_hyperparams(opt_state: T, **values: ArrayLike | None) -> T:
     """Overrides hyperparameters, replacing the given numbers or schedules until released with None.
 
     You can set the hyperparameters of `inject_hyperparams`, the learning rate of `scale_by_learning_rate`

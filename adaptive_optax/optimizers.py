@@ -14,6 +14,7 @@ import optax
 from jax.typing import ArrayLike, DTypeLike
 
 from adaptive_optax._core.checks import check_bool, check_choice
+from adaptive_optax._core.trees import Mask
 from adaptive_optax._core.values import as_hyperparameter
 from adaptive_optax.moments.adam_mini import AdamMiniBlocks
 from adaptive_optax.moments.formats import as_storage
@@ -103,7 +104,7 @@ def adamw(
     eps_root: ArrayLike = 0.0,
     mu_dtype: DTypeLike | None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
-    mask: Any = None,
+    mask: Mask | None = None,
     *,
     decay_coupling: Coupling = "learning_rate",
     decay_schedule: optax.ScalarOrSchedule | None = None,
@@ -163,7 +164,7 @@ def adam_mini(
     eps_root: ArrayLike = 0.0,
     mu_dtype: DTypeLike | None = None,
     weight_decay: optax.ScalarOrSchedule = 1e-4,
-    mask: Any = None,
+    mask: Mask | None = None,
     *,
     decay_coupling: Coupling = "learning_rate",
     decay_schedule: optax.ScalarOrSchedule | None = None,

@@ -1,6 +1,16 @@
 """Type aliases used in the public API, for your own annotations."""
 
+from adaptive_optax._core.trees import Count as Count
+from adaptive_optax._core.trees import Flag as Flag
+from adaptive_optax._core.trees import Mask as Mask
+from adaptive_optax._core.trees import Measured as Measured
+from adaptive_optax._core.trees import Moment as Moment
+from adaptive_optax._core.trees import OptState as OptState
+from adaptive_optax._core.trees import Params as Params
 from adaptive_optax._core.trees import PyTree as PyTree
+from adaptive_optax._core.trees import Scalar as Scalar
+from adaptive_optax._core.trees import Updates as Updates
+from adaptive_optax._core.values import ScheduleState as ScheduleState
 from adaptive_optax.hyperparams import Factory as Factory
 from adaptive_optax.interop.torch_layout import Layout as Layout
 from adaptive_optax.moments.granularity import Reduce as Reduce

@@ -5,14 +5,25 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import jax
 import numpy as np
 from jax.core import Tracer
 
-# A tree of arrays in any container registered with JAX. Type checkers cannot describe it.
+# Roles, dtypes and shapes for annotations. Type checkers see an array, or `Any` for a tree, which they cannot
+# describe: it may consist of any containers registered with JAX. "Floating" is float32, or float64 if a
+# parameter is.
 PyTree: TypeAlias = Any
+Params: TypeAlias = Annotated[Any, "a tree of parameters, or a tree with their structure"]
+Updates: TypeAlias = Annotated[Any, "a tree of gradients or updates, in the parameters' structure and shapes"]
+Moment: TypeAlias = Annotated[Any, "one floating value per group of coordinates, in the form of its storage"]
+OptState: TypeAlias = Annotated[Any, "the state of a transformation"]
+Mask: TypeAlias = Annotated[Any, "a tree of bools for parameters or subtrees, or a function that makes it"]
+Scalar: TypeAlias = Annotated[jax.Array, "floating, shape ()"]
+Count: TypeAlias = Annotated[jax.Array, "int32, shape ()"]
+Flag: TypeAlias = Annotated[jax.Array, "bool, shape ()"]
+Measured: TypeAlias = Annotated[jax.Array, "floating, shape () for a tree or (leaves,) per tensor"]
 
 
 def by_leaf(like: str | tuple[str, ...]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

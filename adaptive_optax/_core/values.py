@@ -7,7 +7,7 @@ import contextvars
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,10 @@ from jax.core import Tracer
 from adaptive_optax._core.precision import incremented
 from adaptive_optax._core.ranges import check_hyperparameter, range_of
 from adaptive_optax._core.states import unwrapped
+from adaptive_optax._core.trees import Count
+
+# A step count if a hyperparameter is a schedule, nothing if all are numbers.
+ScheduleState: TypeAlias = optax.EmptyState | optax.ScaleByScheduleState
 
 
 def as_hyperparameter(name: str, value: Any, *, owner: str = "") -> Any:
@@ -51,7 +55,7 @@ class _CheckedSchedule:
         return value
 
 
-def schedule_state(*hyperparameters: Any) -> optax.EmptyState | optax.ScaleByScheduleState:
+def schedule_state(*hyperparameters: Any) -> ScheduleState:
     """Returns the step count that schedules need, or an empty state if all are numbers.
 
     As in optax, so that `optax.tree_utils.tree_get(state, "count")` finds as many counts as in its states.
@@ -61,7 +65,7 @@ def schedule_state(*hyperparameters: Any) -> optax.EmptyState | optax.ScaleBySch
     return optax.EmptyState()
 
 
-def step_of(state: Any) -> jax.Array:
+def step_of(state: Any) -> Count:
     """Returns the count in a schedule's state, or 0 if there is no schedule."""
     return jnp.asarray(state.count if isinstance(state, optax.ScaleByScheduleState) else 0, jnp.int32)
 

@@ -16,7 +16,7 @@ import optax
 from adaptive_optax._core.checks import check_same_tree
 from adaptive_optax._core.paths import paths_and_leaves
 from adaptive_optax._core.states import replace_states, states_of, unwrapped
-from adaptive_optax._core.trees import PyTree
+from adaptive_optax._core.trees import Moment, OptState, Params
 from adaptive_optax.hyperparams import InjectHyperparamsState
 from adaptive_optax.moments.formats import dense, encode_like
 from adaptive_optax.moments.storage import Role
@@ -44,15 +44,15 @@ class AdamMoments(NamedTuple):
     """
 
     count: int
-    mu: PyTree
-    nu: PyTree
-    nu_max: PyTree = None
+    mu: Moment
+    nu: Moment
+    nu_max: Moment | None = None
     decays: tuple[float, float] | None = None
 
 
 def from_optax(
-    opt_state: PyTree, tx: optax.GradientTransformation, params: PyTree, *, trusted: bool = False
-) -> PyTree:
+    opt_state: OptState, tx: optax.GradientTransformation, params: Params, *, trusted: bool = False
+) -> OptState:
     """Converts a state of optax's Adam to one of this library's, so that a run continues with `tx`.
 
     Args:
@@ -111,8 +111,8 @@ def from_optax(
 
 
 def to_optax(
-    opt_state: PyTree, tx: optax.GradientTransformation | None = None, params: PyTree = None
-) -> PyTree:
+    opt_state: OptState, tx: optax.GradientTransformation | None = None, params: Params | None = None
+) -> OptState:
     """Converts a state of this library's Adam to one of optax's.
 
     Args:
@@ -171,7 +171,7 @@ def _as_optax(state: Any) -> Any:
     return optax.ScaleByAmsgradState(state.count, mu, nu, dense(state.nu_max))
 
 
-def check_per_coordinate(owner: str, mu: PyTree, nu: PyTree) -> None:
+def check_per_coordinate(owner: str, mu: Moment, nu: Moment) -> None:
     """Raises if coordinates share second moments."""
     shapes = [[x.shape for x in jax.tree.leaves(dense(moment))] for moment in (mu, nu)]
     if shapes[0] != shapes[1]:
@@ -179,7 +179,7 @@ def check_per_coordinate(owner: str, mu: PyTree, nu: PyTree) -> None:
 
 
 def state_with_moments(
-    owner: str, tx: optax.GradientTransformation, params: PyTree, kept: list[AdamMoments]
+    owner: str, tx: optax.GradientTransformation, params: Params, kept: list[AdamMoments]
 ) -> Any:
     """Returns a state of `tx` with the given counts and moments for each `scale_by_adam` in it."""
     target = tx.init(params)

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from adaptive_optax._core.states import replace_states, states_of, unwrapped
-from adaptive_optax._core.trees import PyTree
+from adaptive_optax._core.trees import OptState
 from adaptive_optax._core.values import known_scalar
 from adaptive_optax.moments.formats import as_storage, dense, encode_as
 from adaptive_optax.moments.storage import Role, Storage
@@ -18,7 +18,7 @@ from adaptive_optax.transforms.rms import ScaleByRmsState
 _WITH_MOMENTS = (ScaleByAdamState, ScaleByRmsState)
 
 
-def state_bytes(opt_state: PyTree) -> int:
+def state_bytes(opt_state: OptState) -> int:
     """Counts the bytes of a state.
 
     Args:
@@ -37,8 +37,8 @@ def state_bytes(opt_state: PyTree) -> int:
 
 
 def convert_storage(
-    opt_state: PyTree, *, mu_storage: Storage | str | None = None, nu_storage: Storage | str | None = None
-) -> PyTree:
+    opt_state: OptState, *, mu_storage: Storage | str | None = None, nu_storage: Storage | str | None = None
+) -> OptState:
     """Converts a live state to other storage formats, so that the run continues from the same point.
 
     It converts all states of `scale_by_adam` and `scale_by_rms`, at any depth. Build the transformation that

@@ -16,9 +16,10 @@ from flax.training import train_state
 
 from adaptive_optax._core.checks import check_same_tree
 from adaptive_optax._core.paths import paths_and_leaves
-from adaptive_optax._core.trees import PyTree
+from adaptive_optax._core.trees import OptState, Updates
 
 State = TypeVar("State", bound="TrainState")
+Model = TypeVar("Model")
 
 
 class TrainState(train_state.TrainState):
@@ -38,7 +39,7 @@ class TrainState(train_state.TrainState):
         ([-0.5], 2)
     """
 
-    def apply_gradients(self: State, *, grads: Any, **kwargs: Any) -> State:
+    def apply_gradients(self: State, *, grads: Updates, **kwargs: Any) -> State:
         """Takes a step.
 
         Args:
@@ -62,8 +63,12 @@ class TrainState(train_state.TrainState):
 
 
 def optimizer_from_state(
-    model: Any, tx: optax.GradientTransformation, opt_state: PyTree, *, wrt: Any = nnx.Param
-) -> nnx.Optimizer[Any]:
+    model: Model,
+    tx: optax.GradientTransformation,
+    opt_state: OptState,
+    *,
+    wrt: nnx.filterlib.Filter = nnx.Param,
+) -> nnx.Optimizer[Model]:
     """Builds an `nnx.Optimizer` that continues from a state, such as one from `from_optax` or `from_torch`.
 
     `nnx.Optimizer` wraps every array of the state in its own Variable, so a state that was made outside of it

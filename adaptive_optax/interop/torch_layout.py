@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from adaptive_optax._core.paths import paths_and_leaves
-from adaptive_optax._core.trees import PyTree
+from adaptive_optax._core.trees import Params
 
 Layout = Callable[[str, np.ndarray], np.ndarray | None]
 _WEIGHTS = ("kernel", "scale", "embedding")
@@ -40,7 +40,7 @@ class Place(NamedTuple):
 
 
 def places_in(
-    owner: str, params: PyTree, names: Collection[str], mapping: Mapping[str, str] | None
+    owner: str, params: Params, names: Collection[str], mapping: Mapping[str, str] | None
 ) -> dict[str, Place]:
     """Finds each parameter, by its path, among PyTorch's names.
 

@@ -14,7 +14,7 @@ import optax
 
 from adaptive_optax._core.paths import paths_and_leaves
 from adaptive_optax._core.states import states_of, unwrapped
-from adaptive_optax._core.trees import PyTree
+from adaptive_optax._core.trees import OptState, Params
 from adaptive_optax.interop.adam_states import AdamMoments, check_per_coordinate, state_with_moments
 from adaptive_optax.interop.torch_layout import Layout, Place, places_in
 from adaptive_optax.moments.formats import dense
@@ -28,12 +28,12 @@ _ENTRIES = ("step", "exp_avg", "exp_avg_sq")
 def from_torch(
     state_dict: Mapping[str, Any],
     tx: optax.GradientTransformation,
-    params: PyTree,
+    params: Params,
     *,
     names: Sequence[str] | None = None,
     mapping: Mapping[str, str] | None = None,
     layout: Layout | None = None,
-) -> PyTree:
+) -> OptState:
     """Converts the `state_dict()` of PyTorch's Adam or AdamW to a state of this library's Adam.
 
     The path "encoder/0/kernel" corresponds to PyTorch's "encoder.0.weight": "kernel", "scale" and "embedding"
@@ -113,7 +113,7 @@ def from_torch(
 
 def describe_from_torch(
     state_dict: Mapping[str, Any],
-    params: PyTree,
+    params: Params,
     *,
     names: Sequence[str] | None = None,
     mapping: Mapping[str, str] | None = None,
@@ -236,7 +236,7 @@ def _ordered_names(owner: str, state_dict: Any, params: Any, names: Any) -> list
     return names
 
 
-def has_an_order(params: PyTree) -> bool:
+def has_an_order(params: Params) -> bool:
     """Whether the parameters are ordered instead of named: a list, a tuple, or a single array."""
     if type(params) in (list, tuple):
         return all(jax.tree.structure(x) == jax.tree.structure(0) for x in params)
@@ -310,7 +310,7 @@ def _moved(
 
 
 def to_torch(
-    opt_state: PyTree,
+    opt_state: OptState,
     *,
     names: Sequence[str] | None = None,
     mapping: Mapping[str, str] | None = None,

@@ -13,7 +13,7 @@ import optax
 
 from adaptive_optax._core.paths import paths_and_leaves
 from adaptive_optax._core.states import unwrapped
-from adaptive_optax._core.trees import PyTree
+from adaptive_optax._core.trees import OptState, Params
 from adaptive_optax.hyperparams import InjectHyperparamsState
 from adaptive_optax.moments.formats import dense, encode_like
 from adaptive_optax.moments.storage import Role
@@ -61,11 +61,11 @@ class _Node(NamedTuple):
 
 
 def transfer_state(
-    old_state: PyTree,
+    old_state: OptState,
     old_tx: optax.GradientTransformation,
     new_tx: optax.GradientTransformation,
-    params: PyTree,
-) -> tuple[PyTree, TransferTable]:
+    params: Params,
+) -> tuple[OptState, TransferTable]:
     """Transfers a state to a changed model, chain, granularity or storage.
 
     States of single transformations are matched by type, at any depth of chains, groups, masks and wrappers,

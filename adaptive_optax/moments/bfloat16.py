@@ -18,7 +18,7 @@ import numpy as np
 from adaptive_optax._core.checks import check_choice
 from adaptive_optax._core.random_bits import is_low_precision, random_bits, round_stochastically
 from adaptive_optax._core.sharding import traced_sharding
-from adaptive_optax._core.trees import PyTree, by_leaf, leaf_numbers
+from adaptive_optax._core.trees import Count, Moment, Params, PyTree, by_leaf, leaf_numbers
 from adaptive_optax.moments.storage import NearestCast, Role, Storage
 
 _NEAREST = NearestCast(jnp.bfloat16)
@@ -78,15 +78,15 @@ class BFloat16(Storage):
         """1, so any decay works; 1 - 2^-8 when rounding to nearest."""
         return _NEAREST.largest_decay if self.rounding == "nearest" else 1.0
 
-    def init(self, params_like: PyTree, role: Role) -> PyTree:
+    def init(self, params_like: Params, role: Role) -> Moment:
         """Returns bfloat16 zeros."""
         return _NEAREST.init(params_like, role)
 
-    def decode(self, moment: PyTree, *, lower: Callable[[], Any] | None = None) -> PyTree:
+    def decode(self, moment: Moment, *, lower: Callable[[], PyTree] | None = None) -> PyTree:
         """Returns the moment widened to float32."""
         return _NEAREST.decode(moment)
 
-    def encode(self, moment: PyTree, values: PyTree, *, count: jax.Array, role: Role) -> PyTree:
+    def encode(self, moment: Moment, values: PyTree, *, count: Count, role: Role) -> Moment:
         """Rounds the values to bfloat16."""
         if self.rounding == "nearest":
             return _NEAREST.encode(moment, values, count=count, role=role)

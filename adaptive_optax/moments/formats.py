@@ -7,7 +7,7 @@ from typing import Any
 import jax
 
 from adaptive_optax._core.precision import widen
-from adaptive_optax._core.trees import PyTree
+from adaptive_optax._core.trees import Moment, PyTree
 from adaptive_optax._core.values import static_value
 from adaptive_optax.moments.bfloat16 import BFloat16
 from adaptive_optax.moments.int8 import Int8
@@ -64,7 +64,7 @@ def encode_as(storage: Storage, values: PyTree, *, count: jax.Array, role: Role)
     return storage.encode(storage.init(values, role), values, count=count, role=role)
 
 
-def dense(moment: PyTree) -> PyTree:
+def dense(moment: Moment) -> PyTree:
     """Decodes a moment to a tree of float32 arrays, whatever its storage.
 
     Use it to inspect the `mu` or `nu` of a state, or to compute with it outside a transformation.

@@ -25,7 +25,7 @@ from adaptive_optax._core.checks import check_choice, check_integer
 from adaptive_optax._core.paths import check_expressions, check_patterns, first_match, paths_and_leaves
 from adaptive_optax._core.precision import abs_square, cast, real_dtype, scalar_dtype
 from adaptive_optax._core.sharding import shapes_of
-from adaptive_optax._core.trees import PyTree
+from adaptive_optax._core.trees import Params, PyTree
 
 Reduce = Literal["mean", "sum"]
 
@@ -49,7 +49,7 @@ class Granularity(abc.ABC):
         """Returns a tree like `like` of each group's value (a moment or its root), ready to broadcast."""
         return jax.tree.map(lambda x, value: cast(value, real_dtype(x)), like, pooled)
 
-    def template(self, params: PyTree) -> PyTree:
+    def template(self, params: Params) -> PyTree:
         """Returns arrays or abstract arrays with the shapes and dtypes of the statistics of `params`.
 
         For a statistic with the parameter's own shape it is the parameter, so that the state has the same

@@ -34,7 +34,7 @@ from adaptive_optax._core.paths import paths_and_leaves
 from adaptive_optax._core.random_bits import as_uniform, random_bits
 from adaptive_optax._core.sharding import traced_sharding
 from adaptive_optax._core.states import unwrapped
-from adaptive_optax._core.trees import PyTree, by_leaf, leaf_numbers
+from adaptive_optax._core.trees import Count, Moment, Params, PyTree, by_leaf, leaf_numbers
 from adaptive_optax._core.values import known_scalar
 from adaptive_optax.moments.blocks import (
     SHORT_AXIS,
@@ -71,9 +71,9 @@ class Int8Moment(NamedTuple):
     codes: PyTree
     scale: PyTree
     format: jax.Array
-    block_size: jax.Array
+    block_size: Count
 
-    def decoded(self) -> Any:
+    def decoded(self) -> PyTree:
         """Returns the values, as `dense` does.
 
         Raises:
@@ -85,7 +85,7 @@ class Int8Moment(NamedTuple):
             raise ValueError(f"moment must be an Int8Moment of format {formats}, got format {int(known)}.")
         return _decode(unwrapped(self.block_size) if size is None else int(size), self.codes, self.scale)
 
-    def encode_like(self, values: PyTree, *, count: jax.Array, role: Role) -> Int8Moment:
+    def encode_like(self, values: PyTree, *, count: Count, role: Role) -> Int8Moment:
         """Encodes values like this moment, with the same leaves compressed."""
         return Int8(int(unwrapped(self.block_size))).encode(self, values, count=count, role=role)
 
@@ -159,7 +159,7 @@ class Int8(Storage):
         check_integer("block_size", self.block_size, "[16, 2147483647]")
         check_integer("min_size", self.min_size, "[1, inf)")
 
-    def init(self, params_like: PyTree, role: Role) -> PyTree:
+    def init(self, params_like: Params, role: Role) -> Moment:
         """Returns codes and scales of zero."""
         code = jnp.int8 if role == "mu" else jnp.uint8
 
@@ -178,13 +178,13 @@ class Int8(Storage):
             jnp.full((), self.block_size, jnp.int32),
         )
 
-    def decode(self, moment: PyTree, *, lower: Callable[[], Any] | None = None) -> PyTree:
+    def decode(self, moment: Moment, *, lower: Callable[[], PyTree] | None = None) -> PyTree:
         """Returns the values, floored by `lower`."""
         self._check(moment)
         values = _decode(self.block_size, moment.codes, moment.scale)
         return values if lower is None else jax.tree.map(jnp.maximum, values, lower())
 
-    def encode(self, moment: PyTree, values: PyTree, *, count: jax.Array, role: Role) -> PyTree:
+    def encode(self, moment: Moment, values: PyTree, *, count: Count, role: Role) -> Moment:
         """Rounds the values to codes."""
         step = count, role, self
         codes, scale = _encode(step, moment.codes, moment.scale, values, leaf_numbers(values))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from adaptive_optax._core.paths import paths_and_leaves
 from adaptive_optax._core.precision import cast, real_dtype, wide_dtype, widen
-from adaptive_optax._core.trees import PyTree
+from adaptive_optax._core.trees import Count, Moment, Params, PyTree
 
 Role = Literal["mu", "nu"]
 
@@ -51,7 +51,7 @@ class Storage(abc.ABC):
         return 1.0
 
     @abc.abstractmethod
-    def init(self, params_like: PyTree, role: Role) -> PyTree:
+    def init(self, params_like: Params, role: Role) -> Moment:
         """Returns a moment that decodes to zeros.
 
         Args:
@@ -60,7 +60,7 @@ class Storage(abc.ABC):
         """
 
     @abc.abstractmethod
-    def decode(self, moment: PyTree, *, lower: Callable[[], Any] | None = None) -> PyTree:
+    def decode(self, moment: Moment, *, lower: Callable[[], PyTree] | None = None) -> PyTree:
         """Returns the moment as a tree of float32 arrays (float64 and complex are kept).
 
         Args:
@@ -70,7 +70,7 @@ class Storage(abc.ABC):
         """
 
     @abc.abstractmethod
-    def encode(self, moment: PyTree, values: PyTree, *, count: jax.Array, role: Role) -> PyTree:
+    def encode(self, moment: Moment, values: PyTree, *, count: Count, role: Role) -> Moment:
         """Returns `values` in this format.
 
         Args:
@@ -85,11 +85,11 @@ class Storage(abc.ABC):
 class CompressedMoment(Protocol):
     """A NamedTuple that decodes itself, for a moment whose arrays are not its values."""
 
-    def decoded(self) -> Any:
+    def decoded(self) -> PyTree:
         """Returns the values, as `Storage.decode` does without a floor."""
         ...
 
-    def encode_like(self, values: PyTree, *, count: jax.Array, role: Role) -> Any:
+    def encode_like(self, values: PyTree, *, count: Count, role: Role) -> Moment:
         """Encodes `values` in the format of this moment, as `Storage.encode` does."""
         ...
 
@@ -203,16 +203,16 @@ class Float32(Storage):
         """Zero: nothing is rounded."""
         return 0.0
 
-    def init(self, params_like: PyTree, role: Role) -> PyTree:
+    def init(self, params_like: Params, role: Role) -> Moment:
         """Returns zeros like the parameters."""
         return zeros(params_like, role)
 
-    def decode(self, moment: PyTree, *, lower: Callable[[], Any] | None = None) -> PyTree:
+    def decode(self, moment: Moment, *, lower: Callable[[], PyTree] | None = None) -> PyTree:
         """Returns the moment itself."""
         check_kept_as(self, moment, wide_dtype)
         return moment
 
-    def encode(self, moment: PyTree, values: PyTree, *, count: jax.Array, role: Role) -> PyTree:
+    def encode(self, moment: Moment, values: PyTree, *, count: Count, role: Role) -> Moment:
         """Returns the values in the moment's dtypes."""
         return cast_like(moment, values)
 
@@ -234,16 +234,16 @@ class NearestCast(Storage):
         limits = jnp.finfo(self.dtype)
         return float(limits.eps) / 2 if limits.tiny <= jnp.finfo(jnp.float32).tiny else math.inf
 
-    def init(self, params_like: PyTree, role: Role) -> PyTree:
+    def init(self, params_like: Params, role: Role) -> Moment:
         """Returns zeros in the dtype; complex leaves stay complex."""
         return jax.tree.map(lambda x: x.astype(self._kept_as(x)), zeros(params_like, role))
 
-    def decode(self, moment: PyTree, *, lower: Callable[[], Any] | None = None) -> PyTree:
+    def decode(self, moment: Moment, *, lower: Callable[[], PyTree] | None = None) -> PyTree:
         """Returns the moment widened to float32."""
         check_kept_as(self, moment, self._kept_as)
         return widen(moment)
 
-    def encode(self, moment: PyTree, values: PyTree, *, count: jax.Array, role: Role) -> PyTree:
+    def encode(self, moment: Moment, values: PyTree, *, count: Count, role: Role) -> Moment:
         """Rounds the values to the moment's dtypes."""
         return cast_like(moment, values)
 

@@ -13,7 +13,7 @@ from jax.core import Tracer
 
 from adaptive_optax._core.extras import require
 from adaptive_optax._core.paths import paths_and_leaves
-from adaptive_optax._core.trees import PyTree
+from adaptive_optax._core.trees import OptState, Params
 from adaptive_optax._core.undefined import or_nan
 from adaptive_optax.monitoring.telemetry import (
     Telemetry,
@@ -60,7 +60,7 @@ class TelemetryLog:
         (True, [1, 2, 3, 4, 5])
     """
 
-    def __init__(self, params: PyTree = None):
+    def __init__(self, params: Params | None = None):
         self.tensors: list[str] = [path for path, _ in paths_and_leaves(params)]
         self._fetched: list[Telemetry] = []
         self._pending: collections.deque[TelemetryState] = collections.deque()
@@ -69,7 +69,7 @@ class TelemetryLog:
     def __len__(self) -> int:
         return len(self._records)
 
-    def append(self, opt_state: PyTree) -> None:
+    def append(self, opt_state: OptState) -> None:
         """Records the last measurement, unless it is already recorded or there is none yet.
 
         Args:

@@ -28,7 +28,7 @@ from adaptive_optax._core.precision import abs_square, divide, incremented, scal
 from adaptive_optax._core.state_check import Settings, check_state
 from adaptive_optax._core.states import one_state_of, states_of, unwrapped
 from adaptive_optax._core.transformation import transformation, with_array_state
-from adaptive_optax._core.trees import PyTree
+from adaptive_optax._core.trees import Count, Measured, OptState, PyTree, Scalar
 from adaptive_optax._core.undefined import nan_unless
 from adaptive_optax.hyperparams import learning_rates
 from adaptive_optax.monitoring.adam_statistics import BINS, HISTOGRAM_EDGES, adam_statistics
@@ -78,16 +78,16 @@ class Telemetry(NamedTuple):
     leaf's own.
     """
 
-    count: jax.Array
-    learning_rate: jax.Array
-    gradient_norm: jax.Array
-    update_norm: jax.Array
-    param_norm: jax.Array
-    effective_learning_rate: jax.Array
-    update_to_weight: jax.Array
-    cosine: jax.Array
-    snr: jax.Array
-    bound_utilisation: jax.Array
+    count: Count
+    learning_rate: Scalar
+    gradient_norm: Measured
+    update_norm: Measured
+    param_norm: Measured
+    effective_learning_rate: Measured
+    update_to_weight: Measured
+    cosine: Measured
+    snr: Measured
+    bound_utilisation: Measured
     histogram: jax.Array
 
     histogram_edges = HISTOGRAM_EDGES  # not a field, because it has no annotation
@@ -106,10 +106,10 @@ class TelemetryState(NamedTuple):
         defined: Which of these fields are defined, with the histogram last, bools.
     """
 
-    count: jax.Array
-    inner_state: PyTree
-    measured: jax.Array
-    rate: jax.Array
+    count: Count
+    inner_state: OptState
+    measured: Count
+    rate: Scalar
     values: jax.Array
     defined: jax.Array
 
@@ -213,7 +213,7 @@ def telemetry(
     return transformation("telemetry", init_fn, update_fn)
 
 
-def get_telemetry(opt_state: PyTree) -> Telemetry:
+def get_telemetry(opt_state: OptState) -> Telemetry:
     """Reads the last measurement of `telemetry`.
 
     Args:
@@ -237,7 +237,7 @@ def get_telemetry(opt_state: PyTree) -> Telemetry:
     return Telemetry(state.measured, *(nan_unless(*pair) for pair in _defined_and_values(state)))
 
 
-def last_measurement(opt_state: PyTree) -> TelemetryState:
+def last_measurement(opt_state: OptState) -> TelemetryState:
     """Returns the arrays of the last measurement as stored, without the inner state."""
     state = one_state_of(TelemetryState, opt_state, "telemetry")._replace(inner_state=None)
     return TelemetryState(*map(unwrapped, state))

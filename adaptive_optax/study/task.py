@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -17,11 +17,11 @@ import numpy as np
 
 from adaptive_optax._core.checks import check_bool, check_integer, check_name
 from adaptive_optax._core.paths import paths_and_leaves
+from adaptive_optax._core.trees import Params as Params
 from adaptive_optax.study.origin import described
 
-Params = Any
-ModelState = Any
-Batch = Any
+ModelState: TypeAlias = Annotated[Any, "a tree of what is not trained, such as batch statistics"]
+Batch: TypeAlias = Annotated[Any, "a tree of arrays with one leading axis of samples"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

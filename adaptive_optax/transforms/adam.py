@@ -27,7 +27,7 @@ from adaptive_optax._core.ranges import check_hyperparameter
 from adaptive_optax._core.state_check import Settings, check_state
 from adaptive_optax._core.states import carries_hyperparameters, unwrapped
 from adaptive_optax._core.transformation import transformation
-from adaptive_optax._core.trees import PyTree, by_leaf
+from adaptive_optax._core.trees import Count, Moment, PyTree, Scalar, by_leaf
 from adaptive_optax._core.values import as_hyperparameter, static_value, value_at
 from adaptive_optax.moments.ema import Decay, decay_at, ema, ema_weight, weight_error
 from adaptive_optax.moments.formats import as_storage, dense, is_rounded
@@ -59,16 +59,16 @@ class ScaleByAdamState(NamedTuple):
             of the stored moments.
     """
 
-    count: jax.Array
-    mu: PyTree
-    nu: PyTree
-    nu_max: PyTree
-    b1: jax.Array
-    b2: jax.Array
-    eps: jax.Array
-    mu_weight: jax.Array
-    nu_weight: jax.Array
-    bound_sq: jax.Array
+    count: Count
+    mu: Moment
+    nu: Moment
+    nu_max: Moment | None
+    b1: Scalar
+    b2: Scalar
+    eps: Scalar
+    mu_weight: Scalar
+    nu_weight: Scalar
+    bound_sq: Scalar
 
 
 EpsForm = Literal["paper", "tensorflow"]

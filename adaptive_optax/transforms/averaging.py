@@ -22,7 +22,7 @@ from adaptive_optax._core.ranges import check_hyperparameter
 from adaptive_optax._core.state_check import check_state
 from adaptive_optax._core.states import carries_hyperparameters, unwrapped
 from adaptive_optax._core.transformation import transformation
-from adaptive_optax._core.trees import PyTree
+from adaptive_optax._core.trees import Count, OptState, Params, PyTree, Scalar
 from adaptive_optax._core.values import as_hyperparameter, static_value, value_at
 from adaptive_optax.moments.ema import decay_at, ema_weight
 
@@ -39,9 +39,9 @@ class AverageParametersState(NamedTuple):
         power: The exponent of the last step, float32 scalar (float64 if a parameter is).
     """
 
-    count: jax.Array
-    average: PyTree
-    power: jax.Array
+    count: Count
+    average: Params
+    power: Scalar
 
 
 @carries_hyperparameters("decay")
@@ -55,10 +55,10 @@ class EmaParametersState(NamedTuple):
         weight: The sum of the weights of all steps before bias correction.
     """
 
-    count: jax.Array
-    average: PyTree
-    decay: jax.Array
-    weight: jax.Array
+    count: Count
+    average: Params
+    decay: Scalar
+    weight: Scalar
 
 
 _STATES = (AverageParametersState, EmaParametersState)
@@ -179,7 +179,7 @@ def _share_of_newest(state: Any, power: Any, decay: Any) -> tuple[jax.Array, Any
     return decays.take / weight, state._replace(count=count, decay=used, weight=weight)
 
 
-def averaged_parameters(params: PyTree, opt_state: PyTree) -> PyTree:
+def averaged_parameters(params: Params, opt_state: OptState) -> Params:
     """Returns the parameters, replaced by the averages of `average_parameters` where there are any.
 
     Leaves are matched by path, so `params` and `opt_state` may use different containers: nnx states,
@@ -210,7 +210,7 @@ def averaged_parameters(params: PyTree, opt_state: PyTree) -> PyTree:
     return params if averages is None else _with_averages(params, averages)
 
 
-def swap_averaged(model_or_params: PyTree, opt_state: PyTree) -> PyTree:
+def swap_averaged(model_or_params: PyTree, opt_state: OptState) -> PyTree:
     """Returns a model or parameters with the averages of `average_parameters` in place of trained values.
 
     For evaluation and export. The original is not modified, so there is nothing to swap back: evaluate the

@@ -15,11 +15,11 @@ from adaptive_optax._core.norms import is_safe
 from adaptive_optax._core.precision import abs_square, scalar_dtype, scaled, widen
 from adaptive_optax._core.ranges import check_hyperparameter
 from adaptive_optax._core.transformation import transformation
-from adaptive_optax._core.trees import PyTree, by_leaf
+from adaptive_optax._core.trees import PyTree, Scalar, by_leaf
 from adaptive_optax._core.values import value_at
 
 
-def global_norm(tree: PyTree) -> jax.Array:
+def global_norm(tree: PyTree) -> Scalar:
     r"""Returns the Euclidean norm of all coordinates of a tree.
 
     :math:`\sqrt{\sum_i |x_i|^2}`, computed in float32 for any dtypes (float64 if a leaf is). If the plain sum

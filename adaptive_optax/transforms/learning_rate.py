@@ -14,8 +14,9 @@ from adaptive_optax._core.precision import scalar_dtype, scaled, widen
 from adaptive_optax._core.state_check import SCHEDULED, check_state
 from adaptive_optax._core.states import carries_hyperparameters
 from adaptive_optax._core.transformation import transformation
-from adaptive_optax._core.trees import PyTree
+from adaptive_optax._core.trees import Flag, Scalar
 from adaptive_optax._core.values import (
+    ScheduleState,
     as_hyperparameter,
     next_schedule_state,
     schedule_state,
@@ -42,10 +43,10 @@ class ScaleByLearningRateState(NamedTuple):
         schedule_state: The step count of a schedule; empty for a number.
     """
 
-    learning_rate: jax.Array
-    given: jax.Array
-    overridden: jax.Array
-    schedule_state: PyTree
+    learning_rate: Scalar
+    given: Scalar
+    overridden: Flag
+    schedule_state: ScheduleState
 
 
 @carries_hyperparameters("learning_rate", set_value=_set_learning_rate)
@@ -62,12 +63,12 @@ class ScaleByHeldLearningRateState(NamedTuple):
         overridden: Whether the user set the learning rate, bool scalar.
     """
 
-    held: jax.Array
-    given: jax.Array
-    overridden: jax.Array
+    held: Scalar
+    given: Scalar
+    overridden: Flag
 
     @property
-    def learning_rate(self) -> jax.Array:
+    def learning_rate(self) -> Scalar:
         """The learning rate of the last step."""
         return self.held
 

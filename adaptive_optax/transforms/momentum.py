@@ -13,8 +13,9 @@ from adaptive_optax._core.precision import as_wide_as, scalar_dtype, scale, wide
 from adaptive_optax._core.state_check import SCHEDULED, Settings, check_state
 from adaptive_optax._core.states import carries_hyperparameters
 from adaptive_optax._core.transformation import transformation
-from adaptive_optax._core.trees import PyTree
+from adaptive_optax._core.trees import Scalar, Updates
 from adaptive_optax._core.values import (
+    ScheduleState,
     as_hyperparameter,
     next_schedule_state,
     schedule_state,
@@ -35,9 +36,9 @@ class TraceState(NamedTuple):
         schedule_state: The step count of a schedule; empty for a number.
     """
 
-    trace: PyTree
-    momentum: jax.Array
-    schedule_state: PyTree
+    trace: Updates
+    momentum: Scalar
+    schedule_state: ScheduleState
 
 
 _SETTINGS = {"trace": Settings(form="accumulator_dtype"), **SCHEDULED}

@@ -16,6 +16,7 @@ from adaptive_optax._core.ranges import check_hyperparameter, check_members
 from adaptive_optax._core.state_check import check_state
 from adaptive_optax._core.states import carries_hyperparameters
 from adaptive_optax._core.transformation import transformation
+from adaptive_optax._core.trees import Count, Scalar
 
 Mode = Literal["min", "max"]
 Preset = Literal["optax", "torch", "keras"]
@@ -45,14 +46,14 @@ class ReduceOnPlateauState(NamedTuple):
         cooldown: Number of coming windows that cannot count as bad, int32 scalar.
     """
 
-    count: jax.Array
-    scale: jax.Array
-    best: jax.Array
-    total: jax.Array
-    spoiled: jax.Array
-    filled: jax.Array
-    bad: jax.Array
-    cooldown: jax.Array
+    count: Count
+    scale: Scalar
+    best: Scalar
+    total: Scalar
+    spoiled: Count
+    filled: Count
+    bad: Count
+    cooldown: Count
 
 
 def reduce_on_plateau(

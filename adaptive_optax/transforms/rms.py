@@ -29,7 +29,7 @@ from adaptive_optax._core.ranges import check_hyperparameter
 from adaptive_optax._core.state_check import Settings, check_state
 from adaptive_optax._core.states import carries_hyperparameters
 from adaptive_optax._core.transformation import transformation
-from adaptive_optax._core.trees import PyTree, by_leaf
+from adaptive_optax._core.trees import Count, Moment, Scalar, by_leaf
 from adaptive_optax._core.values import as_hyperparameter, value_at
 from adaptive_optax.moments.ema import Decay, decay_at, ema, ema_weight, weight_error
 from adaptive_optax.moments.formats import as_storage
@@ -58,12 +58,12 @@ class ScaleByRmsState(NamedTuple):
             decay.
     """
 
-    count: jax.Array
-    mu: PyTree
-    nu: PyTree
-    decay: jax.Array
-    eps: jax.Array
-    nu_weight: jax.Array
+    count: Count
+    mu: Moment | None
+    nu: Moment
+    decay: Scalar
+    eps: Scalar
+    nu_weight: Scalar
 
 
 def scale_by_rms(

@@ -33,7 +33,7 @@ from adaptive_optax._core.random_bits import (
 from adaptive_optax._core.sharding import traced_sharding
 from adaptive_optax._core.state_check import check_state
 from adaptive_optax._core.transformation import transformation
-from adaptive_optax._core.trees import by_leaf, leaf_numbers
+from adaptive_optax._core.trees import Count, by_leaf, leaf_numbers
 
 
 class StochasticRoundingState(NamedTuple):
@@ -43,7 +43,7 @@ class StochasticRoundingState(NamedTuple):
         count: Number of steps taken, int32 scalar.
     """
 
-    count: jax.Array
+    count: Count
 
 
 def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:

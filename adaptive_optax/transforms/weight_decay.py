@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import jax
 import optax
@@ -13,8 +13,9 @@ from adaptive_optax._core.precision import scalar_dtype, scale, widen
 from adaptive_optax._core.state_check import SCHEDULED, check_state
 from adaptive_optax._core.states import carries_hyperparameters
 from adaptive_optax._core.transformation import transformation
-from adaptive_optax._core.trees import PyTree, by_leaf
+from adaptive_optax._core.trees import Mask, Scalar, by_leaf
 from adaptive_optax._core.values import (
+    ScheduleState,
     as_hyperparameter,
     next_schedule_state,
     schedule_state,
@@ -35,8 +36,8 @@ class AddDecoupledWeightDecayState(NamedTuple):
         schedule_state: The step count of schedules; empty for numbers.
     """
 
-    weight_decay: jax.Array
-    schedule_state: PyTree
+    weight_decay: Scalar
+    schedule_state: ScheduleState
 
 
 def add_decoupled_weight_decay(
@@ -44,7 +45,7 @@ def add_decoupled_weight_decay(
     *,
     coupling: Coupling = "learning_rate",
     schedule: optax.ScalarOrSchedule | None = None,
-    mask: Any = None,
+    mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shrinks the parameters directly, without adaptive scaling.
 

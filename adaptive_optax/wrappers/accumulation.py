@@ -34,7 +34,7 @@ from adaptive_optax._core.precision import (
 from adaptive_optax._core.state_check import check_state, check_state_kept
 from adaptive_optax._core.states import has_own_rejection, one_state_of, unwrapped
 from adaptive_optax._core.transformation import transformation, with_array_state
-from adaptive_optax._core.trees import PyTree
+from adaptive_optax._core.trees import Count, Flag, OptState, Scalar, Updates
 from adaptive_optax._core.undefined import nan_unless
 from adaptive_optax._core.values import value_at
 from adaptive_optax.transforms.match_parameter_dtype import outgoing
@@ -62,19 +62,19 @@ class AccumulateGradientsState(NamedTuple):
         noise: Moving average, over emissions, of estimates of tr(Sigma) times 1 - 1/n.
     """
 
-    count: jax.Array
-    micro_step: jax.Array
-    contributing: jax.Array
-    took_part: jax.Array
-    dropped: jax.Array
-    dropped_in_a_row: jax.Array
-    inner_state: PyTree
-    total: PyTree
-    weight: jax.Array
-    weight_sq: jax.Array
-    square: jax.Array
-    signal: jax.Array
-    noise: jax.Array
+    count: Count
+    micro_step: Count
+    contributing: Count
+    took_part: Flag
+    dropped: Count
+    dropped_in_a_row: Count
+    inner_state: OptState
+    total: Updates
+    weight: Scalar
+    weight_sq: Scalar
+    square: Scalar
+    signal: Scalar
+    noise: Scalar
 
 
 def accumulate_gradients(
@@ -304,7 +304,7 @@ def accumulate_gradients(
     return transformation("accumulate_gradients", init_fn, update_fn)
 
 
-def noise_scale(opt_state: PyTree) -> jax.Array:
+def noise_scale(opt_state: OptState) -> Scalar:
     r"""Reads the gradient noise scale, the batch size beyond which larger batches stop paying off.
 
     Batches well below it need almost no extra samples; batches well above it save almost no steps. It is

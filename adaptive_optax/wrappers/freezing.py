@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ from adaptive_optax._core.paths import check_expressions, check_patterns, masked
 from adaptive_optax._core.precision import wide_dtype
 from adaptive_optax._core.state_check import check_state
 from adaptive_optax._core.transformation import transformation, with_array_state
-from adaptive_optax._core.trees import PyTree, is_mask
+from adaptive_optax._core.trees import Mask, OptState, is_mask
 from adaptive_optax.wrappers.partition import Groups
 
 # Labels for `describe_partition`; the labels of patterns are strings.
@@ -33,11 +33,11 @@ class FreezeState(NamedTuple):
             in `optax.masked`.
     """
 
-    inner_state: PyTree
+    inner_state: OptState
 
 
 def freeze(
-    tx: optax.GradientTransformation, pattern_or_mask: str | Callable[[Any], Any] | Any
+    tx: optax.GradientTransformation, pattern_or_mask: str | Mask
 ) -> optax.GradientTransformationExtraArgs:
     """Freezes some parameters, and hides their gradients from the optimizer of the others.
 

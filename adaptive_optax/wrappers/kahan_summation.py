@@ -23,7 +23,7 @@ from adaptive_optax._core.random_bits import (
 )
 from adaptive_optax._core.state_check import check_state
 from adaptive_optax._core.transformation import transformation, with_array_state
-from adaptive_optax._core.trees import PyTree, by_leaf
+from adaptive_optax._core.trees import OptState, Params, by_leaf
 
 
 class KahanSummationState(NamedTuple):
@@ -35,8 +35,8 @@ class KahanSummationState(NamedTuple):
             wider.
     """
 
-    inner_state: PyTree
-    compensation: PyTree
+    inner_state: OptState
+    compensation: Params
 
 
 def kahan_summation(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

@@ -15,7 +15,7 @@ from adaptive_optax._core.ranges import check_hyperparameter
 from adaptive_optax._core.state_check import check_state
 from adaptive_optax._core.states import one_state_of, unwrapped
 from adaptive_optax._core.transformation import transformation, with_array_state
-from adaptive_optax._core.trees import PyTree
+from adaptive_optax._core.trees import Count, OptState, Scalar
 from adaptive_optax._core.values import static_value, value_at
 from adaptive_optax.wrappers.reject_nonfinite import reject_nonfinite
 from adaptive_optax.wrappers.reporting import OnReject
@@ -34,9 +34,9 @@ class DynamicLossScaleState(NamedTuple):
         fin_steps: Number of steps with finite gradients since the scale last changed, int32 scalar.
     """
 
-    inner_state: PyTree
-    scale: jax.Array
-    fin_steps: jax.Array
+    inner_state: OptState
+    scale: Scalar
+    fin_steps: Count
 
     def kept_at_rejection(self, new: DynamicLossScaleState) -> DynamicLossScaleState:
         """The state that remains if an outer wrapper rejects the step: the scale changes nevertheless."""
@@ -177,7 +177,7 @@ def _with_stable_dtypes(inner: optax.GradientTransformationExtraArgs, state: Any
     return jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), state, later)
 
 
-def get_loss_scale(opt_state: PyTree) -> jax.Array:
+def get_loss_scale(opt_state: OptState) -> Scalar:
     """Reads the factor for the next loss.
 
     Args:
@@ -197,7 +197,7 @@ def get_loss_scale(opt_state: PyTree) -> jax.Array:
     return unwrapped(one_state_of(DynamicLossScaleState, opt_state, "dynamic_loss_scale").scale)
 
 
-def scale_loss(loss: Loss, opt_state: PyTree) -> Loss:
+def scale_loss(loss: Loss, opt_state: OptState) -> Loss:
     """Multiplies a loss by the scale of `dynamic_loss_scale`, in float32.
 
     Differentiate the result and pass the gradients to `update` unchanged. To get the loss itself, use

@@ -23,7 +23,7 @@ from adaptive_optax._core.random_bits import (
 )
 from adaptive_optax._core.state_check import check_state
 from adaptive_optax._core.transformation import transformation, with_array_state
-from adaptive_optax._core.trees import PyTree, by_leaf
+from adaptive_optax._core.trees import OptState, Params, by_leaf
 
 
 class MasterWeightsState(NamedTuple):
@@ -34,8 +34,8 @@ class MasterWeightsState(NamedTuple):
         master: float32 copies of the low-precision parameters; a scalar 0 for float32 and wider.
     """
 
-    inner_state: PyTree
-    master: PyTree
+    inner_state: OptState
+    master: Params
 
 
 def master_weights(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

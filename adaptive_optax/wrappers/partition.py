@@ -17,7 +17,7 @@ from adaptive_optax._core.checks import check_integer, check_same_tree, check_tr
 from adaptive_optax._core.described import described, description_of
 from adaptive_optax._core.paths import check_expressions, check_patterns, first_match, paths_and_leaves
 from adaptive_optax._core.transformation import transformation
-from adaptive_optax._core.trees import PyTree
+from adaptive_optax._core.trees import Mask, Params, PyTree
 
 _DEFAULT = "default"
 
@@ -150,7 +150,7 @@ class _ByPattern(Groups):
         return [_DEFAULT if label is None else label for label in labels.values()]
 
 
-def describe_partition(tx: optax.GradientTransformation, params: PyTree) -> str:
+def describe_partition(tx: optax.GradientTransformation, params: Params) -> str:
     """Returns a table that shows which transformation each parameter is assigned to.
 
     Print it before a long run. A pattern with 0 leaves is one whose leaves all go to earlier patterns.
@@ -204,7 +204,7 @@ def describe_partition(tx: optax.GradientTransformation, params: PyTree) -> str:
     return "\n".join(lines)
 
 
-def mask_by_path(pattern: str) -> Callable[[Any], Any]:
+def mask_by_path(pattern: str) -> Callable[[Params], PyTree]:
     """Makes a mask that is True for leaves whose path matches a pattern.
 
     For `optax.masked`, and for the `mask=` of `adamw` and `add_decoupled_weight_decay`.
@@ -243,7 +243,7 @@ _NORM = re.compile(
 _ABSENT: Any = object()
 
 
-def decay_mask(params: PyTree = _ABSENT, *, stacked: int | Mapping[str, int] = 0) -> Any:
+def decay_mask(params: Params = _ABSENT, *, stacked: int | Mapping[str, int] = 0) -> Mask:
     """Masks parameters that are usually not decayed: biases, norm parameters and vectors.
 
     A leaf decays if it has at least two axes and is neither a bias nor in a norm. Those never decay,

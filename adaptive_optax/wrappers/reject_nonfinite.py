@@ -14,7 +14,7 @@ from adaptive_optax._core.precision import incremented, updated_param
 from adaptive_optax._core.state_check import check_state, check_state_kept
 from adaptive_optax._core.states import has_own_rejection, states_of
 from adaptive_optax._core.transformation import transformation, with_array_state
-from adaptive_optax._core.trees import PyTree
+from adaptive_optax._core.trees import Count, OptState
 from adaptive_optax.transforms.match_parameter_dtype import outgoing
 from adaptive_optax.wrappers.accumulation import AccumulateGradientsState
 from adaptive_optax.wrappers.reporting import OnReject, check_on_reject, report_first
@@ -29,9 +29,9 @@ class RejectNonfiniteState(NamedTuple):
         in_a_row: Number of steps rejected since the last accepted one, int32 scalar.
     """
 
-    inner_state: PyTree
-    total: jax.Array
-    in_a_row: jax.Array
+    inner_state: OptState
+    total: Count
+    in_a_row: Count
 
 
 def reject_nonfinite(

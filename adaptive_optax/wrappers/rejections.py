@@ -10,7 +10,7 @@ import optax
 
 from adaptive_optax._core.state_check import check_state_kept
 from adaptive_optax._core.states import states_of, unwrapped
-from adaptive_optax._core.trees import PyTree
+from adaptive_optax._core.trees import Count, OptState
 from adaptive_optax.wrappers.accumulation import AccumulateGradientsState
 from adaptive_optax.wrappers.reject_nonfinite import RejectNonfiniteState
 
@@ -28,13 +28,13 @@ class Rejections(NamedTuple):
         dropped_in_a_row: Number of micro-batches dropped since the last one that was not, int32 scalar.
     """
 
-    total: jax.Array
-    in_a_row: jax.Array
-    dropped: jax.Array
-    dropped_in_a_row: jax.Array
+    total: Count
+    in_a_row: Count
+    dropped: Count
+    dropped_in_a_row: Count
 
 
-def get_rejections(opt_state: PyTree) -> Rejections:
+def get_rejections(opt_state: OptState) -> Rejections:
     """Reads how many steps were rejected and how many micro-batches were dropped.
 
     Args:
@@ -70,7 +70,7 @@ def get_rejections(opt_state: PyTree) -> Rejections:
     )
 
 
-def keep_if_rejected(opt_state: PyTree, new: Tree, old: Tree) -> Tree:
+def keep_if_rejected(opt_state: OptState, new: Tree, old: Tree) -> Tree:
     """Returns the new state of a model, or the old one if the optimizer rejected the step.
 
     A bad batch "changes nothing" only if the state changed by its forward pass is restored as well: a NaN in
