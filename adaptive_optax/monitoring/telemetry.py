@@ -126,7 +126,7 @@ def telemetry(
     """Measures the steps of a transformation and keeps the last measurement in the state.
 
     Wrap a whole optimizer in it: it compares the gradient that goes in with the update that comes out.
-    Inside `accumulate_gradients` it measures emissions. The updates are those of `inner`, float32 or wider.
+    Inside `accumulate_gradients` it measures emissions. The updates are those of `inner`.
     A NaN or a huge gradient shows in the measurement of its step, and otherwise has the same effect as on
     `inner`. Read the measurement with `get_telemetry` or collect it with `TelemetryLog`; `Telemetry` explains
     the fields.
@@ -138,7 +138,7 @@ def telemetry(
         per: "tree" for one number for the whole tree, "tensor" for one per leaf.
 
     Returns:
-        The transformation. Norms of parameters need `params`; extra arguments are forwarded to `inner`.
+        The transformation. Norms of parameters need `params`.
 
     Raises:
         ValueError: If an argument is out of range (at construction), a leaf is not floating (at init), or the

@@ -151,11 +151,8 @@ def scale_by_adam(
         mu_storage: The format of m between steps: a `Storage`, "float32", "bfloat16" or "int8".
         nu_storage: The format of v between steps, with the same choices.
 
-    Numbers may be JAX scalars or tracers; a tracer's range cannot be checked.
-
     Returns:
-        The transformation. `update(updates, state)` returns float32 (or wider) directions; `params` and
-        extra arguments are ignored.
+        The transformation, which ignores `params`.
 
     Raises:
         ValueError: If an argument is out of range or both `mu_dtype` and `mu_storage` are given (at
@@ -168,9 +165,7 @@ def scale_by_adam(
     State cost: two float32 copies of the parameters; with a coarser granularity, one copy plus one value per
     group.
 
-    Valid for gradients of 0 and from 1e-17 to 1e18 (to 1e15 where coordinates share a moment); smaller ones
-    count as 0 in v. A larger gradient can make v infinite for good: the coordinates that share it then get
-    updates of 0 or NaN. A NaN stays in the moments as well. `reject_nonfinite` keeps both out.
+    A NaN, or a gradient too large to be squared, stays in the moments; `reject_nonfinite` keeps both out.
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp, optax

@@ -69,8 +69,8 @@ def average_parameters(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps an average of the parameters: over the last part of the run, or with a constant decay.
 
-    Put it last in a chain, train as usual, and evaluate `averaged_parameters(params, opt_state)`. The updates
-    pass through, as float32 or wider.
+    Put it last in a chain, train as usual, and evaluate `averaged_parameters(params, opt_state)`. Updates pass
+    through.
 
     With a `power`, the default,
 
@@ -99,10 +99,9 @@ def average_parameters(
     weight, and a NaN stays in it for good. The updates do not depend on it.
 
     Args:
-        power: :math:`\gamma` in [0, inf); 0 gives the plain mean of all steps. May be a JAX scalar or a
-            tracer, whose range cannot be checked.
+        power: :math:`\gamma` in [0, inf); 0 gives the plain mean of all steps.
         decay: :math:`\beta` in [0, 1), or a schedule of the step count, which starts at 0; None averages by
-            `power`. May be a JAX scalar or a tracer, whose range cannot be checked.
+            `power`.
 
     Returns:
         The transformation; `update` needs `params`.

@@ -74,19 +74,18 @@ def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformationExtr
 
     Put it first in a chain if single batches give gradients much longer than usual.
     :math:`u = g \min(1, \text{max\_norm} / \lVert g \rVert)`, one multiplication per coordinate. If the norm
-    is not finite, the updates are returned unchanged, so that the bad coordinates can still be found. Nothing
-    is kept for the next step.
+    is not finite, the updates are returned unchanged, so that the bad coordinates can still be found; nothing
+    of them is kept.
 
     The norm includes all gradients in the tree. Exclude parameters that are not trained by wrapping the chain
     in `freeze`. A group with `optax.set_to_zero` after the clipping still counts: its gradients, which may
     grow without bound, would shrink all updates.
 
     Args:
-        max_norm: The largest norm, in (0, inf]; a number, a JAX scalar or a tracer (not checked).
+        max_norm: The largest norm, in (0, inf].
 
     Returns:
-        The transformation. It has no state, returns float32 (or wider) updates and ignores `params` and
-        extra arguments.
+        The transformation, which ignores `params`.
 
     Raises:
         ValueError: If `max_norm` is out of range (at construction) or a leaf is not floating.

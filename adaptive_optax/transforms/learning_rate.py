@@ -88,11 +88,8 @@ def scale_by_learning_rate(
         learning_rate: :math:`\eta \ge 0`, or a schedule of the step count, which starts at 0.
         flip_sign: Whether to multiply by :math:`-\eta` (descent) rather than :math:`\eta`.
 
-    A number may be a JAX scalar or a tracer, so that a sweep is a `vmap`; a tracer's range cannot be checked.
-    A NaN or a huge update passes through and has no lasting effect.
-
     Returns:
-        The transformation. It returns float32 (or wider) updates; `params` and extra arguments are ignored.
+        The transformation, which ignores `params`. Nothing of a NaN is kept.
 
     Raises:
         ValueError: If `learning_rate` is negative or not a scalar (at construction), or a leaf is not

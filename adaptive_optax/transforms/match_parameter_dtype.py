@@ -38,10 +38,10 @@ def match_parameter_dtype() -> optax.GradientTransformationExtraArgs:
     For a 16-bit parameter p and an update u, with :math:`\circ` for rounding to p's dtype, the result is
     :math:`v = \circ(q - p)` with :math:`q = \circ(p + u)`. If q is between p/2 and 2 p, v is exact and
     :math:`p + v = q`. A larger step may miss q by half a unit in the last place of v before the sum is
-    rounded. A NaN or a huge update passes through and has no lasting effect.
+    rounded. Nothing of a NaN is kept.
 
     Returns:
-        The transformation; `update` needs `params`. It has no state and ignores extra arguments.
+        The transformation; `update` needs `params`.
 
     Raises:
         ValueError: If a leaf is not floating, or `params` is missing or does not match the updates (at

@@ -61,13 +61,11 @@ def trace(
         nesterov: Whether to use Nesterov momentum.
         accumulator_dtype: The dtype in which the sum is stored, rounded to nearest; None for float32.
 
-    A number may be a JAX scalar or a tracer; a tracer's range cannot be checked.
-
     A huge update fades by :math:`\mu` per step. A NaN stays in the sum for good; `reject_nonfinite`
     keeps it out.
 
     Returns:
-        The transformation. It returns float32 (or wider) updates; `params` and extra arguments are ignored.
+        The transformation, which ignores `params`.
 
     Raises:
         ValueError: If an argument is out of range (at construction), a leaf is not floating (at init), or the

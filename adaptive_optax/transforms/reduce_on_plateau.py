@@ -101,7 +101,7 @@ def reduce_on_plateau(
     `keras`    `patience` bad windows          a bad window counts
     =========  ==============================  ========================================================
 
-    A NaN or a huge update passes through and has no lasting effect; only metrics change the scale.
+    Only metrics change the scale; nothing of a NaN in the updates is kept.
 
     The presets do not set defaults: Keras has `patience=10, rtol=0, atol=1e-4` (its `min_delta`), PyTorch has
     the defaults here. PyTorch also skips changes of the learning rate that are smaller than 1e-8.
@@ -119,8 +119,7 @@ def reduce_on_plateau(
 
     Returns:
         The transformation. `update` needs the keyword `value`, a real scalar or None. It also takes `is_new`,
-        a bool that may be traced; if it is False, `value` is ignored, as for None. Updates are float32 or
-        wider.
+        a bool that may be traced; if it is False, `value` is ignored, as for None.
 
     Raises:
         ValueError: If an argument is out of range (at construction), a leaf is not floating (at init), or

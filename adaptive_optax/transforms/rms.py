@@ -116,11 +116,8 @@ def scale_by_rms(
             "global".
         storage: The format of the moments between steps: a `Storage`, "float32", "bfloat16" or "int8".
 
-    Numbers may be JAX scalars or tracers; a tracer's range cannot be checked.
-
     Returns:
-        The transformation. `update(updates, state)` returns float32 (or wider) directions; `params`, if
-        given, must match the updates, and extra arguments are ignored.
+        The transformation. `params`, if given, must match the updates.
 
     Raises:
         ValueError: If an argument is out of range (at construction), a leaf is not floating (at init), or the
@@ -129,9 +126,7 @@ def scale_by_rms(
 
     State cost: one float32 per group; `centered` adds one per coordinate.
 
-    Valid for gradients of 0 and from 1e-17 to 1e18 (to 1e15 where coordinates share a moment); smaller ones
-    count as 0 in v. A larger gradient can make v infinite for good: the coordinates that share it then get
-    updates of 0 or NaN. A NaN stays in the moments as well. `reject_nonfinite` keeps both out.
+    A NaN, or a gradient too large to be squared, stays in the moments; `reject_nonfinite` keeps both out.
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp, optax

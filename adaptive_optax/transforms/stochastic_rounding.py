@@ -52,7 +52,7 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:
     Put it last in a chain. It is the first thing to try for bfloat16 or float16 parameters, since it costs no
     memory. A sum x = p + u between the neighbours a < b becomes b with probability (x - a) / (b - a). The
     standard deviation of the noise is at most half a unit in the last place, and the noise of different steps
-    is independent. A NaN or a huge update passes through and has no lasting effect.
+    is independent. Nothing of a NaN is kept.
 
     Args:
         seed: The seed of the random bits, an integer in [0, 2^32). The bits are a hash of the seed, the
@@ -60,7 +60,7 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:
             under any sharding.
 
     Returns:
-        The transformation; `update` needs `params`. Extra arguments are ignored.
+        The transformation; `update` needs `params`.
 
     Raises:
         ValueError: If `seed` is out of range (at construction), a leaf is not floating or has 8 bits (at

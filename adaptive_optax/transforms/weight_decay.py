@@ -73,12 +73,8 @@ def add_decoupled_weight_decay(
         mask: Which leaves decay: a tree of bools like the parameters or a prefix of it, or a function from
             the parameters to one. None for all leaves.
 
-    Numbers may be JAX scalars or tracers; a tracer's range cannot be checked. A NaN or a huge update passes
-    through and has no lasting effect.
-
     Returns:
-        The transformation. `update` needs `params`; extra arguments are ignored. Updates are float32 or
-        wider.
+        The transformation; `update` needs `params`. Nothing of a NaN is kept.
 
     Raises:
         ValueError: If an argument is out of range or not used by the coupling (at construction), a leaf is

@@ -130,10 +130,9 @@ def accumulate_gradients(
             norm" if only the sum over leaves overflows. Needs `drop_nonfinite=True`.
 
     Returns:
-        The transformation. Updates are float32 or wider, unless there is a `match_parameter_dtype` inside.
-        `update` takes `weight`, a number of at least 0 (not checked for a tracer), and `emit`, a bool that
-        may be traced. Other extra arguments are forwarded to `inner` from the micro-batch that completes an
-        emission: `value=` is the loss of that micro-batch, not the mean over k. If the mean matters, as for
+        The transformation. `update` takes `weight`, a number of at least 0, and `emit`, a bool that may be
+        traced. `inner` receives the other extra arguments of the micro-batch that completes an emission:
+        `value=` is the loss of that micro-batch, not the mean over k. If the mean matters, as for
         `reduce_on_plateau` with training losses, pass a running mean.
 
     Raises:

@@ -62,8 +62,7 @@ def freeze(
     Returns:
         The transformation. The updates of frozen leaves are zeros, in float32 or wider; for integer leaves
         they have the leaf's dtype, and for leaves that are not arrays they are None. Without `params`,
-        `update` knows only the gradient of a frozen leaf, and returns None for None. Extra arguments are
-        forwarded to `tx`.
+        `update` knows only the gradient of a frozen leaf, and returns None for None.
 
     Raises:
         ValueError: If `tx` is not a transformation or `pattern_or_mask` is none of the above (at

@@ -56,7 +56,7 @@ def kahan_summation(inner: optax.GradientTransformation) -> optax.GradientTransf
         inner: The transformation whose updates to compensate, usually a whole optimizer.
 
     Returns:
-        The transformation; `update` needs `params`. Extra arguments are forwarded to `inner`.
+        The transformation; `update` needs `params`.
 
     Raises:
         ValueError: If `inner` is not a transformation (at construction), a leaf is not floating or has 8 bits

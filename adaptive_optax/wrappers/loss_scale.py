@@ -94,9 +94,8 @@ def dynamic_loss_scale(
         on_reject: As in `reject_nonfinite`.
 
     Returns:
-        The transformation. Updates are float32 or wider, unless there is a `match_parameter_dtype` inside.
-        Extra arguments are forwarded to `inner`. Its first update determines the dtypes of its state, so that
-        optax's optimizers work with float16 parameters.
+        The transformation. The first update of `inner` determines the dtypes of its state, so that optax's
+        optimizers work with float16 parameters.
 
     Raises:
         ValueError: If an argument is out of range (at construction), a leaf is not floating (at init), or the

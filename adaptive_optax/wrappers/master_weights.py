@@ -54,7 +54,7 @@ def master_weights(inner: optax.GradientTransformation) -> optax.GradientTransfo
         inner: The transformation that trains the copies, usually a whole optimizer.
 
     Returns:
-        The transformation; `update` needs `params`. Extra arguments are forwarded to `inner`.
+        The transformation; `update` needs `params`.
 
     Raises:
         ValueError: If `inner` is not a transformation (at construction), a leaf is not floating or has 8 bits

@@ -50,7 +50,7 @@ def partition_by_path(
     Returns:
         The transformation: `optax.partition`, with the patterns (and "default") as labels in its state.
         `get_hyperparams` therefore has keys such as "pattern/learning_rate", and a checkpoint must be
-        restored with the same patterns. Extra arguments are forwarded to all transformations.
+        restored with the same patterns.
 
     Raises:
         ValueError: If `transformations` is empty or is not a mapping from regular expressions to

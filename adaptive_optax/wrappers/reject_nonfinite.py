@@ -76,8 +76,7 @@ def reject_nonfinite(
             and the path of its first bad leaf; `print` works. None for no call.
 
     Returns:
-        The transformation; extra arguments are forwarded to `inner`. Updates are float32 or wider, unless
-        there is a `match_parameter_dtype` inside.
+        The transformation.
 
     Raises:
         ValueError: If `inner` is not a transformation or `on_reject` is not a function (at construction), or
