@@ -7,13 +7,13 @@ What holds for every transformation, and is not repeated in its docstring:
 * Moments, arithmetic and updates are float32, or float64 where a parameter is, whatever the gradients' dtype.
   `optax.apply_updates` casts to the parameters' dtypes. `match_parameter_dtype` casts earlier, and wrappers
   around it keep its dtypes.
-* `update` ignores extra arguments that it does not know; a wrapper forwards them to the transformation inside.
-* Where nothing is remembered, as in clipping, a NaN or a huge gradient passes into the update of its step, and
-  later steps are as without it.
+* `update` ignores extra arguments that it does not know; a wrapper forwards them to the inner transformation.
+* Where nothing is remembered, as in clipping, a NaN or a huge gradient passes into the update of its step and
+  no further.
 * Second moments hold squares. Gradients must be 0 or between 1e-17 and 1e18 (1e15 where coordinates share a
-  moment); smaller ones count as 0. A larger one can make a second moment infinite for good, and a NaN stays in
-  any moment; the coordinates that share it then get updates of 0 or NaN. `reject_nonfinite` around the chain
-  keeps both out.
+  moment); smaller ones count as 0. A larger one can make a second moment infinite for good, and a NaN stays
+  in any moment; the coordinates that share it then get updates of 0 or NaN. `reject_nonfinite` around the
+  chain keeps both out.
 """
 
 from typing import TYPE_CHECKING

@@ -189,8 +189,8 @@ def adam_mini(
         The chain. `update` needs `params`.
 
     Raises:
-        ValueError: If an argument is out of range (at construction), or the layout finds no queries and keys
-            in the parameters (at init; the message lists their paths).
+        ValueError: If an argument is out of range (at construction), or no pattern of `params_layout` finds
+            queries and keys (at init; the message lists the paths).
 
     State cost: one float32 copy of the parameters, plus one value per block: about half of `adamw`'s.
 

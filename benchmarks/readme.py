@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from benchmarks.setting import described
+from benchmarks.setting import origin
 from benchmarks.tables import Table
 
 _MARK = re.compile(r"<!-- */?(?:benchmark|study)[^\n]*")
@@ -79,7 +79,7 @@ def _benchmark(
         if name not in made:
             raise ValueError(f"{suite} has no table {name!r}; it has {', '.join(made)}.")
         source = f"[numbers](benchmarks/results/{suite}_{hardware}.json)"
-        parts.append(f"{made[name].title} ({described(result)}; {source}):\n\n{made[name].markdown()}\n")
+        parts.append(f"{made[name].title} ({origin(result)}; {source}):\n\n{made[name].markdown()}\n")
     if not parts:
         raise ValueError(f"There is no result of the suite {suite!r}; run it first.")
     return "\n".join(parts)

@@ -69,8 +69,8 @@ def cores_busy_elsewhere(seconds: float = 1.0) -> float:
     return (os.cpu_count() or 1) * (1 - (idle_after - idle) / (whole_after - whole))
 
 
-def described(result: dict[str, Any]) -> str:
-    """Describes the origin of a result in one line."""
+def origin(result: dict[str, Any]) -> str:
+    """Returns the origin of a result in one line."""
     versions, commit = result["versions"], result["commit"]
     named = ["jax", "optax"] + (["torch"] if result.get("uses_torch") else [])
     parts = [

@@ -10,7 +10,7 @@ _FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
 
 
 def visible(text: str) -> str:
-    r"""Escapes what a page or a terminal would obey or hide: escapes, line breaks, changes of direction.
+    r"""Escapes what a page or a terminal would obey or hide: escapes, line breaks, right-to-left marks.
 
     Such characters are written as in Python source. A text with no visible character is escaped as a whole.
 

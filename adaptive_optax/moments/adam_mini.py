@@ -83,7 +83,7 @@ class AdamMiniBlocks(Granularity):
 
     Raises:
         ValueError: If `params_layout` is not a mapping from regular expressions to roles; at init, if
-            "query_key" is in the layout but matches no parameter, a pattern outside `FLAX_LAYOUT` matches no
+            "query_key" is a role but matches no parameter, a pattern outside `FLAX_LAYOUT` matches no
             leaf, or the kernel of a query or key has no axis of heads.
 
     Example:
@@ -119,7 +119,7 @@ class AdamMiniBlocks(Granularity):
         return ByPath(roles, default="tensor", strict=False).pool(squares)
 
     def _check(self, tree: Any) -> None:
-        """Raises unless the layout fits the tree."""
+        """Raises unless the patterns fit the tree."""
         layout = dict(self.layout)
         check_patterns([pattern for pattern in layout if pattern not in FLAX_LAYOUT], tree)
         queries = [pattern for pattern, role in self.layout if role == "query_key"]

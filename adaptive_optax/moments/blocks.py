@@ -88,7 +88,7 @@ def spread_blocks(per_block: jax.Array, like: jax.Array, block_size: Any) -> jax
 
 
 class _Split(NamedTuple):
-    """The layout of an array whose blocks have their own axes. Shardings are None if types have none.
+    """The shape and sharding of an array whose blocks have axes of their own; None if types have no sharding.
 
     Attributes:
         counts: The number of blocks along each axis of the array.

@@ -32,7 +32,7 @@ class Direction(NamedTuple):
 
     @property
     def better(self) -> str:
-        """The better direction in words: "lower" or "higher"."""
+        """Which metrics are better, in a word: "lower" or "higher"."""
         return "higher" if self.maximize else "lower"
 
 

@@ -69,8 +69,8 @@ def average_parameters(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps an average of the parameters: over the last part of the run, or with a constant decay.
 
-    Put it last in a chain, train as usual, and evaluate `averaged_parameters(params, opt_state)`. Updates pass
-    through.
+    Put it last in a chain, train as usual, and evaluate `averaged_parameters(params, opt_state)`. It does not
+    change the updates.
 
     With a `power`, the default,
 

@@ -80,7 +80,7 @@ def dynamic_loss_scale(
     inside; `reject_nonfinite` works in both orders.
 
     Scale, factors and interval work step for step as in `flax.training.dynamic_scale.DynamicScale`, so a run
-    can be converted in both directions: `state._replace(scale=..., fin_steps=...)`, and
+    can be converted either way: `state._replace(scale=..., fin_steps=...)`, and
     `DynamicScale(scale=state.scale, fin_steps=state.fin_steps)`. PyTorch's GradScaler grows one step earlier.
 
     Args:

@@ -1,8 +1,8 @@
 """Judging: paired statistics over seeds that decide better, worse, equivalent or undecided.
 
 Seeds are paired: a seed has the same initial parameters and the same batches in every arm, so only the
-differences between an arm and the baseline are judged. The paired t-test looks for a difference; two
-one-sided t-tests look for equivalence (Schuirmann 1987, J. Pharmacokinet. Biopharm. 15:657). Both are
+differences between an arm and the baseline are judged. The paired t-test asks for a difference; two
+one-sided t-tests ask for equivalence (Schuirmann 1987, J. Pharmacokinet. Biopharm. 15:657). Both are
 corrected for several arms (Holm 1979, Scand. J. Statist. 6:65) and for judging again after adding seeds.
 Failing to find a difference never counts as "equivalent": it is "undecided". The value substituted for a
 diverged trial is not a measurement: it never makes arms equivalent, and a seed at which both diverged says
