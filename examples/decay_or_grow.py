@@ -42,7 +42,6 @@ from rich.table import Table
 import adaptive_optax as ao
 from adaptive_optax import study
 from adaptive_optax.study import tasks
-from adaptive_optax.study.report import page as report
 
 SETTINGS: dict[str, Any] = {"steps": 2560, "seeds": 24, "tuning_seeds": 4, "validation_points": 20}
 SMOKE: dict[str, Any] = {"steps": 48, "seeds": 5, "tuning_seeds": 1, "validation_points": 4, "growth": 0}
@@ -196,7 +195,7 @@ def main(arguments: list[str] | None = None) -> None:
     console, updates = Console(highlight=False), updates_of(comparison.info, optimizer, factor)
     found = answer(comparison, updates, optimizer, factor)
     save(comparison, found, updates, out)
-    report.print_summary(comparison, console)
+    comparison.print_summary(console)
     print_updates(comparison, updates, console)
     console.print(f"{comparison.info['seconds']:.0f} s; report, picture and table are in {out}\n\n{LIMITS}")
     if values.smoke:

@@ -29,15 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from matplotlib.figure import Figure
 from rich.console import Console
 
 import adaptive_optax as ao
 from adaptive_optax import study
 from adaptive_optax.study import tasks
-from adaptive_optax.study.report import figures
-from adaptive_optax.study.report import page as report
-from adaptive_optax.study.statistics.tuning import tuning_means
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "localization": {"steps": 2560, "seeds": 12, "tuning_seeds": 4, "validation_points": 20},
@@ -55,6 +51,7 @@ RATES = {
     "text": ((2e-3, 5e-3, 1e-2), (2e-3, 5e-3, 1e-2)),
     "smoke": ((1e-3, 3e-3), (1e-3, 3e-3)),
 }
+PICTURES = ("rates", "differences", "curves", "effective_rates")
 LIMITS = """This does not show
 - that the result holds elsewhere: it is one small network, one split of the data and one length of training
 - which part of one-cycle matters: it also warms up and cycles the momentum
@@ -101,8 +98,9 @@ def answer(comparison: study.Comparison) -> str:
     else:
         lead = "it does not matter" if "equivalent" in decisions else "no"
 
-    tuned = tuning_means(table)
-    best = min(decays, key=lambda arm: min(tuned[arm].values()))
+    tuning = table[table["phase"] == "tuning"].groupby(["arm", "learning_rate"])["final_metric"]
+    tuned = tuning.agg(lambda metrics: metrics.mean(skipna=False))  # NaN where a trial diverged
+    best = min(decays, key=lambda arm: tuned[arm].min())
     pair = table.loc[table["arm"].isin([best, averaged])]
     against_averaging = study.judge(pair, baseline=averaged, look=len(info["looks"]))[best]
 
@@ -125,15 +123,8 @@ def save(comparison: study.Comparison, found: str, out: Path) -> None:
     comparison.to_html(out / "report.html")
     comparison.save(out / "comparison.npz")
     comparison.to_csv(out / "results.csv")
-    for name, draw in figures.PICTURES.items():
-        figure = Figure(figsize=(6.4, 6.0), layout="constrained")
-        axes = figure.subplots()
-        draw(comparison, axes)
-        if name != "differences":  # it names the arms itself
-            figure.legend(
-                *axes.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False
-            )
-        figure.savefig(out / f"{name}.png", dpi=160)
+    for picture in PICTURES:
+        comparison.plot(picture).savefig(out / f"{picture}.png", dpi=160)
     summary = {
         "answer": found,
         "does_not_show": LIMITS.splitlines()[1:],
@@ -181,7 +172,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     console, found = Console(highlight=False), answer(comparison)
     save(comparison, found, out)
-    report.print_summary(comparison, console)
+    comparison.print_summary(console)
     console.print(
         f"\n{comparison.info['seconds']:.0f} s; report, pictures and tables are in {out}\n\n{LIMITS}"
     )

@@ -169,6 +169,16 @@ def test_the_readmes_examples_run(code, tmp_path, monkeypatch):
     exec(compile(code, "README.md", "exec"), {})
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_examples_use_the_public_api_only(path):
+    imported = re.findall(
+        r"^(?:from|import) (adaptive_optax[\w.]*)(?: import (\w+))?", path.read_text(), re.M
+    )
+    assert imported
+    public = {"adaptive_optax", "adaptive_optax.study", "adaptive_optax.study.tasks"}
+    assert {module if name != "tasks" else f"{module}.tasks" for module, name in imported} <= public
+
+
 def test_a_verdict_on_a_model_of_ones_own_takes_less_than_30_lines():
     (example,) = (code for code in README.split("```python\n") if "study.compare(" in code)
     assert len(example.partition("```")[0].splitlines()) < 30

@@ -95,5 +95,5 @@ def test_the_layout_is_measured_on_the_real_thing():
         progress=False,
     )
     assert comparison.info["mode"] in ("scan", "step")
-    assert set(comparison.info["seconds_a_step"]) == {"scan", "step"}
-    assert all(seconds > 0 for seconds in comparison.info["seconds_a_step"].values())
+    assert set(comparison.info["seconds_per_step"]) == {"scan", "step"}
+    assert all(seconds > 0 for seconds in comparison.info["seconds_per_step"].values())

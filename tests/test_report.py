@@ -112,7 +112,7 @@ def make(arms=ARMS, *, seeds=8, lost=(), shift=0.0, margin=None, spread=0.008, l
             "versions": {"adaptive_optax": "0.2.0", "jax": "0.10.1", "optax": "0.2.8", "numpy": "2.4.6"},
             "command": ["adaptive-optax", "compare", "digits:task", "--arms", ",".join(arms)],
             "seconds": 173.4, "metric_name": "loss", "dataset": {"train": 1437, "validation": 360},
-            "batch_size": 64, "parameters": 26122, "seconds_a_step": {},
+            "batch_size": 64, "parameters": 26122, "seconds_per_step": {},
         } | info),
     )  # fmt: skip
 
@@ -650,6 +650,27 @@ def test_a_figure_is_its_callers_and_pyplot_knows_nothing_of_it(tmp_path):
     assert plt.get_fignums() == before == []
 
 
+def test_details_of_an_earlier_version_are_read():
+    saved = make(TWO).details.as_json()
+    saved["seconds_a_step"] = {"scan": 0.5} | saved.pop("seconds_per_step")
+    details = Details.from_json(saved)
+    assert details.seconds_per_step == details.seconds_a_step == {"scan": 0.5}
+
+
+@pytest.mark.parametrize("picture", figures.PICTURES)
+def test_one_picture_can_be_drawn_alone(picture):
+    figure = make(THREE).plot(picture)
+    (axes,) = figure.axes
+    shown = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    named = [*shown, *(text.get_text() for text in axes.texts)]
+    assert set(THREE) - {make(THREE).details.baseline} <= set(named)
+
+
+def test_an_unknown_picture_is_refused():
+    with pytest.raises(ValueError, match="picture must be one of 'rates', .* got 'losses'"):
+        make(TWO).plot("losses")
+
+
 @pytest.mark.parametrize("draw", [*figures.PICTURES.values(), figures.plot])
 def test_an_unknown_theme_is_refused(draw):
     arguments = () if draw is figures.plot else (Figure().subplots(),)
@@ -678,6 +699,12 @@ def test_summary_fits_in_80_columns_and_says_all(arms):
         assert any(
             arm.startswith(row.split()[0]) for row in text.splitlines() if f"{low:+.4f} to {high:+.4f}" in row
         )
+
+
+def test_a_comparison_prints_its_summary(capsys):
+    comparison = make(TWO)
+    comparison.print_summary()
+    assert " ".join(comparison.verdict().sentence.split()) in " ".join(capsys.readouterr().out.split())
 
 
 def shown_at(width, comparison):

@@ -234,7 +234,7 @@ def comparison_of(effects):
     details = Details(
         task="t", baseline=next(iter(effects)), arms=list(effects), steps=1, tuning_seeds=10, seeds=10,
         margin=None, looks=[10], best_rates=dict.fromkeys(effects, 0.1), on_edge={}, grid={}, grown={},
-        seconds_a_step={}, devices=[], versions={}, command=[], metric_name="loss", dataset=Samples(1, 1),
+        seconds_per_step={}, devices=[], versions={}, command=[], metric_name="loss", dataset=Samples(1, 1),
         batch_size=1, parameters=1, seconds=0.0,
     )  # fmt: skip
     empty = np.zeros(0)

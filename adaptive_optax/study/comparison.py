@@ -202,7 +202,7 @@ def compare(
         on_edge={},
         mode=mode,
         chunk=chunk,
-        seconds_a_step={},
+        seconds_per_step={},
         devices=tuple(device.device_kind for device in jax.devices()),
         versions=_versions(),
         command=(Path(sys.argv[0]).name, *sys.argv[1:]),
@@ -239,11 +239,11 @@ def compare(
         try:
             most = max(seeds, *(len(grid) * tuning_seeds for grid in grids.values()))
             example_rate = next(iter(grids.values()))[0]
-            placement, seconds_a_step = settle_placement(
+            placement, seconds_per_step = settle_placement(
                 task, specs, plan, store, trials=most, example_rate=example_rate, mode=mode, chunk=chunk
             )
             details = dataclasses.replace(
-                details, mode=placement.mode, chunk=placement.width, seconds_a_step=seconds_a_step
+                details, mode=placement.mode, chunk=placement.width, seconds_per_step=seconds_per_step
             )
             runner = Runner(task, specs, plan, placement, store, bar, base_seed)
             wanted, means = keys(grids, tuning), {}

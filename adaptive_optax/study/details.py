@@ -49,7 +49,7 @@ class Details:
         grown: The rates among them that were added to the user's grid.
         mode: How trials ran: "scan", "step" or "vmap" (see `engine.trials`).
         chunk: The number of trials per call, on all devices together.
-        seconds_a_step: Seconds per step, for each mode that was timed.
+        seconds_per_step: Seconds per step, for each mode that was timed.
         devices: The kind of each device.
         versions: Versions by package, including Python's.
         command: The calling program and its arguments.
@@ -77,7 +77,7 @@ class Details:
     on_edge: Mapping[str, bool]
     mode: str | None = None
     chunk: int | None = None
-    seconds_a_step: Mapping[str, float]
+    seconds_per_step: Mapping[str, float]
     devices: Sequence[str]
     versions: Mapping[str, str]
     command: Sequence[str]
@@ -99,6 +99,11 @@ class Details:
         """Which metrics are better."""
         return Direction(self.maximize)
 
+    @property
+    def seconds_a_step(self) -> Mapping[str, float]:
+        """The former name of `seconds_per_step`."""
+        return self.seconds_per_step
+
     def as_json(self) -> dict[str, Any]:
         """Returns a copy made of dictionaries, lists, strings and numbers, the form of a saved file."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
@@ -110,7 +115,10 @@ class Details:
         Raises:
             ValueError: If something is missing, has another type, or contradicts the rest.
         """
-        given = found if isinstance(found, dict) else {}
+        given = dict(found) if isinstance(found, dict) else {}
+        for former, name in _FORMER_NAMES.items():
+            if former in given:
+                given.setdefault(name, given[former])
         try:
             details = cls(**{name: read(given[name]) for name, read in _READERS.items() if name in given})
         except TypeError as error:  # arguments are missing
@@ -168,6 +176,8 @@ def _samples(value: Any) -> Samples:
     return Samples(**counts) if counts.keys() == {"train", "validation"} else _refuse(value)
 
 
+_FORMER_NAMES = {"seconds_a_step": "seconds_per_step"}  # in files of earlier versions
+
 _READERS: dict[str, Callable[[Any], Any]] = {
     "task": _exactly(str),
     "baseline": _exactly(str),
@@ -186,7 +196,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "on_edge": _mapping_of(_exactly(bool)),
     "mode": _optional(_exactly(str)),
     "chunk": _optional(_exactly(int)),
-    "seconds_a_step": _mapping_of(_number),
+    "seconds_per_step": _mapping_of(_number),
     "devices": _list_of(_exactly(str)),
     "versions": _mapping_of(_exactly(str)),
     "command": _list_of(_exactly(str)),

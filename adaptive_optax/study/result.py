@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
+from rich.console import Console
 
 from adaptive_optax._core.checks import check_scalar
 from adaptive_optax._core.names import as_cell, visible
@@ -94,11 +95,25 @@ class Comparison(Record):
         check_scalar("margin", margin, "(0, inf)")
         return dataclasses.replace(self, details=dataclasses.replace(self.details, margin=float(margin)))
 
-    def plot(self) -> Figure:
-        """Draws metric against peak rate, paired differences with their intervals, and curves."""
+    def plot(self, picture: str | None = None) -> Figure:
+        """Draws metric against peak rate, paired differences with their intervals, and curves.
+
+        Args:
+            picture: "rates", "differences", "curves" or "effective_rates"; None for all four in one figure.
+        """
         from adaptive_optax.study.report import figures  # import matplotlib only when drawing
 
-        return figures.plot(self)
+        return figures.plot(self) if picture is None else figures.plot_one(self, picture)
+
+    def print_summary(self, console: Console | None = None) -> None:
+        """Prints the answer, the sentence of every other verdict, what to do next, and a table.
+
+        Args:
+            console: Where to print; None for the standard output.
+        """
+        from adaptive_optax.study.report import page  # as in `plot`
+
+        page.print_summary(self, Console(highlight=False) if console is None else console)
 
     def to_html(self, path: str | os.PathLike[str]) -> None:
         """Writes the report: one self-contained file."""

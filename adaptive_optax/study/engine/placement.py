@@ -101,7 +101,7 @@ def _choose(
     if mode == "vmap":
         width = min(-(-trials // devices), MOST_CHUNK) * devices
         return _fit_memory(compiled, Placement(mode, width, devices)), {}
-    seconds = _seconds_a_step(
+    seconds = _seconds_per_step(
         {name: compiled(Placement(name, devices, devices)) for name in ([mode] if mode else ["scan", "step"])}
     )
     if mode is None and seconds["step"] * STEP_ADVANTAGE < seconds["scan"]:
@@ -113,7 +113,7 @@ def _choose(
     return Placement("scan", chunk * devices, devices), seconds
 
 
-def _seconds_a_step(programs: dict[str, Program]) -> dict[str, float]:
+def _seconds_per_step(programs: dict[str, Program]) -> dict[str, float]:
     """Times steps on all devices at once: the best of several rounds, with the programs interleaved."""
     counts, seconds = {}, dict.fromkeys(programs, float("inf"))
     for name, each in programs.items():

@@ -72,6 +72,23 @@ def plot(record: Record, *, theme: str = "light") -> Figure:
     return figure
 
 
+def plot_one(record: Record, picture: str, *, theme: str = "light") -> Figure:
+    """Makes a figure with one picture, not registered with pyplot.
+
+    Args:
+        record: What to draw.
+        picture: "rates", "differences", "curves" or "effective_rates".
+        theme: "light" or "dark".
+    """
+    check_choice("picture", picture, PICTURES)
+    check_choice("theme", theme, THEMES)
+    figure = Figure(figsize=(6.4, 6.0), layout="constrained", facecolor=THEMES[theme].paper)
+    PICTURES[picture](record, figure.subplots(), theme=theme)
+    if picture != "differences":  # it names the arms itself
+        _add_legend(figure, record, theme)
+    return figure
+
+
 def to_svg(record: Record, picture: str, *, theme: str = "light", description: str = "") -> Markup:
     """Returns one picture as an SVG element for use inside HTML.
 
