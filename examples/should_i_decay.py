@@ -12,9 +12,10 @@ to beat.
     pip install -e .[examples]
     python examples/should_i_decay.py
 
-It takes two to three minutes on two CPU cores (text: five), ends with an answer, and writes to `--out`: report.html,
-rates.png, differences.png, curves.png, results.csv (one row per trial), summary.json (the findings) and
-comparison.npz (for `study.load`). If stopped, it resumes when run again; a larger `--seeds` adds seeds.
+It takes two to three minutes on two CPU cores (text: five), ends with an answer, and writes to `--out`:
+report.html, rates.png, differences.png, curves.png, effective_rates.png, results.csv (one row per trial),
+summary.json (the findings) and comparison.npz (for `study.load`). If stopped, it resumes when run again; a
+larger `--seeds` adds seeds.
 """
 
 from __future__ import annotations
