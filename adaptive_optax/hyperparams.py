@@ -40,7 +40,7 @@ class InjectHyperparamsState(NamedTuple):
     """State of `inject_hyperparams`.
 
     Attributes:
-        count: Number of steps taken, int32 scalar.
+        count: Number of steps taken.
         hyperparams: Maps each name to the value used by the last step, or to be used by the next one. A value
             assigned here is used from then on.
         given_values: What the number or schedule gave in the last step, in the order of the sorted names.

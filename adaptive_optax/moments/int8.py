@@ -65,7 +65,7 @@ class Int8Moment(NamedTuple):
         scale: Tree of float32 scales (float64 if the moment is), with one axis of blocks for each axis of the
             moment; a scalar 1 for leaves that are not compressed.
         format: The version of the format, int32 scalar.
-        block_size: The maximum number of values in a block, int32 scalar.
+        block_size: The maximum number of values in a block.
     """
 
     codes: PyTree

@@ -45,7 +45,7 @@ class Telemetry(NamedTuple):
     keeping a copy of the old ones).
 
     Attributes:
-        count: The measured step, counted from 1, int32 scalar; 0 before the first.
+        count: The measured step, counted from 1; 0 before the first.
         learning_rate: The learning rate used, times the scale of any `reduce_on_plateau`; NaN if there are
             several, or none from this library.
         gradient_norm: :math:`\lVert g \rVert`, accurate from 1e-30 to 1e30.
@@ -97,9 +97,9 @@ class TelemetryState(NamedTuple):
     """State of `telemetry`, with few arrays, so that passing it to a step is cheap; `get_telemetry` reads it.
 
     Attributes:
-        count: Number of steps taken, int32 scalar.
+        count: Number of steps taken.
         inner_state: State of the inner transformation.
-        measured: The last measured step, int32 scalar.
+        measured: The last measured step.
         rate: The learning rate of that step, negative for none; float32, or float64 if a parameter is.
         values: The fields of `Telemetry` after `learning_rate` along the last axis, followed by the bins of
             the histogram; 0 if a field is undefined.

@@ -43,10 +43,10 @@ from adaptive_optax.transforms.direction import Bound, over_root, root_of
 
 @carries_hyperparameters("b1", "b2", "eps")
 class ScaleByAdamState(NamedTuple):
-    """State of `scale_by_adam`. The scalars are float32, or float64 if a parameter is.
+    """State of `scale_by_adam`.
 
     Attributes:
-        count: Number of steps taken, int32 scalar.
+        count: Number of steps taken.
         mu: First moment m, like the parameters, float32 or wider, or as stored by `mu_storage`.
         nu: Second moment v, one value per group, float32 or wider, or as stored by `nu_storage`.
         nu_max: Largest second moment so far, like `nu`; None unless `amsgrad`.

@@ -34,9 +34,9 @@ class AverageParametersState(NamedTuple):
     """State of `average_parameters` with a power.
 
     Attributes:
-        count: Number of steps taken, int32 scalar.
+        count: Number of steps taken.
         average: The average, like the parameters, float32 or wider.
-        power: The exponent of the last step, float32 scalar (float64 if a parameter is).
+        power: The exponent of the last step.
     """
 
     count: Count
@@ -46,10 +46,10 @@ class AverageParametersState(NamedTuple):
 
 @carries_hyperparameters("decay")
 class EmaParametersState(NamedTuple):
-    """State of `average_parameters` with a decay. The scalars are float32, or float64 if a parameter is.
+    """State of `average_parameters` with a decay.
 
     Attributes:
-        count: Number of steps taken, int32 scalar.
+        count: Number of steps taken.
         average: The bias-corrected average, like the parameters, float32 or wider.
         decay: The decay of the last step; before the first step, of the first.
         weight: The sum of the weights of all steps before bias correction.

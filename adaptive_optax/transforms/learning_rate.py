@@ -33,13 +33,13 @@ def _set_learning_rate(state: Any, name: str, value: Any) -> Any:
 
 @carries_hyperparameters("learning_rate", set_value=_set_learning_rate)
 class ScaleByLearningRateState(NamedTuple):
-    """State of `scale_by_learning_rate`. The scalars are float32, or float64 if a parameter is.
+    """State of `scale_by_learning_rate`.
 
     Attributes:
         learning_rate: The learning rate of the last step; before the first step, of the first. A value that
             you assign here is used from then on, as with `set_hyperparams`.
         given: The value that the number or schedule gave in the last step.
-        overridden: Whether the user set the learning rate, bool scalar.
+        overridden: Whether the user set the learning rate.
         schedule_state: The step count of a schedule; empty for a number.
     """
 
@@ -60,7 +60,7 @@ class ScaleByHeldLearningRateState(NamedTuple):
     Attributes:
         held: The learning rate of the last step; before the first step, of the first.
         given: The array's value in the last step.
-        overridden: Whether the user set the learning rate, bool scalar.
+        overridden: Whether the user set the learning rate.
     """
 
     held: Scalar

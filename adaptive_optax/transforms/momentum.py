@@ -32,7 +32,7 @@ class TraceState(NamedTuple):
 
     Attributes:
         trace: The decaying sum, like the parameters, float32 or wider, or `accumulator_dtype`.
-        momentum: The decay of the last step, float32 scalar (float64 if a parameter is).
+        momentum: The decay of the last step.
         schedule_state: The step count of a schedule; empty for a number.
     """
 

@@ -32,18 +32,18 @@ def _set_scale(state: Any, name: str, value: Any) -> Any:
 
 @carries_hyperparameters("scale", set_value=_set_scale)
 class ReduceOnPlateauState(NamedTuple):
-    """State of `reduce_on_plateau`. The scalars are float32, or float64 if a parameter is.
+    """State of `reduce_on_plateau`.
 
     Attributes:
-        count: Number of steps taken, int32 scalar.
+        count: Number of steps taken.
         scale: The factor on updates. If you set it, it continues to fall from the new value.
         best: The best metric so far; initially the worst finite number of its dtype, so that
             `jax_debug_infs` does not raise.
         total: Sum of the finite metrics in the current window.
-        spoiled: Number of non-finite metrics in the current window, int32 scalar.
-        filled: Number of metrics in the current window, int32 scalar.
-        bad: Number of windows without improvement, int32 scalar.
-        cooldown: Number of coming windows that cannot count as bad, int32 scalar.
+        spoiled: Number of non-finite metrics in the current window.
+        filled: Number of metrics in the current window.
+        bad: Number of windows without improvement.
+        cooldown: Number of coming windows that cannot count as bad.
     """
 
     count: Count

@@ -47,15 +47,14 @@ class ScaleByRmsState(NamedTuple):
     """State of `scale_by_rms`.
 
     Attributes:
-        count: Number of steps taken, int32 scalar.
+        count: Number of steps taken.
         mu: First moment, like the parameters, float32 or wider, or as stored by `storage`; None unless
             `centered`.
         nu: Second moment, one value per group, float32 or wider, or as stored by `storage`; if `centered`,
             the moment about `mu`.
-        decay: The decay of the last step, float32 scalar (float64 if a parameter is).
-        eps: The eps of the last step, a scalar of the same dtype.
-        nu_weight: Sum of the weights in `nu`, a scalar of the same dtype; 1 - decay^count for a constant
-            decay.
+        decay: The decay of the last step.
+        eps: The eps of the last step.
+        nu_weight: Sum of the weights in `nu`; 1 - decay^count for a constant decay.
     """
 
     count: Count

@@ -40,7 +40,7 @@ class StochasticRoundingState(NamedTuple):
     """State of `stochastic_rounding`.
 
     Attributes:
-        count: Number of steps taken, int32 scalar.
+        count: Number of steps taken.
     """
 
     count: Count

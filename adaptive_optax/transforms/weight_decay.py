@@ -31,8 +31,7 @@ class AddDecoupledWeightDecayState(NamedTuple):
     """State of `add_decoupled_weight_decay`.
 
     Attributes:
-        weight_decay: The weight decay of the last step, without the schedule's factor, float32 scalar
-            (float64 if a parameter is).
+        weight_decay: The weight decay of the last step, without the schedule's factor.
         schedule_state: The step count of schedules; empty for numbers.
     """
 

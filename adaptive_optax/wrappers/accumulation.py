@@ -44,15 +44,15 @@ _NOISE_DECAY = 0.99  # averages over about a hundred emissions
 
 
 class AccumulateGradientsState(NamedTuple):
-    """State of `accumulate_gradients`. Floating scalars are float32, or float64 if a parameter is.
+    """State of `accumulate_gradients`.
 
     Attributes:
-        count: Number of emissions, int32 scalar.
-        micro_step: Number of micro-batches seen since the last emission, int32 scalar.
-        contributing: Number of those that are included in the sums, int32 scalar.
-        took_part: Whether the last micro-batch is included, bool scalar; True before the first.
-        dropped: Total number of micro-batches dropped, int32 scalar.
-        dropped_in_a_row: Number dropped since the last one that was not, int32 scalar.
+        count: Number of emissions.
+        micro_step: Number of micro-batches seen since the last emission.
+        contributing: Number of those that are included in the sums.
+        took_part: Whether the last micro-batch is included; True before the first.
+        dropped: Total number of micro-batches dropped.
+        dropped_in_a_row: Number dropped since the last one that was not.
         inner_state: State of the inner transformation.
         total: Weighted sum of the gradients since the last emission, like the parameters, float32 or wider.
         weight: Sum of their weights.

@@ -30,8 +30,8 @@ class DynamicLossScaleState(NamedTuple):
 
     Attributes:
         inner_state: State of the `reject_nonfinite` inside, which contains the inner transformation's.
-        scale: The factor for the loss of the next step, float32 scalar (float64 if a parameter is).
-        fin_steps: Number of steps with finite gradients since the scale last changed, int32 scalar.
+        scale: The factor for the loss of the next step.
+        fin_steps: Number of steps with finite gradients since the scale last changed.
     """
 
     inner_state: OptState

@@ -25,8 +25,8 @@ class RejectNonfiniteState(NamedTuple):
 
     Attributes:
         inner_state: State of the inner transformation after the last accepted step.
-        total: Number of rejected steps, int32 scalar.
-        in_a_row: Number of steps rejected since the last accepted one, int32 scalar.
+        total: Number of rejected steps.
+        in_a_row: Number of steps rejected since the last accepted one.
     """
 
     inner_state: OptState

@@ -21,11 +21,10 @@ class Rejections(NamedTuple):
     """How many steps were rejected and how many micro-batches were dropped.
 
     Attributes:
-        total: Total number of steps that `reject_nonfinite` or `dynamic_loss_scale` rejected, int32 scalar.
-        in_a_row: Number of steps rejected since the last accepted one, int32 scalar.
-        dropped: Total number of micro-batches that `accumulate_gradients(..., drop_nonfinite=True)` dropped,
-            int32 scalar.
-        dropped_in_a_row: Number of micro-batches dropped since the last one that was not, int32 scalar.
+        total: Total number of steps that `reject_nonfinite` or `dynamic_loss_scale` rejected.
+        in_a_row: Number of steps rejected since the last accepted one.
+        dropped: Total number of micro-batches that `accumulate_gradients(..., drop_nonfinite=True)` dropped.
+        dropped_in_a_row: Number of micro-batches dropped since the last one that was not.
     """
 
     total: Count
