@@ -1,6 +1,7 @@
 """Type aliases used in the public API, for your own annotations.
 
-Those of arrays and trees say what is held, in which dtype and shape: `Count.__metadata__` is `("int32, shape ()",)`.
+Those of arrays and trees say what is held, in which dtype and shape: `Count.__metadata__` is
+`("int32, shape ()",)`.
 """
 
 from adaptive_optax._core.trees import Count as Count
