@@ -20,6 +20,9 @@ from typing import TYPE_CHECKING
 
 from adaptive_optax import typing as typing
 
+# Declarations of states, for transformations of your own
+from adaptive_optax._core.states import carries_hyperparameters as carries_hyperparameters
+
 # Control: hyperparameters, telemetry, low precision, and conversion of states
 from adaptive_optax.hyperparams import InjectHyperparamsState as InjectHyperparamsState
 from adaptive_optax.hyperparams import get_hyperparams as get_hyperparams
@@ -41,6 +44,9 @@ from adaptive_optax.moments.adam_mini import FLAX_LAYOUT as FLAX_LAYOUT
 from adaptive_optax.moments.adam_mini import AdamMiniBlocks as AdamMiniBlocks
 from adaptive_optax.moments.bfloat16 import BFloat16 as BFloat16
 from adaptive_optax.moments.by_path import ByPath as ByPath
+from adaptive_optax.moments.carried import Moment as Moment
+from adaptive_optax.moments.carried import carries_moments as carries_moments
+from adaptive_optax.moments.formats import as_storage as as_storage
 from adaptive_optax.moments.formats import dense as dense
 from adaptive_optax.moments.granularity import Axis as Axis
 from adaptive_optax.moments.granularity import Coordinate as Coordinate
@@ -48,8 +54,10 @@ from adaptive_optax.moments.granularity import Global as Global
 from adaptive_optax.moments.granularity import Granularity as Granularity
 from adaptive_optax.moments.granularity import Labels as Labels
 from adaptive_optax.moments.granularity import Tensor as Tensor
+from adaptive_optax.moments.granularity import as_granularity as as_granularity
 from adaptive_optax.moments.int8 import Int8 as Int8
 from adaptive_optax.moments.int8 import Int8Moment as Int8Moment
+from adaptive_optax.moments.storage import CompressedMoment as CompressedMoment
 from adaptive_optax.moments.storage import Float32 as Float32
 from adaptive_optax.moments.storage import Storage as Storage
 from adaptive_optax.monitoring.log import TelemetryLog as TelemetryLog

@@ -23,7 +23,13 @@ from adaptive_optax._core.overrides import assigned, in_effect, replacement
 from adaptive_optax._core.precision import incremented
 from adaptive_optax._core.random_bits import is_low_precision
 from adaptive_optax._core.state_check import check_state
-from adaptive_optax._core.states import carries_hyperparameters, hyperparameters_of, unwrapped
+from adaptive_optax._core.states import (
+    carries_hyperparameters,
+    children,
+    hyperparameters_of,
+    unwrapped,
+    with_children,
+)
 from adaptive_optax._core.transformation import transformation, with_array_state
 from adaptive_optax._core.trees import Count, Flag, OptState, PyTree
 from adaptive_optax._core.values import value_at
@@ -415,29 +421,17 @@ def _walk(state: Any, path: tuple[Any, ...], hidden: frozenset[str]) -> Iterator
     for name in hyperparameters_of(type(state)).names:
         if name not in hidden:
             yield _Found(state, path, name, getattr(state, name))
-    for key, child in _children(state):
+    for key, child in children(state):
         yield from _walk(child, (*path, key), hidden)
-
-
-def _children(state: Any) -> Iterable[tuple[Any, Any]]:
-    if isinstance(state, dict):
-        return state.items()
-    if hasattr(state, "_fields"):
-        return state._asdict().items()
-    return enumerate(state) if isinstance(state, tuple | list) else ()
 
 
 def _replaced(state: Any, path: tuple[Any, ...], new: Any) -> Any:
     """Returns the state with the part at `path` replaced."""
     if not path:
         return new
-    key, *rest = path
-    if hasattr(state, "_fields"):
-        return state._replace(**{key: _replaced(getattr(state, key), tuple(rest), new)})
-    child = _replaced(state[key], tuple(rest), new)
-    if isinstance(state, dict):
-        return type(state)(state | {key: child})
-    return type(state)([*state[:key], child, *state[key + 1 :]])
+    first, *rest = path
+    parts = [_replaced(x, tuple(rest), new) if key == first else x for key, x in children(state)]
+    return with_children(state, parts)
 
 
 def _shortest_unique_key(place: tuple[str, ...], others: list[tuple[str, ...]]) -> tuple[str, ...]:

@@ -378,5 +378,5 @@ def _momentum(momentum: Any, nesterov: bool, accumulator_dtype: Any = None):
             raise ValueError("nesterov=True needs momentum=.")
         return ()
     momentum = as_hyperparameter("momentum", momentum)
-    as_storage("accumulator_dtype", as_nearest("accumulator_dtype", accumulator_dtype), momentum=momentum)
+    as_storage(as_nearest("accumulator_dtype", accumulator_dtype), "accumulator_dtype", momentum=momentum)
     return (trace(momentum, nesterov, accumulator_dtype),)

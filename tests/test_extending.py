@@ -278,3 +278,162 @@ def test_conversions_refuse_or_carry_such_a_state():
         ao.from_optax(trained(optax.scale_by_adam()), tx, PARAMS)
     kept, _ = ao.transfer_state(state, tx, tx, PARAMS)
     jax.tree.map(np.testing.assert_array_equal, kept, state)
+
+
+# ---- A transformation of the user's own ----
+
+
+def _at_least_squares(state, values):
+    def leaf(v, m):
+        return jnp.maximum(v, jnp.square(m) / 100) if v.shape == m.shape else v
+
+    if jax.tree.structure(values["first"]) != jax.tree.structure(values["second"]):
+        return values
+    return values | {"second": jax.tree.map(leaf, values["second"], values["first"])}
+
+
+@ao.carries_hyperparameters("b")
+@ao.carries_moments(
+    _at_least_squares,
+    first=ao.Moment("mu", weight="weight", decay="b"),
+    second=ao.Moment("nu", weight="weight", decay="b"),
+)
+class Theirs(NamedTuple):
+    """Under other names than those of the library."""
+
+    count: Any
+    first: Any
+    second: Any
+    b: Any
+    weight: Any
+
+
+class Undeclared(NamedTuple):
+    count: Any
+    first: Any
+    second: Any
+    b: Any
+    weight: Any
+
+
+def theirs(storage="float32", granularity="coordinate", b=0.9, state_type=Theirs):
+    """Divides a moving mean by a moving root mean square, both with one decay."""
+    storage, granularity = ao.as_storage(storage, b=b), ao.as_granularity(granularity)
+
+    def init(params):
+        def zero():
+            return jnp.zeros((), jnp.float32)
+
+        second = storage.init(granularity.template(params), "nu")
+        first = storage.init(params, "mu")
+        return state_type(jnp.zeros((), jnp.int32), first, second, zero() + b, zero())
+
+    def update(updates, state, params=None):
+        count = state.count + 1
+
+        def ema(old, new):
+            return jax.tree.map(lambda x, y: b * x + (1 - b) * y, old, new)
+
+        squares = granularity.pool(jax.tree.map(jnp.square, updates))
+        first, second = ema(storage.decode(state.first), updates), ema(storage.decode(state.second), squares)
+        direction = jax.tree.map(
+            lambda m, v: m / jnp.sqrt(v + 1e-8), first, granularity.spread(second, first)
+        )
+        first = storage.encode(state.first, first, count=count, role="mu")
+        second = storage.encode(state.second, second, count=count, role="nu")
+        return direction, state_type(count, first, second, state.b, ema(state.weight, 1.0))
+
+    return optax.GradientTransformation(init, update)
+
+
+def deep(inner):
+    return ao.reject_nonfinite(optax.chain(inner, ao.scale_by_learning_rate(0.1)))
+
+
+def own(state):
+    return state.inner_state[0]
+
+
+@pytest.mark.parametrize("new", ["bfloat16", ao.Int8(min_size=1), Lossy()], ids=str)
+def test_a_declared_state_is_converted_at_any_depth(new):
+    tx = deep(theirs(new))
+    state = trained(deep(theirs()))
+    moved = ao.convert_storage(state, mu_storage=new, nu_storage=new)
+    assert jax.tree.structure(moved) == jax.tree.structure(tx.init(PARAMS))
+    for field in ("first", "second"):
+        pairs = ao.dense(getattr(own(moved), field)), getattr(own(state), field)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=0.15, atol=0.1), *pairs)
+    trained(tx, state=moved)
+    # Converting back restores what rounding broke.
+    wide = own(ao.convert_storage(moved, mu_storage="float32", nu_storage="float32"))
+    jax.tree.map(lambda m, v: np.testing.assert_array_less(m**2 / 101, v + 1e-30), wide.first, wide.second)
+    with pytest.raises(ValueError, match=r"^b must be at most 0.99609375 with mu_storage=.*0.999"):
+        ao.convert_storage(trained(deep(theirs(b=0.999))), mu_storage=ao.BFloat16("nearest"))
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "global", ao.Axis(-1)], ids=str)
+def test_a_declared_state_is_transferred(granularity):
+    old, new = deep(theirs()), deep(theirs("bfloat16", granularity))
+    state = trained(old)
+    moved, table = ao.transfer_state(state, old, new, PARAMS | {"head": jnp.ones(2)})
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=2**-7),
+        {name: x for name, x in ao.dense(own(moved).first).items() if name != "head"},
+        own(state).first,
+    )
+    expected = ao.as_granularity(granularity).pool(own(state).second)
+    got = ao.dense(own(moved).second)
+    got = {name: got[name] for name in PARAMS} if isinstance(got, dict) else got
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y.reshape(x.shape), rtol=2**-7), got, expected)
+    outcomes = {row.path: row.outcome for row in table}
+    assert outcomes["inner_state/0/first/w"] == "kept" and outcomes["inner_state/0/first/head"] == "new"
+    assert own(moved).count == 5 and own(moved).weight == own(state).weight
+    # The moments of two groups go into one state.
+    groups = ao.partition_by_path({"w": theirs(), "b": theirs()})
+    together, _ = ao.transfer_state(trained(groups), groups, theirs(), PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, together, trained(theirs()))
+
+
+def test_a_repair_that_changes_shapes_is_refused():
+    @ao.carries_moments(lambda state, values: {"first": jnp.ones(7)}, first="mu")
+    class Wrong(NamedTuple):
+        count: Any
+        first: Any
+
+    state = Wrong(jnp.zeros((), jnp.int32), jnp.ones(3, jnp.bfloat16))
+    with pytest.raises(
+        ValueError, match=r"^Wrong: '' has shape \(7,\) in the repaired first and \(3,\) in the state"
+    ):
+        ao.convert_storage(state, mu_storage="float32")
+
+
+def test_a_declaration_that_does_not_fit_is_refused():
+    with pytest.raises(ValueError, match=r"^The role of 'first' must be one of 'mu', 'nu', got 'sigma'\.$"):
+        ao.carries_moments(first="sigma")
+    for field, lacking in (("third", "third"), ("first", "sum")):
+        with pytest.raises(
+            ValueError, match=rf"^carries_moments: Undeclared .* got one without '{lacking}'\.$"
+        ):
+            ao.carries_moments(**{field: ao.Moment("mu", weight="sum")})(Undeclared)
+
+
+def test_a_first_moment_of_theirs_needs_its_second():
+    old = theirs(granularity=ao.Labels(lambda path, leaf: path))
+    moved, table = ao.transfer_state(trained(old), old, theirs(), PARAMS)
+    jax.tree.map(np.testing.assert_array_equal, moved, theirs().init(PARAMS))
+    assert "its second moment could not be carried over" in {row.reason for row in table}
+
+
+def test_an_undeclared_state_is_new_and_says_why():
+    tx = optax.chain(theirs(state_type=Undeclared), ao.scale_by_learning_rate(0.1))
+    moved, table = ao.transfer_state(trained(tx), tx, tx, PARAMS)
+    assert not moved[0].first["w"].any()
+    assert {row.reason for row in table if row.path.startswith("0/")} == {
+        "its state is of another library, and does not declare its moments"
+    }
+    with pytest.raises(ValueError, match="convert_storage: opt_state must hold a state"):
+        ao.convert_storage(trained(tx), mu_storage="bfloat16")
+
+
+def test_the_hyperparameters_of_a_declared_state_are_read():
+    assert ao.get_hyperparams(trained(deep(theirs())))["b"] == np.float32(0.9)

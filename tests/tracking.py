@@ -223,7 +223,7 @@ def _state_error(case: Case, formats: dict, kept: dict[str, _Kept]) -> float:
         if formats.get(dtype_name) is not None:
             storage = as_nearest(dtype_name, formats[dtype_name])
         else:
-            storage = as_storage(name, formats.get(name, formats.get("storage", "float32")))
+            storage = as_storage(formats.get(name, formats.get("storage", "float32")), name)
         role = "nu" if moment == "nu" else "mu"
         return _error(storage, role, _largest(arguments[decay]), kept[moment])
 

@@ -30,7 +30,27 @@ _HYPERPARAMETERS: dict[type, Hyperparameters] = {}
 def carries_hyperparameters(
     *names: str, set_value: Callable[[Any, str, Any], Any] | None = None
 ) -> Callable[[type[State]], type[State]]:
-    """Decorator that declares the hyperparameters of a state for `get_hyperparams` and `set_hyperparams`."""
+    """Declares the hyperparameters of a state for `get_hyperparams` and `set_hyperparams`.
+
+    Args:
+        *names: The names of the hyperparameters, which are attributes of the state: scalar arrays with the
+            values that the last step used, or that the first one will use.
+        set_value: `set_value(state, name, value) -> state` returns a state with another value of a
+            hyperparameter, or for None the given one again. None (default) if they are read-only;
+            `inject_hyperparams` then makes them settable.
+
+    Returns:
+        A decorator for the type of the state. It returns the type itself.
+
+    Example:
+        >>> import adaptive_optax as ao, jax, jax.numpy as jnp
+        >>> from typing import NamedTuple
+        >>> @ao.carries_hyperparameters("temperature")
+        ... class AnnealState(NamedTuple):
+        ...     temperature: jax.Array
+        >>> ao.get_hyperparams(AnnealState(jnp.float32(0.5)))
+        {'temperature': Array(0.5, dtype=float32)}
+    """
 
     def declare(state_type):
         _HYPERPARAMETERS[state_type] = Hyperparameters(names, set_value)
@@ -42,6 +62,22 @@ def carries_hyperparameters(
 def hyperparameters_of(state_type: type) -> Hyperparameters:
     """Returns the hyperparameters that states of a type carry; an empty declaration for other types."""
     return _HYPERPARAMETERS.get(state_type, Hyperparameters())
+
+
+def children(node: Any) -> list[tuple[Any, Any]]:
+    """Lists the parts of a container in a state, with their field names, keys or indices; none for a leaf."""
+    if isinstance(node, dict):
+        return list(node.items())
+    if hasattr(node, "_fields"):
+        return list(zip(node._fields, node, strict=True))
+    return list(enumerate(node)) if isinstance(node, tuple | list) else []
+
+
+def with_children(node: Any, new: list[Any]) -> Any:
+    """Returns a container like `node` with other parts, in the order of `children`."""
+    if isinstance(node, dict):
+        return type(node)(zip(node, new, strict=True))
+    return type(node)(*new) if hasattr(node, "_fields") else type(node)(new)
 
 
 def states_of(kind: type[State] | tuple[type[State], ...], opt_state: Any) -> list[State]:

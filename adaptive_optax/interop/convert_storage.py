@@ -10,12 +10,9 @@ import jax
 from adaptive_optax._core.states import replace_states, states_of, unwrapped
 from adaptive_optax._core.trees import OptState
 from adaptive_optax._core.values import known_scalar
-from adaptive_optax.moments.formats import as_storage, dense, encode_as
+from adaptive_optax.moments.carried import moments_declared_by, moments_of, types_with_moments
+from adaptive_optax.moments.formats import as_storage, encode_as
 from adaptive_optax.moments.storage import Role, Storage
-from adaptive_optax.transforms.adam import ScaleByAdamState, moments_of
-from adaptive_optax.transforms.rms import ScaleByRmsState
-
-_WITH_MOMENTS = (ScaleByAdamState, ScaleByRmsState)
 
 
 def state_bytes(opt_state: OptState) -> int:
@@ -41,7 +38,8 @@ def convert_storage(
 ) -> OptState:
     """Converts a live state to other storage formats, so that the run continues from the same point.
 
-    It converts all states of `scale_by_adam` and `scale_by_rms`, at any depth. Build the transformation that
+    It converts all states of `scale_by_adam` and `scale_by_rms`, and others that declare their moments
+    (`carries_moments`), at any depth. Build the transformation that
     continues the run with the same formats. (`scale_by_rms` has one `storage` for both moments, so pass the
     same format in both arguments.)
 
@@ -68,40 +66,30 @@ def convert_storage(
         >>> ao.state_bytes(state), ao.state_bytes(smaller)
         (131109, 49453)
     """
-    if not states_of(_WITH_MOMENTS, opt_state):
+    kinds = types_with_moments()
+    if not states_of(kinds, opt_state):
         raise ValueError(
             "convert_storage: opt_state must hold a state of scale_by_adam or scale_by_rms, got a "
             f"{type(opt_state).__name__} without one."
         )
-    return replace_states(_WITH_MOMENTS, opt_state, lambda state: _converted(state, mu_storage, nu_storage))
+    storages: dict[Role, Storage | str | None] = {"mu": mu_storage, "nu": nu_storage}
+    return replace_states(kinds, opt_state, lambda state: _converted(state, storages))
 
 
-def _converted(state: Any, mu_storage: Any, nu_storage: Any) -> Any:
-    if isinstance(state, ScaleByAdamState):
-        mu, nu, nu_max = moments_of(state)
-        decays = _known(b1=state.b1), _known(b2=state.b2)
-    else:
-        mu, nu, nu_max = dense(state.mu), dense(state.nu), None
-        decays = (_known(decay=state.decay),) * 2
+def _converted(state: Any, storages: dict[Role, Storage | str | None]) -> Any:
+    moments, values = moments_declared_by(type(state)), moments_of(state)
     converted = {}
-
-    def convert(role: Role, given, decay, **moments):
+    for field, moment in moments.items():
+        given = storages[moment.role]
         if given is None:
-            return
-        storage = as_storage(f"{role}_storage", given, **decay)
-        for field, values in moments.items():
-            if values is not None:
-                moment = encode_as(storage, values, count=unwrapped(state.count), role=role)
-                converted[field] = _wrapped_like(state.count, moment)
-
-    convert("mu", mu_storage, decays[0], mu=mu)
-    convert("nu", nu_storage, decays[1], nu=nu, nu_max=nu_max)
+            continue
+        decay = known_scalar(getattr(state, moment.decay)) if moment.decay else None
+        decays = {} if decay is None else {moment.decay: decay}
+        storage = as_storage(given, f"{moment.role}_storage", **decays)
+        if values[field] is not None:
+            new = encode_as(storage, values[field], count=unwrapped(state.count), role=moment.role)
+            converted[field] = _wrapped_like(state.count, new)
     return state._replace(**converted)
-
-
-def _known(**scalars: Any) -> dict[str, float]:
-    known = {name: known_scalar(value) for name, value in scalars.items()}
-    return {name: value for name, value in known.items() if value is not None}
 
 
 def _wrapped_like(scalar: Any, moment: Any) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from adaptive_optax._core.precision import widen
+from adaptive_optax._core.precision import wide_dtype, widen
 from adaptive_optax._core.trees import Moment, PyTree
 from adaptive_optax._core.values import static_value
 from adaptive_optax.moments.bfloat16 import BFloat16
@@ -16,17 +16,25 @@ from adaptive_optax.moments.storage import CompressedMoment, Float32, Role, Stor
 _BY_NAME = {"float32": Float32(), "bfloat16": BFloat16(), "int8": Int8()}
 
 
-def as_storage(name: str, value: Storage | str, **decays: Any) -> Storage:
-    """Resolves the storage given as the argument `name`.
+def as_storage(value: Storage | str, name: str = "storage", **decays: Any) -> Storage:
+    """Returns the storage that a user gave as an argument of a transformation, after checks.
 
     Args:
-        name: The name of the argument, for the message.
-        value: The value given by the user.
-        **decays: The decay of the moment to store, keyed by the name of its argument.
+        value: A `Storage`, "float32", "bfloat16" or "int8".
+        name: The name of the argument, for errors.
+        **decays: The decay of the moment to store, a number or a schedule, keyed by the name of its argument.
+
+    Returns:
+        The storage.
 
     Raises:
         ValueError: If the value is not a storage, breaks the interface of one, or cannot represent the
             changes of a moment with this decay.
+
+    Example:
+        >>> import adaptive_optax as ao
+        >>> ao.as_storage("bfloat16", decay=0.9)
+        BFloat16(rounding='stochastic')
     """
     if isinstance(value, str) and value in _BY_NAME:
         value = _BY_NAME[value]
@@ -48,8 +56,10 @@ def as_storage(name: str, value: Storage | str, **decays: Any) -> Storage:
 
 
 def is_rounded(moment: PyTree) -> bool:
-    """Whether a moment is stored at lower precision than it is computed."""
-    return isinstance(moment, CompressedMoment) or any(x.dtype.itemsize < 4 for x in jax.tree.leaves(moment))
+    """Whether a moment is kept in fewer bits than it is computed with: compressed, or in a narrower dtype."""
+    return isinstance(moment, CompressedMoment) or any(
+        x.dtype != wide_dtype(x) for x in jax.tree.leaves(moment)
+    )
 
 
 def encode_like(moment: PyTree, values: PyTree, *, count: jax.Array, role: Role) -> Any:

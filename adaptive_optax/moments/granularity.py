@@ -315,7 +315,23 @@ _BY_NAME = {"coordinate": Coordinate(), "tensor": Tensor(), "global": Global()}
 
 
 def as_granularity(value: Granularity | str, name: str = "granularity") -> Granularity:
-    """Resolves the granularity given as an argument."""
+    """Returns the granularity that a user gave as an argument of a transformation.
+
+    Args:
+        value: A `Granularity`, "coordinate", "tensor" or "global".
+        name: The name of the argument, for errors.
+
+    Returns:
+        The granularity.
+
+    Raises:
+        ValueError: If the value is none of these.
+
+    Example:
+        >>> import adaptive_optax as ao
+        >>> ao.as_granularity("tensor")
+        Tensor(reduce='mean')
+    """
     if isinstance(value, Granularity):
         return value
     if isinstance(value, str) and value in _BY_NAME:
@@ -331,6 +347,16 @@ def is_own_statistic(statistic: tuple[int, ...], leaf: tuple[int, ...]) -> bool:
     if not statistic:
         return True
     return len(statistic) == len(leaf) and all(n in (1, m) for n, m in zip(statistic, leaf, strict=True))
+
+
+def regrouped(x: jax.Array, leaf: tuple[int, ...], shape: tuple[int, ...]) -> jax.Array | None:
+    """Returns a leaf's own statistic at another granularity, in `shape`: the mean over what its groups share.
+
+    None if `shape`, or that of x, is not one of the leaf's own statistics.
+    """
+    if not (is_own_statistic(jnp.shape(x), leaf) and is_own_statistic(shape, leaf)):
+        return None
+    return mean_over_groups(jnp.broadcast_to(x, leaf), shape)
 
 
 def mean_over_groups(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:

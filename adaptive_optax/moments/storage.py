@@ -83,7 +83,16 @@ class Storage(abc.ABC):
 
 @runtime_checkable
 class CompressedMoment(Protocol):
-    """A NamedTuple that decodes itself, for a moment whose arrays are not its values."""
+    """Interface for a NamedTuple that decodes itself, for a moment whose arrays are not its values.
+
+    A `Storage` that needs more than a tree of floating arrays makes such moments. Nothing has to be derived
+    from this class: the two methods are enough.
+
+    Example:
+        >>> import adaptive_optax as ao, jax.numpy as jnp
+        >>> isinstance(ao.Int8().init(jnp.ones(64), "mu"), ao.CompressedMoment)
+        True
+    """
 
     def decoded(self) -> PyTree:
         """Returns the values, as `Storage.decode` does without a floor."""

@@ -15,11 +15,12 @@ import numpy as np
 from adaptive_optax._core.paths import paths_and_leaves
 from adaptive_optax._core.precision import abs_square, scale
 from adaptive_optax._core.sharding import replicated_like
-from adaptive_optax._core.states import states_of
+from adaptive_optax._core.states import children, states_of
 from adaptive_optax._core.trees import PyTree
 from adaptive_optax.hyperparams import learning_rates
+from adaptive_optax.moments.carried import moments_of
 from adaptive_optax.moments.granularity import is_own_statistic, mean_over_groups
-from adaptive_optax.transforms.adam import ScaleByAdamState, corrected_bound_sq, moments_of
+from adaptive_optax.transforms.adam import ScaleByAdamState, corrected_bound_sq
 
 _LOWEST, BINS = -33, 40  # octaves
 HISTOGRAM_EDGES = 2.0 ** np.arange(_LOWEST, _LOWEST + BINS + 1)
@@ -86,8 +87,7 @@ def _with_rates(node: Any) -> list[tuple[ScaleByAdamState, jax.Array | None]]:
     rates = learning_rates(node) if states else []
     if len(rates) <= 1 or isinstance(node, ScaleByAdamState):
         return [(state, rates[0] if rates else None) for state in states]
-    children = node.values() if isinstance(node, dict) else node
-    return [found for child in children for found in _with_rates(child)]
+    return [found for _, child in children(node) for found in _with_rates(child)]
 
 
 def _pooled(leaves: list[_Leaf | None], dtype: Any) -> tuple[Statistics, Statistics]:
@@ -150,7 +150,8 @@ def _undefined(dtype: Any, shape: tuple[int, ...]) -> tuple[Statistics, Statisti
 
 
 def _leaves_of(state: ScaleByAdamState, rate: jax.Array | None, dtype: Any) -> dict[str, _Leaf]:
-    first, second, largest = (dict(paths_and_leaves(moment)) for moment in moments_of(state))
+    moments = moments_of(state)
+    first, second, largest = (dict(paths_and_leaves(moments[name])) for name in ("mu", "nu", "nu_max"))
     is_shared = second.keys() != first.keys()
     if is_shared:  # by all leaves, or by labels, whose leaves the state does not reveal
         values = list(second.values())

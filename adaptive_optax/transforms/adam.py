@@ -27,10 +27,11 @@ from adaptive_optax._core.ranges import check_hyperparameter
 from adaptive_optax._core.state_check import Settings, check_state
 from adaptive_optax._core.states import carries_hyperparameters, unwrapped
 from adaptive_optax._core.transformation import transformation
-from adaptive_optax._core.trees import Count, Moment, PyTree, Scalar, by_leaf
+from adaptive_optax._core.trees import Count, Moment, Scalar, by_leaf
 from adaptive_optax._core.values import as_hyperparameter, static_value, value_at
+from adaptive_optax.moments.carried import Moment, Values, carries_moments
 from adaptive_optax.moments.ema import Decay, decay_at, ema, ema_weight, weight_error
-from adaptive_optax.moments.formats import as_storage, dense, is_rounded
+from adaptive_optax.moments.formats import as_storage
 from adaptive_optax.moments.granularity import (
     Granularity,
     as_granularity,
@@ -41,6 +42,26 @@ from adaptive_optax.moments.storage import Storage, as_nearest
 from adaptive_optax.transforms.direction import Bound, over_root, root_of
 
 
+def _raise_nu(state: Any, values: Values) -> Values:
+    """Raises second moments to `least_nu`, as decoding a lossy format does, if shapes reveal the groups."""
+    mu, nu, bound_sq = values["mu"], values["nu"], unwrapped(state.bound_sq)
+    if jax.tree.structure(nu) != jax.tree.structure(mu):  # shared by several leaves
+        return values
+
+    def leaf(v, m):
+        if not is_own_statistic(v.shape, m.shape):
+            return v
+        return jnp.maximum(v, least_nu(mean_over_groups(abs_square(m), v.shape), bound_sq))
+
+    return values | {"nu": jax.tree.map(leaf, nu, mu)}
+
+
+@carries_moments(
+    _raise_nu,
+    mu=Moment("mu", weight="mu_weight", decay="b1"),
+    nu=Moment("nu", weight="nu_weight", decay="b2"),
+    nu_max=Moment("nu", decay="b2"),
+)
 @carries_hyperparameters("b1", "b2", "eps")
 class ScaleByAdamState(NamedTuple):
     """State of `scale_by_adam`.
@@ -192,10 +213,10 @@ def scale_by_adam(
     if mu_dtype is not None and mu_storage != "float32":
         raise ValueError(f"Give mu_dtype or mu_storage, not both, got {mu_dtype!r} and {mu_storage!r}.")
     if mu_dtype is None:
-        mu_storage = as_storage("mu_storage", mu_storage, b1=b1)
+        mu_storage = as_storage(mu_storage, "mu_storage", b1=b1)
     else:
-        mu_storage = as_storage("mu_dtype", as_nearest("mu_dtype", mu_dtype), b1=b1)
-    nu_storage = as_storage("nu_storage", nu_storage, b2=b2)
+        mu_storage = as_storage(as_nearest("mu_dtype", mu_dtype), "mu_dtype", b1=b1)
+    nu_storage = as_storage(nu_storage, "nu_storage", b2=b2)
     known_b1, known_b2 = static_value(b1), static_value(b2)
     if known_b1 is not None and known_b2 is not None and 0 < known_b1 and known_b1**2 >= known_b2:
         warnings.warn(f"b1**2 >= b2 ({b1}**2 >= {b2}): Adam's direction has no bound.", stacklevel=2)
@@ -374,27 +395,6 @@ def least_nu(pooled_mu: Any, bound_sq: jax.Array) -> Any:
     is_bounded = bound_sq > 0
     inverse = jnp.where(is_bounded, 1 / jnp.where(is_bounded, bound_sq, 1), 0)
     return jax.tree.map(lambda m2: scale(m2, inverse), pooled_mu)
-
-
-def raised_to_least(nu: PyTree, mu: PyTree, bound_sq: jax.Array) -> Any:
-    """Raises second moments to `least_nu`, as decoding a lossy format does, if shapes reveal the groups."""
-    if jax.tree.structure(nu) != jax.tree.structure(mu):  # shared by several leaves
-        return nu
-
-    def leaf(v, m):
-        if not is_own_statistic(v.shape, m.shape):
-            return v
-        return jnp.maximum(v, least_nu(mean_over_groups(abs_square(m), v.shape), bound_sq))
-
-    return jax.tree.map(leaf, nu, mu)
-
-
-def moments_of(state: ScaleByAdamState) -> tuple[Any, Any, Any]:
-    """Returns `mu`, `nu` and `nu_max` as the next step will decode them, whatever their storage."""
-    mu, nu = dense(state.mu), dense(state.nu)
-    if is_rounded(state.mu) or is_rounded(state.nu):
-        nu = raised_to_least(nu, mu, unwrapped(state.bound_sq))
-    return mu, nu, dense(state.nu_max)
 
 
 def scalars_after(steps: int, b1: float, b2: float) -> dict[str, float]:

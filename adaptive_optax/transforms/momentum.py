@@ -86,7 +86,7 @@ def trace(
     """
     decay = as_hyperparameter("decay", decay)
     check_bool("nesterov", nesterov)
-    storage = as_storage("accumulator_dtype", as_nearest("accumulator_dtype", accumulator_dtype), decay=decay)
+    storage = as_storage(as_nearest("accumulator_dtype", accumulator_dtype), "accumulator_dtype", decay=decay)
 
     def init_fn(params):
         schedule = schedule_state(decay)

@@ -31,6 +31,7 @@ from adaptive_optax._core.states import carries_hyperparameters
 from adaptive_optax._core.transformation import transformation
 from adaptive_optax._core.trees import Count, Moment, Scalar, by_leaf
 from adaptive_optax._core.values import as_hyperparameter, value_at
+from adaptive_optax.moments.carried import Moment, carries_moments
 from adaptive_optax.moments.ema import Decay, decay_at, ema, ema_weight, weight_error
 from adaptive_optax.moments.formats import as_storage
 from adaptive_optax.moments.granularity import Granularity, as_granularity
@@ -42,6 +43,10 @@ from adaptive_optax.transforms.direction import Bound, over_root, root_of
 _CENTERED_FLOOR = 0.01
 
 
+@carries_moments(
+    mu=Moment("mu", decay="decay"),
+    nu=Moment("nu", weight="nu_weight", decay="decay"),
+)
 @carries_hyperparameters("decay", "eps")
 class ScaleByRmsState(NamedTuple):
     """State of `scale_by_rms`.
@@ -147,7 +152,7 @@ def scale_by_rms(
     check_bool("bias_correction", bias_correction)
     check_bool("centered", centered)
     granularity = as_granularity(granularity)
-    storage = as_storage("storage", storage, decay=decay)
+    storage = as_storage(storage, decay=decay)
 
     def init_fn(params):
         dtype = scalar_dtype(params)
