@@ -30,7 +30,7 @@ from adaptive_optax._core.states import (
     unwrapped,
     with_children,
 )
-from adaptive_optax._core.transformation import transformation, with_array_state
+from adaptive_optax._core.transformation import transformation, with_array_state, with_stable_dtypes
 from adaptive_optax._core.trees import Count, Flag, OptState, PyTree
 from adaptive_optax._core.values import value_at
 
@@ -208,7 +208,10 @@ def inject_hyperparams(
         def init_fn(params):
             given = start()[1]
             inner = build(given)
-            inner_state = _with_stable_dtypes(inner, inner.init(params), params)
+            inner_state = inner.init(params)
+            if any(map(is_low_precision, jax.tree.leaves(params))):
+                # optax creates states in the parameters' dtype, and float32 hyperparameters then widen them.
+                inner_state = with_stable_dtypes(inner, inner_state, params, params)
             return own_init(params)._replace(hyperparams=given, inner_state=inner_state)
 
         def update_fn(updates, state, params=None, **extra_args):
@@ -286,20 +289,6 @@ def _stays_integer(value: Any, default: Any, hint: Any) -> bool:
     members = set(typing.get_args(hint)) or {hint}
     is_real = float in members and int not in members
     return not is_real and _is_integer(value) and _is_integer(default)
-
-
-def _with_stable_dtypes(inner: optax.GradientTransformationExtraArgs, state: Any, params: Any) -> Any:
-    """Casts a fresh state to the dtypes that its first update gives it.
-
-    optax creates states in the parameters' dtype, and float32 hyperparameters then widen them.
-    """
-    if not any(is_low_precision(x) for x in jax.tree.leaves(params)):
-        return state
-    try:
-        _, later = jax.eval_shape(inner.update, params, state, params)
-    except TypeError:  # update needs an extra argument that only its caller has
-        return state
-    return jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), state, later)
 
 
 def get_hyperparams(opt_state: OptState) -> dict[str, jax.Array]:

@@ -110,6 +110,17 @@ def with_array_state(inner: optax.GradientTransformation) -> optax.GradientTrans
     )
 
 
+def with_stable_dtypes(
+    inner: optax.GradientTransformationExtraArgs, state: Any, updates: Any, params: Any
+) -> Any:
+    """Casts a fresh state to the dtypes that a first update with such updates gives it."""
+    try:
+        _, later = jax.eval_shape(inner.update, updates, state, params)
+    except (TypeError, ValueError):  # update needs an extra argument that only its caller has
+        return state
+    return jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), state, later)
+
+
 def _numbers_as_arrays(tree: Any) -> Any:
     def leaf(x):
         return jnp.asarray(x, jnp.result_type(x)) if isinstance(x, bool | int | float | complex) else x

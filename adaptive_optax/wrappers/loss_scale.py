@@ -14,7 +14,7 @@ from adaptive_optax._core.precision import divide, incremented, scalar_dtype, sc
 from adaptive_optax._core.ranges import check_hyperparameter
 from adaptive_optax._core.state_check import check_state
 from adaptive_optax._core.states import one_state_of, unwrapped
-from adaptive_optax._core.transformation import transformation, with_array_state
+from adaptive_optax._core.transformation import transformation, with_array_state, with_stable_dtypes
 from adaptive_optax._core.trees import Count, OptState, Scalar
 from adaptive_optax._core.values import static_value, value_at
 from adaptive_optax.wrappers.reject_nonfinite import reject_nonfinite
@@ -141,7 +141,7 @@ def dynamic_loss_scale(
 
     def init_fn(params):
         state: Any = rejecting.init(params)
-        stable = _with_stable_dtypes(inner, state.inner_state, params)
+        stable = with_stable_dtypes(inner, state.inner_state, widen(params), params)
         return own_init(params)._replace(inner_state=state._replace(inner_state=stable))
 
     def update_fn(updates, state: Any, params=None, **extra_args):
@@ -165,15 +165,6 @@ def dynamic_loss_scale(
         )
 
     return transformation("dynamic_loss_scale", init_fn, update_fn)
-
-
-def _with_stable_dtypes(inner: optax.GradientTransformationExtraArgs, state: Any, params: Any) -> Any:
-    """Casts a fresh state to the dtypes that an update with float32 gradients gives it."""
-    try:
-        _, later = jax.eval_shape(inner.update, widen(params), state, params)
-    except (TypeError, ValueError):  # update needs an extra argument that only its caller has
-        return state
-    return jax.tree.map(lambda x, y: jnp.asarray(x, y.dtype), state, later)
 
 
 def get_loss_scale(opt_state: OptState) -> Scalar:
