@@ -13,14 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from adaptive_optax._core.paths import paths_and_leaves
-from adaptive_optax._core.precision import abs_square, scale
+from adaptive_optax._core.precision import abs_square
 from adaptive_optax._core.sharding import replicated_like
 from adaptive_optax._core.states import children, states_of
 from adaptive_optax._core.trees import PyTree
 from adaptive_optax.hyperparams import learning_rates
-from adaptive_optax.moments.carried import moments_of
 from adaptive_optax.moments.granularity import is_own_statistic, mean_over_groups
-from adaptive_optax.transforms.adam import ScaleByAdamState, corrected_bound_sq
+from adaptive_optax.transforms.adam import ScaleByAdamState, corrected_bound_sq, direction_parts
 
 _LOWEST, BINS = -33, 40  # octaves
 HISTOGRAM_EDGES = 2.0 ** np.arange(_LOWEST, _LOWEST + BINS + 1)
@@ -150,18 +149,15 @@ def _undefined(dtype: Any, shape: tuple[int, ...]) -> tuple[Statistics, Statisti
 
 
 def _leaves_of(state: ScaleByAdamState, rate: jax.Array | None, dtype: Any) -> dict[str, _Leaf]:
-    moments = moments_of(state)
-    first, second, largest = (dict(paths_and_leaves(moments[name])) for name in ("mu", "nu", "nu_max"))
-    is_shared = second.keys() != first.keys()
+    mu_hat, nu_hat, roots = (dict(paths_and_leaves(part)) for part in direction_parts(state))
+    is_shared = nu_hat.keys() != mu_hat.keys()
     if is_shared:  # by all leaves, or by labels, whose leaves the state does not reveal
-        values = list(second.values())
+        values = list(nu_hat.values())
         if len(values) != 1 or values[0].ndim:
             return {}
-        second, largest = (
-            {path: x for x in moment.values() for path in first} for moment in (second, largest)
-        )
-    w1, w2, b1, eps, bound_sq = (
-        x.astype(dtype) for x in (state.mu_weight, state.nu_weight, state.b1, state.eps, state.bound_sq)
+        nu_hat, roots = ({path: x for x in part.values() for path in mu_hat} for part in (nu_hat, roots))
+    w1, w2, b1, bound_sq = (
+        x.astype(dtype) for x in (state.mu_weight, state.nu_weight, state.b1, state.bound_sq)
     )
     is_stepped = w1 > 0
     w1, w2, bound_sq = (jnp.where(is_stepped, x, 1) for x in (w1, w2, bound_sq))
@@ -169,15 +165,12 @@ def _leaves_of(state: ScaleByAdamState, rate: jax.Array | None, dtype: Any) -> d
     one_over_n = (1 - b1) / (1 + b1) * (2 - w1) / w1  # the variance of m-hat as a fraction of the gradient's
     is_noise = 1 - one_over_n > _LEAST_NOISE
     found = {}
-    for path, m in first.items():
-        if not is_own_statistic(second[path].shape, m.shape):
+    for path, m in mu_hat.items():
+        v, root = nu_hat[path], roots[path]
+        if not is_own_statistic(v.shape, m.shape):
             continue  # a granularity with its own `spread`, which the state does not reveal
-        m, v = scale(m, 1 / w1), scale(second[path], 1 / w2)
         total = jnp.sum(v / max(v.size, 1))
         mean_sq = jnp.sum(abs_square(m) / max(m.size, 1))
-        used = largest.get(path)  # of amsgrad, already bias-corrected
-        used = v if used is None else used
-        root = jnp.sqrt(used) + eps.astype(v.dtype)
         lengths = mean_over_groups(jnp.where(root == 0, 0, abs_square(m) / jnp.square(root)), v.shape)
         rates = (jnp.zeros((), dtype) if rate is None else rate).astype(v.dtype) / root
         found[path] = _Leaf(
@@ -188,7 +181,7 @@ def _leaves_of(state: ScaleByAdamState, rate: jax.Array | None, dtype: Any) -> d
             counts=_counts(rates).astype(dtype) * (m.size / max(v.size, 1)),  # coordinates per value
             is_noise=is_noise,
             is_stepped=is_stepped,
-            is_own=not is_shared or len(first) == 1,
+            is_own=not is_shared or len(mu_hat) == 1,
             is_rated=rate is not None,
         )
     if is_shared:  # the leaves form one group

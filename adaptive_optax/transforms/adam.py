@@ -29,7 +29,7 @@ from adaptive_optax._core.states import carries_hyperparameters, unwrapped
 from adaptive_optax._core.transformation import transformation
 from adaptive_optax._core.trees import Count, Moment, Scalar, by_leaf
 from adaptive_optax._core.values import as_hyperparameter, static_value, value_at
-from adaptive_optax.moments.carried import Moment, Values, carries_moments
+from adaptive_optax.moments.carried import Moment, Values, carries_moments, moments_of
 from adaptive_optax.moments.ema import Decay, decay_at, ema, ema_weight, weight_error
 from adaptive_optax.moments.formats import as_storage
 from adaptive_optax.moments.granularity import (
@@ -291,9 +291,9 @@ def scale_by_adam(
             mu=mu_storage.encode(state.mu, mu, count=count, role="mu"),
             nu=nu_storage.encode(state.nu, nu, count=count, role="nu"),
             nu_max=nu_storage.encode(state.nu_max, nu_max, count=count, role="nu") if amsgrad else None,
-            b1=value_at(b1, state.count, dtype),
-            b2=value_at(b2, state.count, dtype),
-            eps=value_at(eps, state.count, dtype),
+            b1=value_at(d1.keep, state.count, dtype),
+            b2=value_at(d2.keep, state.count, dtype),
+            eps=value_at(step.eps, state.count, dtype),
             mu_weight=mu_weight,
             nu_weight=nu_weight,
             bound_sq=_next_bound_sq(stretch * state.bound_sq, d1, d2),
@@ -383,6 +383,28 @@ def _next_bound_sq(bound_sq: jax.Array, d1: Decay, d2: Decay) -> jax.Array:
 
 
 # ---- Quantities derived from the state, for telemetry and conversions of states. ----
+
+
+class DirectionParts(NamedTuple):
+    """The parts of a direction u = mu_hat / root, and the second moment in the root."""
+
+    mu_hat: PyTree
+    nu_hat: PyTree
+    root: PyTree
+
+
+def direction_parts(state: ScaleByAdamState) -> DirectionParts:
+    """Returns the parts of the last direction, or zeros and eps before the first step.
+
+    A state does not tell the variants of its transformation: this is the form of `eps_form="paper"` with bias
+    correction, without `eps_root` and `nesterov`. The largest second moment of `amsgrad` is in the root.
+    """
+    moments = moments_of(state)
+    mu_weight, nu_weight = (jnp.where(w > 0, w, 1) for w in (state.mu_weight, state.nu_weight))
+    nu_hat = scaled(moments["nu"], 1 / nu_weight)
+    in_root = nu_hat if moments["nu_max"] is None else moments["nu_max"]  # which is corrected already
+    root = jax.tree.map(lambda v: root_of(v, state.eps, 0.0), in_root)
+    return DirectionParts(scaled(moments["mu"], 1 / mu_weight), nu_hat, root)
 
 
 def corrected_bound_sq(bound_sq: jax.Array, mu_weight: Any, nu_weight: Any) -> jax.Array:
