@@ -174,7 +174,7 @@ def _share_of_newest(state: Any, power: Any, decay: Any) -> tuple[jax.Array, Any
         weight = -jnp.expm1(count.astype(dtype) * math.log(decays.keep))
     else:
         weight = ema_weight(state.weight, decays)
-    used = value_at(decay, state.count, dtype)
+    used = value_at(decays.keep, state.count, dtype)
     return decays.take / weight, state._replace(count=count, decay=used, weight=weight)
 
 

@@ -182,23 +182,18 @@ def scale_by_rms(
         nu_weight = ema_weight(state.nu_weight, b)
         eps_root, eps_outside = (eps_t, 0.0) if eps_in_sqrt else (0.0, eps_t)
         step = _Step(b, eps_outside, eps_root, 1 / nu_weight if bias_correction else 1.0)
-        g, old_nu = widen(updates), storage.decode(state.nu)
+        g, old_nu, mu = widen(updates), storage.decode(state.nu), None
         if centered:
             old_mu = storage.decode(state.mu)
             check_same_tree("scale_by_rms", "updates", g, "the state", old_mu)
             old_mu = as_wide_as(old_mu, g)
             if bias_correction:
-                b = _corrected(b, state.nu_weight, nu_weight)
-            delta = jax.tree.map(lambda g, m: g - m, g, old_mu)
-            mu = ema(old_mu, g, b)
+                step = step._replace(decay=_corrected(b, state.nu_weight, nu_weight))
+            delta, mu = _first_moment(step, g, old_mu)
             squares = granularity.pool(abs_square(delta))
             old_nu = as_wide_as(old_nu, squares)
-            nu = jax.tree.map(lambda s, q: scale(s + scale(q, b.take), b.keep), old_nu, squares)
-            floor = granularity.pool(abs_square(mu))
-            second = jax.tree.map(lambda s, m2: jnp.maximum(s, _CENTERED_FLOOR * (s + m2)), nu, floor)
-            root = jax.tree.map(lambda v: root_of(v, eps_outside, eps_root), second)
+            nu, root = _centered_second_moment(step, old_nu, squares, granularity.pool(abs_square(mu)))
         else:
-            mu = None
             squares = granularity.pool(abs_square(g))
             check_same_tree("scale_by_rms", "updates", squares, "the state", old_nu)
             nu, root = _second_moment(step, old_nu, squares)
@@ -207,8 +202,8 @@ def scale_by_rms(
             count=count,
             mu=storage.encode(state.mu, mu, count=count, role="mu") if centered else None,
             nu=storage.encode(state.nu, nu, count=count, role="nu"),
-            decay=value_at(decay, state.count, dtype),
-            eps=value_at(eps, state.count, dtype),
+            decay=value_at(b.keep, state.count, dtype),
+            eps=value_at(eps_t, state.count, dtype),
             nu_weight=nu_weight,
         )
 
@@ -244,6 +239,22 @@ def _second_moment(step: _Step, nu: jax.Array, squares: jax.Array) -> tuple[jax.
     """For one leaf of statistics: v_t and the root to divide by."""
     nu = ema(nu, squares, step.decay)
     return nu, root_of(scaled(nu, step.nu_factor), step.eps, step.eps_root)
+
+
+@by_leaf(like=("g", "mu"))
+def _first_moment(step: _Step, g: jax.Array, mu: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """For one leaf: delta_t and m_t."""
+    return g - mu, ema(mu, g, step.decay)
+
+
+@by_leaf(like=("nu", "squares"))
+def _centered_second_moment(
+    step: _Step, nu: jax.Array, squares: jax.Array, mean_sq: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """For one leaf of statistics: s_t and the root to divide by, given q(delta_t) and q(m_t)."""
+    nu = scale(nu + scale(squares, step.decay.take), step.decay.keep)
+    floored = jnp.maximum(nu, _CENTERED_FLOOR * (nu + mean_sq))
+    return nu, root_of(floored, step.eps, step.eps_root)
 
 
 @by_leaf(like="g")
