@@ -14,6 +14,8 @@ from halves import Halves
 from lossy import Lossy
 
 import adaptive_optax as ao
+from adaptive_optax.moments.formats import CHECKED
+from adaptive_optax.moments.storage import NearestCast, check_storage
 
 PAGE = (Path(__file__).parents[1] / "docs" / "extending.md").read_text()
 RNG = np.random.default_rng(5)
@@ -207,6 +209,34 @@ def test_a_storage_that_others_could_not_read_is_refused(kind, argument):
 def test_a_plain_storage_needs_nothing_more():
     state = trained(ao.scale_by_adam(mu_storage=Plain(), nu_storage=Plain()))
     jax.tree.map(np.testing.assert_array_equal, ao.dense(state.mu), state.mu)
+
+
+OWN = [
+    ao.Float32(),
+    ao.BFloat16(),
+    ao.BFloat16("nearest"),
+    ao.Int8(),
+    ao.Int8(block_size=16, min_size=1),
+    NearestCast(jnp.dtype(jnp.float16)),
+    NearestCast(jnp.dtype(jnp.bfloat16)),
+]
+
+
+@pytest.mark.parametrize("storage", OWN, ids=repr)
+def test_the_library_s_own_formats_pass_the_check(storage):
+    assert type(storage) in CHECKED
+    check_storage("storage", storage)
+
+
+def test_every_format_that_is_built_unchecked_is_checked_here():
+    assert set(CHECKED) == set(map(type, OWN))
+
+    class Deeper(ao.Float32):
+        def init(self, params_like, role):
+            return jax.tree.map(lambda x: jnp.ones(x.shape, jnp.float32), params_like)
+
+    with pytest.raises(ValueError, match="decode to zeros"):
+        ao.scale_by_adam(mu_storage=Deeper())
 
 
 def test_a_storage_is_checked_inside_a_trace_too():
