@@ -243,6 +243,27 @@ def scale_by_adam(
             bound_sq=jnp.zeros((), dtype),
         )
 
+    def numerator_factors(d1, mu_weight):
+        """The factors of m and g in the numerator; None for no g."""
+        if not nesterov:
+            return (1 / mu_weight if bias_correction else 1.0), None
+        if not bias_correction:
+            return d1.keep, d1.take
+        return d1.keep / ema_weight(mu_weight, d1), d1.take / mu_weight
+
+    def decoded_nu(state, old_mu):
+        """The second moment, raised to its lower bound where a format may have rounded it to less."""
+
+        def smallest():
+            stored = jax.eval_shape(nu_storage.decode, state.nu)
+            least = least_nu(granularity.pool(abs_square(old_mu)), state.bound_sq)
+            return jax.tree.map(lambda low, v: cast(low, v.dtype), least, stored)
+
+        nu = nu_storage.decode(state.nu, lower=smallest)
+        if needs_floor and nu_storage.relative_error < math.inf:
+            nu = jax.tree.map(jnp.maximum, nu, smallest())
+        return nu
+
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         check_state("scale_by_adam", state, init_fn, "updates", updates, _SETTINGS)
@@ -250,12 +271,7 @@ def scale_by_adam(
         d1, d2 = decay_at(b1, state.count, dtype), decay_at(b2, state.count, dtype)
         count = incremented(state.count)
         mu_weight, nu_weight = ema_weight(state.mu_weight, d1), ema_weight(state.nu_weight, d2)
-        mu_factor = 1 / mu_weight if bias_correction else 1.0
-        g_factor = None
-        if nesterov:
-            mu_factor, g_factor = d1.keep, d1.take
-            if bias_correction:
-                mu_factor, g_factor = mu_factor / ema_weight(mu_weight, d1), g_factor / mu_weight
+        mu_factor, g_factor = numerator_factors(d1, mu_weight)
         step = _Step(
             d1=d1,
             d2=d2,
@@ -272,15 +288,7 @@ def scale_by_adam(
         check_same_tree("scale_by_adam", "updates", g, "the state", old_mu)
         check_real("scale_by_adam", "updates", g, "the state", old_mu)
         old_mu = as_wide_as(old_mu, g)
-
-        def smallest_nu():
-            stored = jax.eval_shape(nu_storage.decode, state.nu)
-            least = least_nu(granularity.pool(abs_square(old_mu)), state.bound_sq)
-            return jax.tree.map(lambda low, v: cast(low, v.dtype), least, stored)
-
-        old_nu = nu_storage.decode(state.nu, lower=smallest_nu)
-        if needs_floor and nu_storage.relative_error < math.inf:
-            old_nu = jax.tree.map(jnp.maximum, old_nu, smallest_nu())
+        old_nu = decoded_nu(state, old_mu)
         squares = granularity.pool(abs_square(g))
         old_max = as_wide_as(nu_storage.decode(state.nu_max), squares) if amsgrad else None
         nu, nu_max, root = _second_moment(step, old_nu, old_max, squares)
@@ -302,15 +310,11 @@ def scale_by_adam(
     def max_ratio(state):
         dtype = state.bound_sq.dtype
         d1, d2 = decay_at(b1, state.count - 1, dtype), decay_at(b2, state.count - 1, dtype)
-        if not bias_correction:
-            mu_weight = nu_weight = 1.0
-        else:
-            mu_weight, nu_weight = state.mu_weight, state.nu_weight
+        mu_weight, nu_weight = (state.mu_weight, state.nu_weight) if bias_correction else (1.0, 1.0)
         squared = corrected_bound_sq(state.bound_sq, mu_weight, nu_weight)
         if nesterov:
-            next_weight = ema_weight(state.mu_weight, d1) if bias_correction else 1.0
             # The newest gradient enters both terms of the numerator, the older ones the first only.
-            from_mu, from_g = d1.keep / next_weight, d1.take / mu_weight
+            from_mu, from_g = numerator_factors(d1, state.mu_weight)
             older = state.bound_sq - d1.take**2 / d2.take
             squared = (from_mu**2 * older + (from_mu * d1.take + from_g) ** 2 / d2.take) * nu_weight
         return jnp.sqrt(squared) * (1 + weight_error(d2, dtype))

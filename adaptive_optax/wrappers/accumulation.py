@@ -168,28 +168,10 @@ def accumulate_gradients(
         raise ValueError(f"on_reject={on_reject!r} needs drop_nonfinite=True; otherwise nothing is dropped.")
     inner = with_array_state(inner)
 
-    def own_init(params):
-        check_inexact("accumulate_gradients", "params", params)
-        dtype = scalar_dtype(params)
-
-        def zero(dtype=dtype):  # a new array each time, because a state that repeats one cannot be donated
-            return jnp.zeros((), dtype)
-
-        return AccumulateGradientsState(
-            count=zero(jnp.int32),
-            micro_step=zero(jnp.int32),
-            contributing=zero(jnp.int32),
-            took_part=jnp.ones((), jnp.bool_),
-            dropped=zero(jnp.int32),
-            dropped_in_a_row=zero(jnp.int32),
-            inner_state=None,
-            total=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide_dtype(p)), params),
-            weight=zero(),
-            weight_sq=zero(),
-            square=zero(),
-            signal=zero(),
-            noise=zero(),
-        )
+    def own_init(
+        params,
+    ):  # not `_fresh_state` itself: `check_state` keeps its results while the function lives
+        return _fresh_state(params)
 
     def init_fn(params):
         own, inner_state = own_init(params), inner.init(params)
@@ -229,25 +211,12 @@ def accumulate_gradients(
                 flags = jnp.isfinite(jnp.stack([*squares, w, square])) | ~is_dropped
                 report_first(on_reject, [*places, ("gradient norm", "")], flags)
 
-        def added(total, new):
-            return jnp.where(used, total + new, total)
-
-        total = jax.tree.map(lambda t, x: added(t, scale(x.astype(t.dtype), w)), state.total, g)
-        state = state._replace(
-            micro_step=incremented(state.micro_step),
-            contributing=state.contributing + used.astype(jnp.int32),
-            took_part=used,
-            dropped=jnp.where(is_dropped, incremented(state.dropped), state.dropped),
-            dropped_in_a_row=jnp.where(is_dropped, incremented(state.dropped_in_a_row), 0),
-            weight=added(state.weight, w),
-            weight_sq=added(state.weight_sq, w * w),
-            square=added(state.square, w * square),
-        )
+        state = _with_micro_batch(state, g, w, square, used, is_dropped)
         k = jnp.round(value_at(every, state.count, dtype)).astype(jnp.int32) if callable(every) else every
         complete = (state.micro_step >= k) | jnp.asarray(emit)
         emits = complete & (state.contributing > 0)
 
-        dtypes = [t.dtype for t in jax.tree.leaves(total)]
+        dtypes = [t.dtype for t in jax.tree.leaves(state.total)]
 
         def emission(total, inner_state):
             mean = jax.tree.map(lambda t: divide(t, state.weight), total)
@@ -275,30 +244,15 @@ def accumulate_gradients(
             return jax.tree.map(jnp.zeros_like, total), inner_state, state.signal, state.noise
 
         new_updates, inner_state, signal, noise = jax.lax.cond(
-            emits, emission, wait, total, state.inner_state
+            emits, emission, wait, state.total, state.inner_state
         )
         # Both branches of the cond return the same dtypes. Those of the updates are known once it is traced.
         leaves, treedef = jax.tree.flatten(new_updates)
         new_updates = treedef.unflatten([x.astype(d) for x, d in zip(leaves, dtypes, strict=True)])
 
-        def cleared(x):
-            return jnp.where(complete, jnp.zeros_like(x), x)
-
-        return new_updates, AccumulateGradientsState(
-            count=jnp.where(emits, incremented(state.count), state.count),
-            micro_step=cleared(state.micro_step),
-            contributing=cleared(state.contributing),
-            took_part=state.took_part,
-            dropped=state.dropped,
-            dropped_in_a_row=state.dropped_in_a_row,
-            inner_state=inner_state,
-            total=jax.tree.map(cleared, total),
-            weight=cleared(state.weight),
-            weight_sq=cleared(state.weight_sq),
-            square=cleared(state.square),
-            signal=signal,
-            noise=noise,
-        )
+        count = jnp.where(emits, incremented(state.count), state.count)
+        state = state._replace(count=count, inner_state=inner_state, signal=signal, noise=noise)
+        return new_updates, _cleared_if(complete, state)
 
     return transformation("accumulate_gradients", init_fn, update_fn)
 
@@ -354,6 +308,73 @@ def noise_scale(opt_state: OptState) -> Scalar:
 
 def _is_known_nonfinite(weight: Any) -> bool:
     return np.ndim(weight) == 0 and not isinstance(weight, Tracer) and not np.isfinite(weight)
+
+
+def _fresh_state(params: Any) -> AccumulateGradientsState:
+    """The state before the first micro-batch, without that of the inner transformation."""
+    check_inexact("accumulate_gradients", "params", params)
+    dtype = scalar_dtype(params)
+
+    def zero(dtype=dtype):  # a new array each time, because a state that repeats one cannot be donated
+        return jnp.zeros((), dtype)
+
+    return AccumulateGradientsState(
+        count=zero(jnp.int32),
+        micro_step=zero(jnp.int32),
+        contributing=zero(jnp.int32),
+        took_part=jnp.ones((), jnp.bool_),
+        dropped=zero(jnp.int32),
+        dropped_in_a_row=zero(jnp.int32),
+        inner_state=None,
+        total=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide_dtype(p)), params),
+        weight=zero(),
+        weight_sq=zero(),
+        square=zero(),
+        signal=zero(),
+        noise=zero(),
+    )
+
+
+def _with_micro_batch(
+    state: AccumulateGradientsState,
+    g: Any,
+    w: jax.Array,
+    square: jax.Array,
+    used: jax.Array,
+    is_dropped: jax.Array,
+) -> AccumulateGradientsState:
+    """Adds the gradients g of weight w and squared norm `square` to the sums, if they are used."""
+
+    def added(total, new):
+        return jnp.where(used, total + new, total)
+
+    return state._replace(
+        micro_step=incremented(state.micro_step),
+        contributing=state.contributing + used.astype(jnp.int32),
+        took_part=used,
+        dropped=jnp.where(is_dropped, incremented(state.dropped), state.dropped),
+        dropped_in_a_row=jnp.where(is_dropped, incremented(state.dropped_in_a_row), 0),
+        total=jax.tree.map(lambda t, x: added(t, scale(x.astype(t.dtype), w)), state.total, g),
+        weight=added(state.weight, w),
+        weight_sq=added(state.weight_sq, w * w),
+        square=added(state.square, w * square),
+    )
+
+
+def _cleared_if(complete: jax.Array, state: AccumulateGradientsState) -> AccumulateGradientsState:
+    """Starts a new window if one is complete."""
+
+    def cleared(x):
+        return jnp.where(complete, jnp.zeros_like(x), x)
+
+    return state._replace(
+        micro_step=cleared(state.micro_step),
+        contributing=cleared(state.contributing),
+        total=jax.tree.map(cleared, state.total),
+        weight=cleared(state.weight),
+        weight_sq=cleared(state.weight_sq),
+        square=cleared(state.square),
+    )
 
 
 def _averages(state: AccumulateGradientsState, big: jax.Array) -> tuple[jax.Array, jax.Array]:
