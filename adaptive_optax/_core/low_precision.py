@@ -8,15 +8,14 @@ round it each in its own way, and return q - p as the update, so that applying i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from adaptive_optax._core.paths import paths_and_leaves
-from adaptive_optax._core.random_bits import (
-    is_low_precision,
-)
+from adaptive_optax._core.random_bits import is_low_precision
 
 
 def in_float32(p: jax.Array) -> jax.Array:
@@ -33,8 +32,18 @@ def update_to_reach(p: jax.Array, target: jax.Array) -> jax.Array:
     return target - in_float32(p)
 
 
-def check_still_low(owner: str, params: Any, low: set[str]) -> None:
-    """Raises if parameters had 16 bits when the state was made, and a sum without a cast has widened them."""
+def for_low_precision(owner: str, params: Any, f: Callable[[jax.Array], jax.Array]) -> Any:
+    """Returns what is kept for each parameter: `f` of it if it has 16 bits, else a scalar 0 of its dtype."""
+    check_low_precision(owner, params)
+    return jax.tree.map(lambda p: f(p) if is_low_precision(p) else jnp.zeros((), p.dtype), params)
+
+
+def check_still_low(owner: str, params: Any, kept: Any) -> None:
+    """Raises if parameters had 16 bits when the state was made, and a sum without a cast has widened them.
+
+    `kept` is what `for_low_precision` made. If it was made in float32 for a scalar, this cannot be seen.
+    """
+    low = {path for path, x in paths_and_leaves(kept) if jnp.ndim(x) or is_low_precision(x)}
     for path, p in paths_and_leaves(params):
         if path in low and not is_low_precision(p):
             raise ValueError(

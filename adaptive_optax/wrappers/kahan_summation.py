@@ -10,17 +10,13 @@ import optax
 
 from adaptive_optax._core.checks import check_params, check_same_tree, check_transformation
 from adaptive_optax._core.low_precision import (
-    check_low_precision,
     check_still_low,
+    for_low_precision,
     in_float32,
     update_to_reach,
 )
-from adaptive_optax._core.paths import paths_and_leaves
 from adaptive_optax._core.precision import widen
-from adaptive_optax._core.random_bits import (
-    is_low_precision,
-    round_to_nearest,
-)
+from adaptive_optax._core.random_bits import is_low_precision, round_to_nearest
 from adaptive_optax._core.state_check import check_state
 from adaptive_optax._core.transformation import transformation, with_array_state
 from adaptive_optax._core.trees import OptState, Params, by_leaf
@@ -82,11 +78,7 @@ def kahan_summation(inner: optax.GradientTransformation) -> optax.GradientTransf
     inner = with_array_state(inner)
 
     def own_init(params):
-        check_low_precision("kahan_summation", params)
-        compensation = jax.tree.map(
-            lambda p: jnp.zeros_like(p) if is_low_precision(p) else jnp.zeros((), p.dtype), params
-        )
-        return KahanSummationState(None, compensation)
+        return KahanSummationState(None, for_low_precision("kahan_summation", params, jnp.zeros_like))
 
     def init_fn(params):
         return own_init(params)._replace(inner_state=inner.init(params))
@@ -94,8 +86,7 @@ def kahan_summation(inner: optax.GradientTransformation) -> optax.GradientTransf
     def update_fn(updates, state, params=None, **extra_args):
         check_params("kahan_summation", params)
         if isinstance(state, KahanSummationState):
-            low = {path for path, c in paths_and_leaves(state.compensation) if is_low_precision(c)}
-            check_still_low("kahan_summation", params, low)
+            check_still_low("kahan_summation", params, state.compensation)
         check_state("kahan_summation", state, own_init, "params", params)
         updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
         check_same_tree("kahan_summation", "updates", updates, "params", params)

@@ -10,17 +10,13 @@ import optax
 
 from adaptive_optax._core.checks import check_params, check_same_tree, check_transformation
 from adaptive_optax._core.low_precision import (
-    check_low_precision,
     check_still_low,
+    for_low_precision,
     in_float32,
     update_to_reach,
 )
-from adaptive_optax._core.paths import paths_and_leaves
 from adaptive_optax._core.precision import widen
-from adaptive_optax._core.random_bits import (
-    is_low_precision,
-    round_to_nearest,
-)
+from adaptive_optax._core.random_bits import is_low_precision, round_to_nearest
 from adaptive_optax._core.state_check import check_state
 from adaptive_optax._core.transformation import transformation, with_array_state
 from adaptive_optax._core.trees import OptState, Params, by_leaf
@@ -78,11 +74,7 @@ def master_weights(inner: optax.GradientTransformation) -> optax.GradientTransfo
     inner = with_array_state(inner)
 
     def own_init(params):
-        check_low_precision("master_weights", params)
-        master = jax.tree.map(
-            lambda p: in_float32(p) if is_low_precision(p) else jnp.zeros((), p.dtype), params
-        )
-        return MasterWeightsState(None, master)
+        return MasterWeightsState(None, for_low_precision("master_weights", params, in_float32))
 
     def init_fn(params):
         state = own_init(params)
@@ -92,8 +84,7 @@ def master_weights(inner: optax.GradientTransformation) -> optax.GradientTransfo
         check_params("master_weights", params)
         check_same_tree("master_weights", "updates", updates, "params", params)
         if isinstance(state, MasterWeightsState):
-            copied = {path for path, m in paths_and_leaves(state.master) if jnp.ndim(m)}
-            check_still_low("master_weights", params, copied)
+            check_still_low("master_weights", params, state.master)
         check_state("master_weights", state, own_init, "params", params)
         copies = _float32_copy((), params, state.master)
         updates, inner_state = inner.update(widen(updates), state.inner_state, copies, **extra_args)
