@@ -11,7 +11,8 @@ from hypothesis import given
 from reference.power import ALPHA, difference_power, equivalence_power
 from scipy import stats
 
-from adaptive_optax.study.statistics.judge import judge, judged_metric
+from adaptive_optax.study.statistics.judge import judge
+from adaptive_optax.study.statistics.outcomes import judged_metric
 
 
 def make_table(arms, **columns):

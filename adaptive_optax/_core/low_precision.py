@@ -43,7 +43,7 @@ def check_still_low(owner: str, params: Any, kept: Any) -> None:
 
     `kept` is what `for_low_precision` made. If it was made in float32 for a scalar, this cannot be seen.
     """
-    low = {path for path, x in paths_and_leaves(kept) if jnp.ndim(x) or is_low_precision(x)}
+    low = {path for path, x in paths_and_leaves(kept) if jnp.ndim(x) or is_low_precision(jnp.asarray(x))}
     for path, p in paths_and_leaves(params):
         if path in low and not is_low_precision(p):
             raise ValueError(

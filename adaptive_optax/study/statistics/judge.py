@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,7 @@ from scipy import special
 
 from adaptive_optax._core.checks import check_bool, check_choice, check_integer, check_scalar
 from adaptive_optax.study.direction import Direction
+from adaptive_optax.study.statistics.outcomes import trials_by_arm
 from adaptive_optax.study.statistics.paired import (
     Paired,
     bootstrap,
@@ -109,36 +111,21 @@ def judge(
         margin = float(margin)
     if look is not None:
         check_integer("look", look, "[1, 100]")
-    arms, final, best, diverged = _grid(table, direction)
+    arms, final, best, diverged = trials_by_arm(table, direction)
     check_choice("baseline", baseline, arms)
     others = [row for row, arm in enumerate(arms) if arm != baseline]
     base, seeds = arms.index(baseline), final.shape[1]
-    a, b = final[others], np.broadcast_to(final[base], (len(others), seeds))
-    lost_a, lost_b = diverged[others], np.broadcast_to(diverged[base], a.shape)
-    if margin is None and (below := b[~lost_b & (b <= 0)]).size:
+    pairs = _paired(final, diverged, others, base)
+    if margin is None and (below := final[base][~diverged[base] & (final[base] <= 0)]).size:
         raise ValueError(
             "margin must be given, in the metric's units: a relative margin needs positive metrics of the "
             f"baseline, got {below.min():g}."
         )
-
-    kept, one_sided = ~(lost_a & lost_b), lost_a ^ lost_b  # a seed at which both diverged says nothing
-    measured = kept.sum(axis=1)
-    unpaired = (measured > 0) & ~(kept & ~one_sided).any(axis=1)  # no seed at which both were measured
-    a, b = np.where(kept, a, 0.0), np.where(kept, b, 0.0)
-    tests = _three_tests(a, b, kept, margin, relative_margin)
-    difference, above, below = tests
-    same = ((a == b) | ~kept).all(axis=1)
-    few = (measured < 2) & ~unpaired
-    deterministic = difference.constant & ~same & ~few & ~unpaired
-    untested = deterministic | few
-    df = np.maximum(measured - 1, 1)
-    p_difference = 2 * special.stdtr(df, -np.abs(difference.t))
-    p_difference = np.where(unpaired, _sign_test(lost_a & ~lost_b, ~lost_a & lost_b), p_difference)
-    p_difference = np.where(untested, 1.0, p_difference)
-    p_equivalence = np.maximum(special.stdtr(df, above.t), special.stdtr(df, -below.t))
-    p_equivalence = np.where(same, 0.0, p_equivalence)
-    incomparable = np.any(one_sided, axis=1)
-    p_equivalence = np.where(untested | incomparable, 1.0, p_equivalence)
+    tests = _three_tests(pairs.a, pairs.b, pairs.kept, margin, relative_margin)
+    difference = tests[0]
+    p_difference, p_equivalence, deterministic = _p_values(pairs, tests)
+    measured, unpaired = pairs.measured, pairs.unpaired
+    untested = deterministic | pairs.few
 
     spent = 1.0 if look is None else 2.0**look
     adjusted, factor = holm(p_difference)
@@ -151,13 +138,13 @@ def judge(
     level = alpha / spent * np.divide(p_difference, adjusted, out=1 / factor, where=adjusted > 0)
     mean = np.where(unpaired | (measured < 1), np.nan, difference.mean)
     error = np.where(untested | unpaired, np.nan, difference.error)
-    halves = [-special.stdtrit(df, two_sided / 2) * error for two_sided in (level, 0.05)]
+    halves = [-special.stdtrit(pairs.df, two_sided / 2) * error for two_sided in (level, 0.05)]
     effect = unscaled(mean, difference.exponent)
     intervals = [
         np.stack([unscaled(mean + side * half, difference.exponent) for side in (-1, 1)], axis=1)
         for half in halves
     ]
-    level_of_base = _mean(scaled(b, difference.exponent), kept)
+    level_of_base = _mean(scaled(pairs.b, difference.exponent), pairs.kept)
     with np.errstate(divide="ignore", invalid="ignore"):
         relative = np.where(level_of_base > 0, mean / level_of_base, np.nan)
 
@@ -169,18 +156,16 @@ def judge(
         if p_equivalences[i] < alpha:
             decision = "equivalent"
         elif p_values[i] < alpha:
-            change = lost_a[i].sum() - lost_b[i].sum() if unpaired[i] else direction.cost(mean[i])
+            more_lost = pairs.lost_a[i].sum() - pairs.lost_b[i].sum()
+            change = more_lost if unpaired[i] else direction.cost(mean[i])
             decision = "better" if change < 0 else "worse"
         else:
             decision = "undecided"
             if not untested[i] and not unpaired[i]:
                 levels = next_alpha / factor[i], next_alpha / factor_equivalence[i]
-                effects = np.array([test.t[i] for test in tests]) / math.sqrt(measured[i])
-                effects[1:] = np.where(incomparable[i], 0.0, effects[1:])
-                needed = seeds_needed(int(measured[i]), effects, *levels)
-                needed = needed and math.ceil(needed * seeds / measured[i])
-        x = scaled(a[i], difference.exponent[i]) - scaled(b[i], difference.exponent[i])
-        testable = not (few[i] or unpaired[i])
+                needed = _seeds_in_all(pairs, tests, i, levels)
+        x = scaled(pairs.a[i], difference.exponent[i]) - scaled(pairs.b[i], difference.exponent[i])
+        testable = not (pairs.few[i] or unpaired[i])
         verdict = Verdict(
             arm=arms[row],
             baseline=baseline,
@@ -191,7 +176,7 @@ def judge(
             interval_95=(float(intervals[1][i, 0]), float(intervals[1][i, 1])),
             bootstrap=(
                 None if not resamples
-                else bootstrap(x[kept[i]], difference.exponent[i], resamples, seed) if testable
+                else bootstrap(x[pairs.kept[i]], difference.exponent[i], resamples, seed) if testable
                 else (math.nan, math.nan)
             ),
             p_value=float(p_values[i]),
@@ -204,7 +189,7 @@ def judge(
             diverged=(int(diverged[row].sum()), int(diverged[base].sum())),
             reason=(
                 "deterministic task" if deterministic[i]
-                else "" if not few[i]
+                else "" if not pairs.few[i]
                 else "too few measured" if measured[i] else "nothing measured"
             ),
             sentence="",
@@ -215,6 +200,91 @@ def judge(
 
 
 # ---- The tests ----
+
+
+class _Pairs(NamedTuple):
+    """The metrics of arms and baseline, [arms, seeds], and what their trials say.
+
+    Attributes:
+        a: The arm's metric; 0 where both diverged.
+        b: The baseline's, likewise.
+        lost_a: Whether the arm's trial diverged.
+        lost_b: Whether the baseline's did.
+        kept: Whether the seed says anything: not if both diverged.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    lost_a: np.ndarray
+    lost_b: np.ndarray
+    kept: np.ndarray
+
+    @property
+    def measured(self) -> np.ndarray:
+        """The number of seeds kept, by arm."""
+        return self.kept.sum(axis=1)
+
+    @property
+    def df(self) -> np.ndarray:
+        """The degrees of freedom, by arm."""
+        return np.maximum(self.measured - 1, 1)
+
+    @property
+    def one_sided(self) -> np.ndarray:
+        """Whether exactly one of the two diverged."""
+        return self.lost_a ^ self.lost_b
+
+    @property
+    def unpaired(self) -> np.ndarray:
+        """Whether at no seed both were measured, by arm."""
+        return (self.measured > 0) & ~(self.kept & ~self.one_sided).any(axis=1)
+
+    @property
+    def few(self) -> np.ndarray:
+        """Whether there are too few seeds for a test, by arm."""
+        return (self.measured < 2) & ~self.unpaired
+
+
+def _paired(final: np.ndarray, diverged: np.ndarray, others: list[int], base: int) -> _Pairs:
+    a, lost_a = final[others], diverged[others]
+    b, lost_b = np.broadcast_to(final[base], a.shape), np.broadcast_to(diverged[base], a.shape)
+    kept = ~(lost_a & lost_b)
+    return _Pairs(np.where(kept, a, 0.0), np.where(kept, b, 0.0), lost_a, lost_b, kept)
+
+
+def _p_values(
+    pairs: _Pairs, tests: tuple[Paired, Paired, Paired]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns by arm the p-values of difference and equivalence, and whether the task is deterministic.
+
+    A p-value is 1 where nothing can be tested.
+    """
+    difference, above, below = tests
+    same = (pairs.a == pairs.b).all(axis=1)
+    deterministic = difference.constant & ~same & ~pairs.few & ~pairs.unpaired
+    untested = deterministic | pairs.few
+    p_difference = 2 * special.stdtr(pairs.df, -np.abs(difference.t))
+    signs = _sign_test(pairs.lost_a & ~pairs.lost_b, ~pairs.lost_a & pairs.lost_b)
+    p_difference = np.where(pairs.unpaired, signs, p_difference)
+    p_equivalence = np.maximum(special.stdtr(pairs.df, above.t), special.stdtr(pairs.df, -below.t))
+    p_equivalence = np.where(same, 0.0, p_equivalence)
+    incomparable = pairs.one_sided.any(axis=1)
+    return (
+        np.where(untested, 1.0, p_difference),
+        np.where(untested | incomparable, 1.0, p_equivalence),
+        deterministic,
+    )
+
+
+def _seeds_in_all(
+    pairs: _Pairs, tests: tuple[Paired, Paired, Paired], row: int, levels: tuple[float, float]
+) -> int | None:
+    """The number of seeds with which an undecided arm is likely to be decided, as `seeds_needed` says."""
+    seeds, measured = pairs.kept.shape[1], int(pairs.measured[row])
+    effects = np.array([test.t[row] for test in tests]) / math.sqrt(measured)
+    effects[1:] = np.where(pairs.one_sided[row].any(), 0.0, effects[1:])
+    needed = seeds_needed(measured, effects, *levels)
+    return needed and math.ceil(needed * seeds / measured)
 
 
 def _three_tests(
@@ -277,101 +347,3 @@ def improved(final: np.ndarray, initial: np.ndarray, direction: Direction) -> bo
     lower, changed = np.sum(after < before), np.sum(after != before)
     p_values = special.stdtr(len(x) - 1, found.t), special.bdtrc(lower - 1.0, changed, 0.5)
     return bool(min(p_values) < 0.05)
-
-
-# ---- The table ----
-
-
-def judged_metric(table: pd.DataFrame, *, maximize: bool = False) -> pd.Series:
-    """Returns the final metric of every row as `judge` counts it, with a finite value for diverged trials.
-
-    Raises:
-        ValueError: If no finite metric can be substituted, or if the columns are not as `judge` requires.
-    """
-    final, _, diverged = _outcomes(table, Direction(maximize))
-    if np.isnan(final[diverged]).any():
-        raise ValueError(
-            "final_metric must be finite in some trial, or initial_metric where a trial diverged."
-        )
-    return pd.Series(final, index=table.index, name="final_metric")
-
-
-def _outcomes(table: pd.DataFrame, direction: Direction) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns by row the judged final metric, the substitute for a diverged trial's, and which diverged."""
-    final = _numbers(table, "final_metric")
-    diverged = ~np.isfinite(final)
-    stand_in = np.full(final.shape, direction.worst(final[~diverged]))
-    if "diverged" in table.columns:
-        marks = table["diverged"].to_numpy(object)
-        if not all(mark in (False, True) for mark in marks if mark is not pd.NA) or pd.isna(marks).any():
-            raise ValueError(
-                f"diverged must be True or False in every row, got {table['diverged'].dtype} values."
-            )
-        marks = marks.astype(bool)
-        if (np.isinf(final) & ~marks).any():
-            raise ValueError(
-                "final_metric must be finite or NaN where diverged is False, got an infinite value."
-            )
-        diverged |= marks
-    if "initial_metric" in table.columns:
-        initial = _numbers(table, "initial_metric")
-        initial = np.where(np.isfinite(initial), initial, np.nan)
-        worse = np.fmax(direction.cost(stand_in), direction.cost(initial))  # fmax ignores NaNs
-        stand_in = direction.cost(worse)
-    return np.where(diverged, stand_in, final), stand_in, diverged
-
-
-def _names(column: pd.Series) -> np.ndarray:
-    names = column.to_numpy(object, na_value=None)
-    for name in names:
-        if not (name is None or isinstance(name, str)):
-            raise ValueError(f"arm must hold names, got {name!r}.")
-    return names
-
-
-def _numbers(table: pd.DataFrame, column: str) -> np.ndarray:
-    try:
-        if table[column].dtype.kind in "cmM":
-            raise TypeError
-        return table[column].to_numpy(float, na_value=np.nan)
-    except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"{column} must hold numbers, got {table[column].dtype} values.") from None
-
-
-def _grid(
-    table: pd.DataFrame, direction: Direction
-) -> tuple[list[str], np.ndarray, np.ndarray | None, np.ndarray]:
-    """Returns the arms; and, as [arms, seeds], judged final metrics, best metrics, and divergence."""
-    if not isinstance(table, pd.DataFrame):
-        raise ValueError(f"table must be a pandas DataFrame, got {type(table).__name__}.")
-    if missing := [name for name in ("arm", "seed", "final_metric") if name not in table.columns]:
-        raise ValueError(f"table must have columns arm, seed and final_metric, got none named {missing[0]}.")
-    if not table.columns.is_unique:
-        raise ValueError("table must have each column only once, got a duplicate.")
-    if "phase" in table.columns:
-        table = table.loc[table["phase"] == "verdict"]
-    if table.empty:
-        raise ValueError("table must have trials to judge (of phase 'verdict', if it has phases), got none.")
-    arm_of, arms = pd.factorize(_names(pd.Series(table["arm"])))
-    seed_of, seeds = pd.factorize(_numbers(table, "seed"), sort=True)
-    if min(arm_of.min(), seed_of.min()) < 0:
-        raise ValueError("table must name the arm and the seed in every row, got a row without one of them.")
-    shape = len(arms), len(seeds)
-    if shape[0] < 2:
-        raise ValueError(f"table must have the baseline and another arm, got {arms[0]!r} alone.")
-    if shape[1] < 2:
-        raise ValueError(f"table must have at least 2 seeds, got {seeds[0]:g} alone.")
-    trials = np.bincount(arm_of * shape[1] + seed_of, minlength=shape[0] * shape[1]).reshape(shape)
-    if (trials != 1).any():
-        arm, seed = np.argwhere(trials != 1)[0]
-        raise ValueError(
-            f"table must have one row for each arm and seed, got {trials[arm, seed]} for arm {arms[arm]!r} "
-            f"and seed {seeds[seed]:g}."
-        )
-    at = np.argsort(arm_of * shape[1] + seed_of)  # the row of each arm and seed
-    final, stand_in, diverged = (values[at].reshape(shape) for values in _outcomes(table, direction))
-    best = None
-    if "best_metric" in table.columns:
-        best = _numbers(table, "best_metric")[at].reshape(shape)
-        best = np.where(np.isfinite(best), best, stand_in)
-    return list(arms), final, best, diverged

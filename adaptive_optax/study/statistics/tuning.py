@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from adaptive_optax.study.direction import MINIMIZE, Direction
-from adaptive_optax.study.statistics.judge import judged_metric
+from adaptive_optax.study.statistics.outcomes import judged_metric
 from adaptive_optax.study.statistics.paired import mean_and_error
 
 RATIO_OF_ONE = math.sqrt(10.0)  # between neighbours, for a grid given as a single rate
