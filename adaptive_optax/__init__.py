@@ -44,7 +44,7 @@ from adaptive_optax.moments.adam_mini import FLAX_LAYOUT as FLAX_LAYOUT
 from adaptive_optax.moments.adam_mini import AdamMiniBlocks as AdamMiniBlocks
 from adaptive_optax.moments.bfloat16 import BFloat16 as BFloat16
 from adaptive_optax.moments.by_path import ByPath as ByPath
-from adaptive_optax.moments.carried import Moment as Moment
+from adaptive_optax.moments.carried import MomentField as MomentField
 from adaptive_optax.moments.carried import carries_moments as carries_moments
 from adaptive_optax.moments.formats import as_storage as as_storage
 from adaptive_optax.moments.formats import dense as dense

@@ -325,8 +325,8 @@ def _at_least_squares(state, values):
 @ao.carries_hyperparameters("b")
 @ao.carries_moments(
     _at_least_squares,
-    first=ao.Moment("mu", weight="weight", decay="b"),
-    second=ao.Moment("nu", weight="weight", decay="b"),
+    first=ao.MomentField("mu", weight="weight", decay="b"),
+    second=ao.MomentField("nu", weight="weight", decay="b"),
 )
 class Theirs(NamedTuple):
     """Under other names than those of the library."""
@@ -444,7 +444,7 @@ def test_a_declaration_that_does_not_fit_is_refused():
         with pytest.raises(
             ValueError, match=rf"^carries_moments: Undeclared .* got one without '{lacking}'\.$"
         ):
-            ao.carries_moments(**{field: ao.Moment("mu", weight="sum")})(Undeclared)
+            ao.carries_moments(**{field: ao.MomentField("mu", weight="sum")})(Undeclared)
 
 
 def test_a_first_moment_of_theirs_needs_its_second():

@@ -25,7 +25,7 @@ from adaptive_optax.interop.state_nodes import (
     nodes,
     own_fields,
 )
-from adaptive_optax.moments.carried import Moment, moments_declared_by, with_repaired_moments
+from adaptive_optax.moments.carried import MomentField, moments_declared_by, with_repaired_moments
 from adaptive_optax.moments.formats import dense, encode_like
 from adaptive_optax.moments.granularity import regrouped
 from adaptive_optax.moments.storage import Role
@@ -293,7 +293,9 @@ class _Transfer:
         count = unwrapped((x if matches.source is None else matches.source.state).count)
         return encode_like(value, tree, count=count, role=moment.role)
 
-    def _leaf(self, new: Any, place: tuple[str, str, str], moment: Moment | None, matches: _Matches) -> Any:
+    def _leaf(
+        self, new: Any, place: tuple[str, str, str], moment: MomentField | None, matches: _Matches
+    ) -> Any:
         """An array of the old state in the form of a new one, or the new one; adds the row of the table."""
         _, name, leaf = place
         source = matches.source

@@ -19,7 +19,7 @@ State = TypeVar("State")
 Values = dict[str, PyTree]  # decoded moments by field
 
 
-class Moment(NamedTuple):
+class MomentField(NamedTuple):
     """A moment in a state, as declared by `carries_moments`.
 
     Attributes:
@@ -35,7 +35,7 @@ class Moment(NamedTuple):
 
 
 class _Declared(NamedTuple):
-    fields: dict[str, Moment]
+    fields: dict[str, MomentField]
     repair: Callable[[Any, Values], Values] | None = None
 
 
@@ -46,7 +46,7 @@ _DECLARED: dict[type, _Declared] = {}
 def carries_moments(
     repair: Callable[[Any, dict[str, PyTree]], dict[str, PyTree]] | None = None,
     /,
-    **fields: Moment | Role,
+    **fields: MomentField | Role,
 ) -> Callable[[type[State]], type[State]]:
     """Declares the moments of a state for `convert_storage` and `transfer_state`.
 
@@ -58,7 +58,7 @@ def carries_moments(
             and `new` those that change. It restores what relates the moments to each other, such as a lower
             bound on the second, after a format has rounded them or coordinates have got the mean of a group.
             None if nothing relates them.
-        **fields: A `Moment` for each field that is one, or only its role, "mu" or "nu".
+        **fields: A `MomentField` for each field that is one, or only its role, "mu" or "nu".
 
     Returns:
         A decorator for the type of the state. It returns the type itself.
@@ -77,7 +77,7 @@ def carries_moments(
         >>> ao.convert_storage(state, mu_storage="bfloat16").average.dtype
         dtype(bfloat16)
     """
-    moments = {name: x if isinstance(x, Moment) else Moment(x) for name, x in fields.items()}
+    moments = {name: x if isinstance(x, MomentField) else MomentField(x) for name, x in fields.items()}
     for name, moment in moments.items():
         check_choice(f"The role of {name!r}", moment.role, get_args(Role))
 
@@ -104,7 +104,7 @@ def _declared_by(state_type: type) -> _Declared:
     return next((_DECLARED[kind] for kind in state_type.__mro__ if kind in _DECLARED), _Declared({}))
 
 
-def moments_declared_by(state_type: type, role: Role | None = None) -> dict[str, Moment]:
+def moments_declared_by(state_type: type, role: Role | None = None) -> dict[str, MomentField]:
     """Returns the moments that states of a type declare, or those of one role, by field."""
     fields = _declared_by(state_type).fields
     return {name: moment for name, moment in fields.items() if role in (None, moment.role)}

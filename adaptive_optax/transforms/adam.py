@@ -27,9 +27,9 @@ from adaptive_optax._core.ranges import check_hyperparameter
 from adaptive_optax._core.state_check import Settings, check_state
 from adaptive_optax._core.states import carries_hyperparameters, unwrapped
 from adaptive_optax._core.transformation import transformation
-from adaptive_optax._core.trees import Count, Moment, Scalar, by_leaf
+from adaptive_optax._core.trees import Count, Moment, PyTree, Scalar, by_leaf
 from adaptive_optax._core.values import as_hyperparameter, static_value, value_at
-from adaptive_optax.moments.carried import Moment, Values, carries_moments, moments_of
+from adaptive_optax.moments.carried import MomentField, Values, carries_moments, moments_of
 from adaptive_optax.moments.ema import Decay, decay_at, ema, ema_weight, weight_error
 from adaptive_optax.moments.formats import as_storage
 from adaptive_optax.moments.granularity import (
@@ -58,9 +58,9 @@ def _raise_nu(state: Any, values: Values) -> Values:
 
 @carries_moments(
     _raise_nu,
-    mu=Moment("mu", weight="mu_weight", decay="b1"),
-    nu=Moment("nu", weight="nu_weight", decay="b2"),
-    nu_max=Moment("nu", decay="b2"),
+    mu=MomentField("mu", weight="mu_weight", decay="b1"),
+    nu=MomentField("nu", weight="nu_weight", decay="b2"),
+    nu_max=MomentField("nu", decay="b2"),
 )
 @carries_hyperparameters("b1", "b2", "eps")
 class ScaleByAdamState(NamedTuple):

@@ -31,7 +31,7 @@ from adaptive_optax._core.states import carries_hyperparameters
 from adaptive_optax._core.transformation import transformation
 from adaptive_optax._core.trees import Count, Moment, Scalar, by_leaf
 from adaptive_optax._core.values import as_hyperparameter, value_at
-from adaptive_optax.moments.carried import Moment, carries_moments
+from adaptive_optax.moments.carried import MomentField, carries_moments
 from adaptive_optax.moments.ema import Decay, decay_at, ema, ema_weight, weight_error
 from adaptive_optax.moments.formats import as_storage
 from adaptive_optax.moments.granularity import Granularity, as_granularity
@@ -44,8 +44,8 @@ _CENTERED_FLOOR = 0.01
 
 
 @carries_moments(
-    mu=Moment("mu", decay="decay"),
-    nu=Moment("nu", weight="nu_weight", decay="decay"),
+    mu=MomentField("mu", decay="decay"),
+    nu=MomentField("nu", weight="nu_weight", decay="decay"),
 )
 @carries_hyperparameters("decay", "eps")
 class ScaleByRmsState(NamedTuple):
