@@ -4,6 +4,7 @@ An exception from a contract is declared here with its reason, never by name ins
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -488,9 +489,14 @@ def mixed_params() -> dict[str, Any]:
 def random_gradients(params: Any, seed: int) -> Any:
     """Standard normal gradients in the dtypes of the parameters."""
     leaves, treedef = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return jax.tree.unflatten(treedef, _drawn(seed, *((x.shape, jnp.dtype(x.dtype)) for x in leaves)))
 
-    def drawn(key, x):
-        return jax.random.normal(key, x.shape, jnp.promote_types(x.dtype, jnp.float32)).astype(x.dtype)
 
-    return jax.tree.unflatten(treedef, list(map(drawn, keys, leaves)))
+@functools.cache
+def _drawn(seed: int, *kinds: tuple[tuple[int, ...], Any]) -> list[jax.Array]:
+    keys = jax.random.split(jax.random.key(seed), len(kinds))
+
+    def drawn(key, shape, dtype):
+        return jax.random.normal(key, shape, jnp.promote_types(dtype, jnp.float32)).astype(dtype)
+
+    return [drawn(key, *kind) for key, kind in zip(keys, kinds, strict=True)]

@@ -1,9 +1,7 @@
-"""Test session set-up: eight CPU devices, compiled programs kept between runs, x64 as a fixture."""
+"""Test session set-up: eight CPU devices, quick compilation, programs kept between runs, x64 as a fixture."""
 
 import os
 from pathlib import Path
-
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import hypothesis
 import jax
@@ -20,10 +18,23 @@ def pytest_addoption(parser):
     parser.addoption(
         "--no-compilation-cache", action="store_true", help="compile everything again, and keep nothing"
     )
+    parser.addoption(
+        "--optimize", action="store_true", help="compile as XLA does by default: takes five times as long"
+    )
+
+
+# The tests compile thousands of programs and run each for a moment.
+QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
 
 
 def pytest_configure(config):
-    """Keeps compiled programs under .pytest_cache: workers share them, and the next run finds them."""
+    """Sets up XLA before it starts.
+
+    Compiled programs are kept under .pytest_cache: workers share them, and the next run finds them.
+    """
+    flags = ["--xla_force_host_platform_device_count=8", *([] if config.getoption("--optimize") else [QUICK])]
+    own = os.environ.get("XLA_FLAGS", "")  # last, so that they win; a worker inherits all
+    os.environ["XLA_FLAGS"] = own if flags[0] in own else " ".join([*flags, own]).strip()
     if config.getoption("--no-compilation-cache"):
         jax.config.update("jax_enable_compilation_cache", False)
         return
