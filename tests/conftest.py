@@ -1,5 +1,6 @@
 """Test session set-up: eight CPU devices, quick compilation, programs kept between runs, x64 as a fixture."""
 
+import functools
 import os
 from pathlib import Path
 
@@ -84,6 +85,13 @@ def pytest_runtest_teardown(item, nextitem):
 def random_examples(request) -> int:
     """The value of `--random-examples`."""
     return request.config.getoption("--random-examples")
+
+
+@pytest.fixture
+def optimized(monkeypatch):
+    """Compiles as XLA does by default: what is promised of the bits of different programs holds for these."""
+    options = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
+    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=options))
 
 
 @pytest.fixture
