@@ -14,7 +14,8 @@ import pytest
 from reference.power import ALPHA, difference_power, equivalence_power
 from scipy import stats
 
-from adaptive_optax.study.statistics.judge import judge
+from adaptive_optax.study.direction import Direction
+from adaptive_optax.study.statistics.judge import Trials, judge, judge_trials
 
 TABLES = 10_000
 
@@ -25,15 +26,26 @@ class Judged(NamedTuple):
     decision: np.ndarray
 
 
-def judge_all(trials, **options):
-    """Judges every table of `trials`, [tables, arms, seeds] with the baseline first."""
-    arms, seeds = trials.shape[1:]
+def judge_all(metrics, *, margin=None, look=None):
+    """Judges every table of `metrics`, [tables, arms, seeds] with the baseline first.
+
+    Reading a table takes longer than judging it: only the first thousand are written as tables.
+    """
+    arms, seeds = metrics.shape[1:]
     names = ["baseline", *(f"arm {number}" for number in range(1, arms))]
     template = pd.DataFrame({"arm": np.repeat(names, seeds), "seed": np.tile(np.arange(seeds), arms)})
+    diverged = np.isnan(metrics)
+    worst = np.nanmax(metrics, axis=(1, 2), keepdims=True)
+    final = np.where(diverged, worst, metrics)
     rows = []
-    for metrics in trials:
-        table = template.assign(final_metric=metrics.ravel())
-        verdicts = judge(table, baseline="baseline", resamples=0, **options)
+    for table in range(len(metrics)):
+        trials = Trials(names, final[table], None, diverged[table])
+        verdicts = judge_trials(trials, "baseline", Direction(False), margin, 0.01, 0.05, look, 0, 0)
+        if table < 1000:
+            written = template.assign(final_metric=metrics[table].ravel())
+            read = judge(written, baseline="baseline", resamples=0, margin=margin, look=look)
+            # As text, in which NaNs are equal.
+            assert repr(read) == repr(verdicts)
         rows.append([(v.p_value, v.p_equivalence, v.decision) for v in verdicts.values()])
     columns = zip(*(zip(*row, strict=True) for row in rows), strict=True)
     return Judged(*(np.array(column) for column in columns))

@@ -21,7 +21,7 @@ from scipy import special
 
 from adaptive_optax._core.checks import check_bool, check_choice, check_integer, check_scalar
 from adaptive_optax.study.direction import Direction
-from adaptive_optax.study.statistics.outcomes import trials_by_arm
+from adaptive_optax.study.statistics.outcomes import Trials, trials_by_arm
 from adaptive_optax.study.statistics.paired import (
     Paired,
     bootstrap,
@@ -101,7 +101,6 @@ def judge(
     ('better', 0.035)
     """
     check_bool("maximize", maximize)
-    direction = Direction(bool(maximize))
     check_scalar("relative_margin", relative_margin, "(0, 1)")
     check_scalar("alpha", alpha, "(0, 1)")
     check_integer("resamples", resamples, "[0, inf)")
@@ -111,8 +110,25 @@ def judge(
         margin = float(margin)
     if look is not None:
         check_integer("look", look, "[1, 100]")
-    arms, final, best, diverged = trials_by_arm(table, direction)
-    check_choice("baseline", baseline, arms)
+    direction = Direction(bool(maximize))
+    trials = trials_by_arm(table, direction)
+    check_choice("baseline", baseline, trials.arms)
+    return judge_trials(trials, baseline, direction, margin, relative_margin, alpha, look, resamples, seed)
+
+
+def judge_trials(
+    trials: Trials,
+    baseline: str,
+    direction: Direction,
+    margin: float | None,
+    relative_margin: float,
+    alpha: float,
+    look: int | None,
+    resamples: int,
+    seed: int,
+) -> dict[str, Verdict]:
+    """`judge` without its table; nothing is checked but the baseline's sign under a relative margin."""
+    arms, final, best, diverged = trials
     others = [row for row, arm in enumerate(arms) if arm != baseline]
     base, seeds = arms.index(baseline), final.shape[1]
     pairs = _paired(final, diverged, others, base)

@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 import pandas as pd
 
 from adaptive_optax.study.direction import Direction
+
+
+class Trials(NamedTuple):
+    """The trials of a table, as [arms, seeds].
+
+    Attributes:
+        arms: Their names.
+        final: The judged final metrics, finite where a trial diverged.
+        best: The judged best metrics, None if the table has none.
+        diverged: Which diverged.
+    """
+
+    arms: list[str]
+    final: np.ndarray
+    best: np.ndarray | None
+    diverged: np.ndarray
 
 
 def judged_metric(table: pd.DataFrame, *, maximize: bool = False) -> pd.Series:
@@ -64,10 +82,12 @@ def _numbers(table: pd.DataFrame, column: str) -> np.ndarray:
         raise ValueError(f"{column} must hold numbers, got {table[column].dtype} values.") from None
 
 
-def trials_by_arm(
-    table: pd.DataFrame, direction: Direction
-) -> tuple[list[str], np.ndarray, np.ndarray | None, np.ndarray]:
-    """Returns the arms; and, as [arms, seeds], judged final metrics, best metrics, and divergence."""
+def trials_by_arm(table: pd.DataFrame, direction: Direction) -> Trials:
+    """Brings the rows into the order of arms and seeds.
+
+    Raises:
+        ValueError: If the table is not as `judge` requires.
+    """
     if not isinstance(table, pd.DataFrame):
         raise ValueError(f"table must be a pandas DataFrame, got {type(table).__name__}.")
     if missing := [name for name in ("arm", "seed", "final_metric") if name not in table.columns]:
@@ -100,4 +120,4 @@ def trials_by_arm(
     if "best_metric" in table.columns:
         best = _numbers(table, "best_metric")[at].reshape(shape)
         best = np.where(np.isfinite(best), best, stand_in)
-    return list(arms), final, best, diverged
+    return Trials(list(arms), final, best, diverged)
