@@ -64,14 +64,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from cases import INT8, Case
-from lossy import Lossy
 
 import adaptive_optax as ao
 from adaptive_optax._core.paths import paths_and_leaves
 from adaptive_optax.moments.bfloat16 import BFloat16
 from adaptive_optax.moments.formats import as_storage
 from adaptive_optax.moments.int8 import Int8
-from adaptive_optax.moments.storage import Float32, as_nearest
+from adaptive_optax.moments.storage import as_nearest
 
 STEPS, START = 1000, 100
 SHAPES = {"bias": (3,), "kernel": (4, 64)}
@@ -254,17 +253,15 @@ def _largest(decay) -> float:
 
 def _error(storage: ao.Storage, role: str, decay: float, kept: _Kept) -> float:
     """The relative RMS error of an average that is kept in a format, inf where there is no bound."""
-    if isinstance(storage, Float32) or (isinstance(storage, Int8) and not kept.is_coded):
-        return 0.0
-    if storage.relative_error == U:  # to nearest
-        return U / (1 - decay)
-    if isinstance(storage, Lossy):
-        return 0.0 if kept.is_alone else math.inf  # a single value is its own scale
-    gap, moving = 2.0**-7, 1
-    if isinstance(storage, Int8):
-        gap, moving = 2 ** (3 / 64) - 1, 2
-        if role == "mu":
+    gap, moving = storage.relative_error, 1
+    if isinstance(storage, Int8):  # relative to the largest of a block, not to the value
+        gap, moving = (2 ** (3 / 64) - 1 if kept.is_coded else 0.0), 2
+        if kept.is_coded and role == "mu":
             gap = 0.9 / 64 * math.sqrt(2 * math.log(2 * storage.block_size))
+    if gap == 0 or (math.isinf(gap) and kept.is_alone):  # a single value is its own scale
+        return 0.0
+    if gap == U:  # to nearest
+        return U / (1 - decay)
     variance = gap**2 / 4 / (1 - decay**2)
     if role == "nu":
         variance = min(variance, moving * gap * (1 + decay**START) / (1 + decay))
