@@ -286,7 +286,7 @@ CASES = [
     ),
     _case("average_parameters", "average_parameters", {"power": (8.0, 0.0)}, **AVERAGES),
     _case("average_parameters_decay", "average_parameters", {"decay": (0.9, 0.0)}, decay=0.9, **AVERAGES),
-    _case("optimizer_adam", "adam", RATE, learning_rate=0.1),
+    _case("optimizer_adam", "adam", RATE | ADAM, learning_rate=0.1),
     _case(
         "optimizer_adamw", "adamw", RATE | {"weight_decay": (0.1, 0.0)}, learning_rate=0.1, zero_moves=DECAYS
     ),
@@ -299,8 +299,15 @@ CASES = [
         decay_coupling="independent",
         zero_moves=DECAYS,
     ),
-    _case("optimizer_rmsprop", "rmsprop", RATE, learning_rate=0.1, momentum=0.9, centered=True),
-    _case("optimizer_global_rmsprop", "global_rmsprop", RATE, learning_rate=0.1, shares=SUMS),
+    _case(
+        "optimizer_rmsprop",
+        "rmsprop",
+        RATE | RMS | {"initial_scale": (0.0, 1.0), "momentum": (0.9, 0.0)},
+        learning_rate=0.1,
+        momentum=0.9,
+        centered=True,
+    ),
+    _case("optimizer_global_rmsprop", "global_rmsprop", RATE | RMS, learning_rate=0.1, shares=SUMS),
     _case(
         "optimizer_sgd",
         "sgd",

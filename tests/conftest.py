@@ -99,3 +99,11 @@ def x64():
     """Enables 64-bit types for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(params=["float32", "float64"])
+def dtype(request):
+    """Each of the two, with 64-bit types enabled for the wider one."""
+    if request.param == "float64":
+        request.getfixturevalue("x64")
+    return request.param

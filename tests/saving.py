@@ -16,7 +16,8 @@ def same(left, right):
 
 def spec(tree):
     """The structure, and shape, dtype and weak type of every leaf."""
-    return jax.tree.structure(tree), [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(tree)]
+    leaves = jax.tree.leaves(tree)
+    return jax.tree.structure(tree), [(x.shape, x.dtype, getattr(x, "weak_type", False)) for x in leaves]
 
 
 def through_bytes(state, template, tmp_path):

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from reference import accumulation as reference
 from saving import same, spec, through_bytes, through_orbax
 from tolerances import REFERENCE
+from trajectories import spoiled
 
 import adaptive_optax as ao
 
@@ -31,13 +32,6 @@ def random(like, steps, seed=0):
     return [
         jax.tree.map(lambda x: 1 + rng.standard_normal(x.shape).astype(x.dtype), like) for _ in range(steps)
     ]
-
-
-def spoiled(tree, value, leaf="b"):
-    """The tree with a value in the second last place of a leaf."""
-    changed = np.array(tree[leaf])
-    changed.flat[-2] = value
-    return tree | {leaf: changed}
 
 
 def stepper(tx, **options):

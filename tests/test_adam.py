@@ -82,13 +82,6 @@ IN_OPTAX = {
 }
 
 
-@pytest.fixture(params=["float32", "float64"])
-def dtype(request):
-    if request.param == "float64":
-        request.getfixturevalue("x64")
-    return request.param
-
-
 def ours(granularity="coordinate", **arguments):
     return ao.scale_by_adam(granularity=GRANULARITIES[granularity][0], **arguments)
 

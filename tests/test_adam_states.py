@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from saving import spec
 from tolerances import OPTAX
 
 import adaptive_optax as ao
@@ -69,10 +70,6 @@ def assert_close(actual, expected, rtol, atol=0.0):
     for (path, x), y in zip(jax.tree.leaves_with_path(actual), jax.tree.leaves(expected), strict=True):
         assert x.dtype == y.dtype and x.shape == y.shape, jax.tree_util.keystr(path)
         np.testing.assert_allclose(x, y, rtol=rtol, atol=atol, err_msg=jax.tree_util.keystr(path))
-
-
-def spec(tree):
-    return jax.tree.structure(tree), [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
 
 
 def adam_of(state):

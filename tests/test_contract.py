@@ -368,17 +368,21 @@ def test_a_sweep_is_a_vmap(case):
     @jax.jit
     @jax.vmap
     def swept(values):
-        updates, _ = run(case.make(**values), params, gradients)
-        return updates
+        updates, state = run(case.make(**values), params, gradients)
+        return [*updates, state]
 
     names = list(case.sweep)
     rows = [dict(zip(names, [case.sweep[n][i] for n in names], strict=True)) for i in (0, 1)]
-    together = swept({n: jnp.asarray(case.sweep[n]) for n in names})
+    together = jax.tree.map(np.asarray, swept({n: jnp.asarray(case.sweep[n]) for n in names}))
+    alone = []
     for i, row in enumerate(rows):
-        expected, _ = run(case.make(**{n: jnp.float32(v) for n, v in row.items()}), params, gradients)
         # As float32 scalars, so that both have the same 1 - b: a Python number has a more exact one.
+        updates, state = run(case.make(**{n: jnp.float32(v) for n, v in row.items()}), params, gradients)
+        expected = [*updates, state]
         for a, b in zip(together, expected, strict=True):
             assert_close(jax.tree.map(lambda x, i=i: x[i], a), b, case)
+        alone.append(jax.tree.leaves(expected))
+    assert not all(map(np.array_equal, *alone))  # or the sweep would prove nothing
 
 
 # 5. Degenerate input.

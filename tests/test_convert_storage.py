@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from saving import through_bytes, through_orbax
+from saving import spec, through_bytes, through_orbax
 
 import adaptive_optax as ao
 
@@ -33,11 +33,6 @@ def trained(tx, state=None, first=0, steps=4):
     for t in range(first, first + steps):
         updates, state = step(gradient(t), state, PARAMS)
     return state, updates
-
-
-def spec(tree):
-    """The structure, and shapes and dtypes."""
-    return jax.tree.structure(tree), [(x.shape, x.dtype) for x in jax.tree.leaves(tree)]
 
 
 def assert_same(left, right):

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import CASES, mixed_params
+from cases import CASES
 from flax import nnx
 from optax.tree_utils import tree_get, tree_get_all_with_path, tree_set
 from saving import same, spec
@@ -228,20 +228,6 @@ def test_what_tree_set_sets_is_released_and_held_as_what_set_hyperparams_sets(na
     # One that is set again replaces the first.
     _, again = stepped(tx, PARAMS, GRADIENTS, tree_set(state, learning_rate=jnp.float32(0.5)), 2)
     assert float(ao.get_hyperparams(again)["learning_rate"]) == 0.5
-
-
-# --- Donation -----------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_no_two_leaves_of_a_fresh_state_share_a_buffer_nor_one_with_the_parameters(case):
-    params = jax.tree.map(jnp.array, mixed_params())
-    buffers = [
-        x.unsafe_buffer_pointer()
-        for x in jax.tree.leaves((params, case.make().init(params)))
-        if isinstance(x, jax.Array) and x.size
-    ]
-    assert len(set(buffers)) == len(buffers)
 
 
 # --- Trees that users have ----------------------------------------------------------------------------------

@@ -91,13 +91,6 @@ IN_OPTAX = [
 ]
 
 
-@pytest.fixture(params=["float32", "float64"])
-def dtype(request):
-    if request.param == "float64":
-        request.getfixturevalue("x64")
-    return request.param
-
-
 def with_granularity(arguments):
     named = arguments.get("granularity")
     return arguments | ({"granularity": GRANULARITIES[named][0]} if named else {})

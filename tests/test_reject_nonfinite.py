@@ -13,6 +13,7 @@ from flax import nnx
 from flax.training.train_state import TrainState
 from jax.sharding import NamedSharding, PartitionSpec
 from saving import same, spec
+from trajectories import spoiled
 
 import adaptive_optax as ao
 
@@ -34,13 +35,6 @@ def rising(count):
 def random(like, steps, seed=0):
     rng = np.random.default_rng(seed)
     return [jax.tree.map(lambda x: rng.standard_normal(x.shape).astype(x.dtype), like) for _ in range(steps)]
-
-
-def spoiled(tree, value, leaf="b"):
-    """The tree with a value in the second last place of a leaf."""
-    changed = np.array(tree[leaf])
-    changed.flat[-2] = value
-    return tree | {leaf: changed}
 
 
 def stacked(trees):

@@ -228,3 +228,10 @@ def assert_a_nan_is_not_hidden(tx: Any) -> None:
     assert np.isnan(updates["a"][1])
     updates, _ = tx.update({"a": jnp.ones(3), "b": jnp.zeros(2)}, state)
     assert np.isnan(updates["a"][1])
+
+
+def spoiled(tree, value, leaf="b"):
+    """The tree with a value in the second last place of a leaf."""
+    changed = np.array(tree[leaf])
+    changed.flat[-2] = value
+    return tree | {leaf: changed}
