@@ -15,7 +15,8 @@ from reference.power import ALPHA, difference_power, equivalence_power
 from scipy import stats
 
 from adaptive_optax.study.direction import Direction
-from adaptive_optax.study.statistics.judge import Trials, judge, judge_trials
+from adaptive_optax.study.statistics.judge import judge, judge_trials
+from adaptive_optax.study.statistics.outcomes import Trials
 
 TABLES = 10_000
 
