@@ -424,6 +424,25 @@ def test_a_declared_state_is_transferred(granularity):
     jax.tree.map(np.testing.assert_array_equal, together, trained(theirs()))
 
 
+def test_moments_with_other_weights_keep_their_means():
+    groups = ao.partition_by_path({"w": theirs(), "b": theirs()})
+    state, weights = trained(groups), iter((1.0, 3.0))
+
+    def heavier(x):
+        if not isinstance(x, Theirs):
+            return x
+        by = next(weights)
+        first, second = (jax.tree.map(lambda m: by * m, moment) for moment in (x.first, x.second))
+        return x._replace(first=first, second=second, weight=by * x.weight)
+
+    state = jax.tree.map(heavier, state, is_leaf=lambda x: isinstance(x, Theirs))
+    moved, _ = ao.transfer_state(state, groups, theirs(), PARAMS)
+    expected = trained(theirs())
+    for field in ("first", "second"):
+        means = [jax.tree.map(lambda m, x=x: m / x.weight, getattr(x, field)) for x in (moved, expected)]
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), *means)
+
+
 def test_a_repair_that_changes_shapes_is_refused():
     @ao.carries_moments(lambda state, values: {"first": jnp.ones(7)}, first="mu")
     class Wrong(NamedTuple):
