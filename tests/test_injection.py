@@ -94,7 +94,7 @@ def steps(update, state, overflows):
     """The updates of a few steps, with losses that cease to fall, and perhaps a gradient that overflows."""
     found = []
     for step in range(6):
-        size = jnp.inf if overflows and step == 3 else 1.0
+        size = jnp.inf if overflows and step == 0 else 1.0
         gradients = jax.tree.map(lambda p, step=step, size=size: size * jnp.cos(p + step), PARAMS)
         updates, state = update(gradients, state, PARAMS, value=jnp.float32(max(1.0 - step / 10, 0.8)))
         found.append(updates)
@@ -114,6 +114,11 @@ def test_it_is_injected_and_set(factory, name):
         got, end = steps(update, state, overflows)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-6, atol=1e-7), got, expected)
         assert end.hyperparams[name] == value
+    # And what it does to a fresh state.
+    other = ao.inject_hyperparams(make)(**arguments_of(factory, name, VALUES[name][1])).init(PARAMS)
+    expected = make(**arguments_of(factory, name, values[1])).init(PARAMS)
+    leaves = jax.tree.leaves(other.inner_state), jax.tree.leaves(expected)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-6), *leaves)
 
 
 def test_what_is_not_injected_is_numeric_and_stays_out_of_the_state():
