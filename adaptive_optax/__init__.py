@@ -11,9 +11,9 @@ What holds for every transformation, and is not repeated in its docstring:
 * Where nothing is remembered, as in clipping, a NaN or a huge gradient passes into the update of its step and
   no further.
 * Second moments hold squares. Gradients must be 0 or between 1e-17 and 1e18 (1e15 where coordinates share a
-  moment); smaller ones count as 0. A larger one can make a second moment infinite for good, and a NaN stays
-  in any moment; the coordinates that share it then get updates of 0 or NaN. `reject_nonfinite` around the
-  chain keeps both out.
+  moment); smaller ones count as 0. A larger one can make a second moment infinite for good: the coordinates
+  that share it stop moving. A NaN stays in any moment, and the updates from it are NaN. `reject_nonfinite`
+  around the chain keeps both out.
 """
 
 from typing import TYPE_CHECKING
@@ -23,7 +23,7 @@ from adaptive_optax import typing as typing
 # Declarations of states, for transformations of your own
 from adaptive_optax._core.states import carries_hyperparameters as carries_hyperparameters
 
-# Control: hyperparameters, telemetry, low precision, and conversion of states
+# Hyperparameters, and conversion of states
 from adaptive_optax.hyperparams import InjectHyperparamsState as InjectHyperparamsState
 from adaptive_optax.hyperparams import get_hyperparams as get_hyperparams
 from adaptive_optax.hyperparams import inject_hyperparams as inject_hyperparams
@@ -60,6 +60,8 @@ from adaptive_optax.moments.int8 import Int8Moment as Int8Moment
 from adaptive_optax.moments.storage import CompressedMoment as CompressedMoment
 from adaptive_optax.moments.storage import Float32 as Float32
 from adaptive_optax.moments.storage import Storage as Storage
+
+# Telemetry
 from adaptive_optax.monitoring.log import TelemetryLog as TelemetryLog
 from adaptive_optax.monitoring.telemetry import Telemetry as Telemetry
 from adaptive_optax.monitoring.telemetry import TelemetryState as TelemetryState
@@ -118,6 +120,8 @@ from adaptive_optax.transforms.weight_decay import (
     AddDecoupledWeightDecayState as AddDecoupledWeightDecayState,
 )
 from adaptive_optax.transforms.weight_decay import add_decoupled_weight_decay as add_decoupled_weight_decay
+
+# Wrappers: control, low precision, groups
 from adaptive_optax.wrappers.accumulation import AccumulateGradientsState as AccumulateGradientsState
 from adaptive_optax.wrappers.accumulation import accumulate_gradients as accumulate_gradients
 from adaptive_optax.wrappers.accumulation import noise_scale as noise_scale

@@ -301,8 +301,9 @@ def global_rmsprop(
 ) -> optax.GradientTransformationExtraArgs:
     """Builds global RMSprop: the step adapts its length and keeps the gradient's direction.
 
-    `rmsprop` with `granularity="global"`; arguments, returns and errors are the same. A NaN or a huge
-    gradient in one coordinate stops all of them for good: wrap it in `reject_nonfinite`.
+    `rmsprop` with `granularity="global"`; arguments, returns and errors are the same. A huge gradient
+    in one coordinate stops all of them for good, and a NaN makes all of them NaN: wrap it in
+    `reject_nonfinite`.
 
     State cost: one float32.
 

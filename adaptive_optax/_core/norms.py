@@ -1,4 +1,4 @@
-"""Norms that neither overflow nor lose values whose squares are flushed to 0."""
+"""When a sum of squares can be trusted: it has neither overflowed nor lost squares that are flushed to 0."""
 
 from __future__ import annotations
 

@@ -47,7 +47,8 @@ def ema(old: Any, new: Any, decay: Decay) -> Any:
         if isinstance(decay.keep, float) and decay.keep >= 0.5:
             # The fixed point is `new` however the two factors are rounded; with b = 0.999 the other form
             # converges to a value 1.3e-5 off. Below 1/2 this form would lose a `new` much smaller than `old`.
-            return old + scale(new - old, decay.take)
+            # Where `old` has overflowed, the difference has too, and their sum would be NaN instead of inf.
+            return jnp.where(jnp.isinf(old), old + new, old + scale(new - old, decay.take))
         return scale(old, decay.keep) + scale(new, decay.take)
 
     return jax.tree.map(leaf, old, new)

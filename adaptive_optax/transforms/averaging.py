@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
 
 from adaptive_optax._core.checks import check_params, check_same_tree
 from adaptive_optax._core.paths import paths_and_leaves
@@ -65,7 +66,7 @@ _STATES = (AverageParametersState, EmaParametersState)
 
 
 def average_parameters(
-    power: float = _POWER, *, decay: optax.ScalarOrSchedule | None = None
+    power: ArrayLike = _POWER, *, decay: optax.ScalarOrSchedule | None = None
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps an average of the parameters: over the last part of the run, or with a constant decay.
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.typing import ArrayLike
 
 from adaptive_optax._core.checks import check_choice, check_flag, check_integer
 from adaptive_optax._core.overrides import filled_like
@@ -57,13 +58,13 @@ class ReduceOnPlateauState(NamedTuple):
 
 
 def reduce_on_plateau(
-    factor: float = 0.1,
+    factor: ArrayLike = 0.1,
     patience: int = 10,
-    rtol: float = 1e-4,
-    atol: float = 0.0,
+    rtol: ArrayLike = 1e-4,
+    atol: ArrayLike = 0.0,
     cooldown: int = 0,
     accumulation_size: int = 1,
-    min_scale: float = 0.0,
+    min_scale: ArrayLike = 0.0,
     *,
     mode: Mode = "min",
     preset: Preset = "optax",

@@ -130,7 +130,8 @@ def scale_by_rms(
 
     State cost: one float32 per group; `centered` adds one per coordinate.
 
-    A NaN, or a gradient too large to be squared, stays in the moments; `reject_nonfinite` keeps both out.
+    A gradient too large to be squared makes v infinite, and what shares it stops moving. A NaN stays in the
+    moments and the updates. `reject_nonfinite` keeps both out.
 
     Example:
         >>> import adaptive_optax as ao, jax.numpy as jnp, optax
