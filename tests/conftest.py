@@ -7,6 +7,7 @@ from pathlib import Path
 import hypothesis
 import jax
 import pytest
+from compiling import AS_IN_USE, QUICKLY, as_flags
 
 hypothesis.settings.register_profile("project", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("project")
@@ -24,18 +25,15 @@ def pytest_addoption(parser):
     )
 
 
-# The tests compile thousands of programs and run each for a moment.
-QUICK = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-
-
 def pytest_configure(config):
     """Sets up XLA before it starts.
 
     Compiled programs are kept under .pytest_cache: workers share them, and the next run finds them.
     """
-    flags = ["--xla_force_host_platform_device_count=8", *([] if config.getoption("--optimize") else [QUICK])]
-    own = os.environ.get("XLA_FLAGS", "")  # last, so that they win; a worker inherits all
-    os.environ["XLA_FLAGS"] = own if flags[0] in own else " ".join([*flags, own]).strip()
+    devices, own = "--xla_force_host_platform_device_count=8", os.environ.get("XLA_FLAGS", "")
+    if devices not in own:  # a worker of pytest-xdist inherits them
+        options = AS_IN_USE if config.getoption("--optimize") else QUICKLY
+        os.environ["XLA_FLAGS"] = f"{devices} {as_flags(options)} {own}".strip()  # the user's last: they win
     if config.getoption("--no-compilation-cache"):
         jax.config.update("jax_enable_compilation_cache", False)
         return
@@ -89,9 +87,8 @@ def random_examples(request) -> int:
 
 @pytest.fixture
 def optimized(monkeypatch):
-    """Compiles as XLA does by default: what is promised of the bits of different programs holds for these."""
-    options = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}
-    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=options))
+    """Compiles as in use: what is promised of the bits of different programs holds for these."""
+    monkeypatch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options=AS_IN_USE))
 
 
 @pytest.fixture

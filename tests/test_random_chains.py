@@ -22,6 +22,7 @@ import numpy as np
 import optax
 import pytest
 from cases import given
+from compiling import AS_IN_USE, QUICKLY
 
 import adaptive_optax as ao
 
@@ -437,12 +438,11 @@ def examples(draw, trees: list[Tree], chain: Chain) -> Example:
     )
 
 
-# Two thirds of the trees are compiled in a third of the time: what is looked for is seldom the compiler's.
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-
-
 class Compiled:
-    """The jitted init and step of a chain; one is made for each tree."""
+    """The jitted init and step of a chain; one is made for each tree.
+
+    Two thirds of the trees are compiled quickly: what is looked for is seldom the compiler's.
+    """
 
     def __init__(self, chain: Chain, as_users_do: bool):
         tx = chain.make()
@@ -458,7 +458,7 @@ class Compiled:
         if chain.verified:  # has no such option
             self.step = chex.chexify(jax.jit(step), async_check=False)
         else:
-            self.step = jax.jit(step, compiler_options=None if as_users_do else QUICKLY)
+            self.step = jax.jit(step, compiler_options=AS_IN_USE if as_users_do else QUICKLY)
 
 
 def layout(tree: Any) -> Any:

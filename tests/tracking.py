@@ -64,6 +64,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from cases import INT8, Case
+from compiling import QUICKLY
 
 import adaptive_optax as ao
 from adaptive_optax._core.paths import paths_and_leaves
@@ -158,7 +159,7 @@ def distances(case: Case, runs: list[Run]) -> dict[str, dict[str, float]]:
         return tuple(new), (off, {name: squares(u) for name, u in updates.items()})
 
     # Compiling takes longer than running.
-    @functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+    @functools.partial(jax.jit, compiler_options=QUICKLY)
     def all_steps(states):
         return jax.lax.scan(step, states, given)[1]
 

@@ -1,0 +1,13 @@
+"""How XLA compiles for the tests: quickly, or as in use.
+
+The tests compile thousands of programs and run each for a moment, so that `conftest.py` makes the quick way
+the rule: it takes a fifth of the time. What the two ways compute differs in the order of roundings at most.
+"""
+
+QUICKLY = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+AS_IN_USE = {"xla_backend_optimization_level": 3, "xla_cpu_use_fusion_emitters": True}  # XLA's defaults
+
+
+def as_flags(options: dict[str, int | bool]) -> str:
+    """The options as XLA_FLAGS has them."""
+    return " ".join(f"--{name}={str(value).lower()}" for name, value in options.items())
