@@ -33,9 +33,11 @@ class After(NamedTuple):
             had an ordinary gradient in its place.
         fades: The state stays finite, and what it holds of the gradient shrinks with every step.
         kept: It is in the state for good. Updates are as with "passes".
-        poisoned: The state is not finite, for good. The coordinate's updates are NaN, or 0 but for what dies
-            away (momentum) and does not come from gradients (weight decay). Leaves that share no moment with
-            it do not notice.
+        stops: The state is not finite, for good. The coordinate's updates are 0 but for what dies away
+            (momentum) and what does not come from gradients (weight decay); none is NaN. Leaves that share no
+            moment with it do not notice.
+        poisoned: The state is NaN, for good, and so are the coordinate's updates, unless something behind
+            replaces them. Leaves that share no moment with it do not notice.
         rejects: The updates are 0, the state stays but for counters, and the run goes on as if the gradient
             had not been there.
         raises: The step raises an AssertionError.
@@ -79,7 +81,7 @@ class Case:
     period: int = 1
     given_to_update: Callable[[Any, Any], Any] = lambda gradients, state: gradients
     after_zero: After = After("recovers", "a zero is a gradient like others")
-    after_spike: After = After("poisoned", "its square overflows in v")
+    after_spike: After = After("stops", "its square overflows in v, which it is divided by")
     after_nan: After = After("poisoned", "it stays in the moments")
     shares: str = ""
     rounds: Rounding | None = None

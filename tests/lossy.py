@@ -28,7 +28,10 @@ class LossyMoment(NamedTuple):
 
 
 def _decoded(codes, scale):
-    return codes.astype(jnp.float32) * (scale / LEVELS) if scale.ndim == 0 else codes
+    if scale.ndim:
+        return codes
+    # One value that has overflowed takes the leaf with it, as it does a block of Int8; 0 times inf would be NaN.
+    return jnp.where(jnp.isinf(scale), scale, codes.astype(jnp.float32) * (scale / LEVELS))
 
 
 @dataclasses.dataclass(frozen=True)

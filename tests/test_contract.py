@@ -166,9 +166,9 @@ def test_exceptions_have_reasons(case):
     fields = {field.name: getattr(case, field.name) for field in dataclasses.fields(case)}
     plain = {"name", "factory", "make", "sweep", "arguments", "period", "given_to_update"}
     for name, value in fields.items():
-        if name not in plain:
-            reason = value if isinstance(value, str) or value is None else value.reason
-            assert reason is None or (isinstance(reason, str) and (not reason or " " in reason)), name
+        if name not in plain and value not in ("", None):  # which exempt from nothing
+            reason = value if isinstance(value, str) else value.reason
+            assert isinstance(reason, str) and " " in reason, name
 
 
 # 1. Pure and traceable.
@@ -720,11 +720,23 @@ def kept(case, gradients, seen):
     assert_identical(seen.updates[BEFORE + 1 :], usual.updates[BEFORE + 1 :])
 
 
-def poisoned(case, gradients, seen):
+def stops(case, gradients, seen):
     assert not any(map(all_finite, seen.states[BEFORE + 1 :]))
+    assert_finite(seen.updates)
     moves = [abs(seen.at(step)) for step in range(BEFORE + 1, len(seen.updates))]
     if not case.zero_moves:
-        assert not any(after > 0.95 * before for before, after in zip(moves, moves[1:], strict=False))
+        assert all(after <= 0.95 * before for before, after in zip(moves, moves[1:], strict=False))
+    others_do_not_notice(case, gradients, seen)
+
+
+def poisoned(case, gradients, seen):
+    assert not any(map(all_finite, seen.states[BEFORE + 1 :]))
+    if not case.hides_nan:
+        assert all(math.isnan(seen.at(step)) for step in range(BEFORE, len(seen.updates)))
+    others_do_not_notice(case, gradients, seen)
+
+
+def others_do_not_notice(case, gradients, seen):
     if not case.shares:
         usual = outcome(case, gradients)
 
@@ -743,7 +755,7 @@ def rejects(case, gradients, seen):
     assert_identical(seen.updates[BEFORE + 1 :], without.updates[BEFORE:])
 
 
-AFTERWARDS = {f.__name__: f for f in (recovers, passes, fades, kept, poisoned, rejects)}
+AFTERWARDS = {f.__name__: f for f in (recovers, passes, fades, kept, stops, poisoned, rejects)}
 
 
 # What is particular to a lossy storage.
