@@ -32,7 +32,7 @@ def pytest_configure(config):
     """
     devices, own = "--xla_force_host_platform_device_count=8", os.environ.get("XLA_FLAGS", "")
     if devices not in own:  # a worker of pytest-xdist inherits them
-        options = AS_IN_USE if config.getoption("--optimize") else QUICKLY
+        options = {} if config.getoption("--optimize") else QUICKLY
         os.environ["XLA_FLAGS"] = f"{devices} {as_flags(options)} {own}".strip()  # the user's last: they win
     if config.getoption("--no-compilation-cache"):
         jax.config.update("jax_enable_compilation_cache", False)
@@ -71,10 +71,10 @@ _held = 0
 
 
 def pytest_runtest_teardown(item, nextitem):
-    """Forgets compiled programs from file to file, and within a long one; the next tests read them back."""
+    """Forgets compiled programs now and then; the next tests read back those that they need."""
     global _held
     _held += 1
-    if nextitem is None or nextitem.path != item.path or _held >= MOST_TESTS:
+    if _held >= MOST_TESTS:
         jax.clear_caches()
         _held = 0
 
