@@ -36,6 +36,7 @@ TESTS = {
     "moments/formats": ["storage", "convert_storage"],
     "moments/granularity": ["moments", "rms"],
     "moments/int8": ["storage"],
+    "transforms/adam_bound": ["adam", "verified", "adam_states"],
     "transforms/direction": ["adam", "rms", "verified"],
     "transforms/learning_rate": ["optimizers", "hyperparams"],
     "transforms/match_parameter_dtype": ["ecosystem"],

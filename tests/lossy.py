@@ -30,7 +30,7 @@ class LossyMoment(NamedTuple):
 def _decoded(codes, scale):
     if scale.ndim:
         return codes
-    # One value that has overflowed takes the leaf with it, as it does a block of Int8; 0 times inf would be NaN.
+    # One value that has overflowed takes its leaf with it, as it takes a block of Int8: 0 * inf would be NaN.
     return jnp.where(jnp.isinf(scale), scale, codes.astype(jnp.float32) * (scale / LEVELS))
 
 

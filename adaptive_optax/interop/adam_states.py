@@ -20,7 +20,8 @@ from adaptive_optax._core.trees import Moment, OptState, Params
 from adaptive_optax.hyperparams import InjectHyperparamsState
 from adaptive_optax.moments.formats import dense, encode_like
 from adaptive_optax.moments.storage import Role
-from adaptive_optax.transforms.adam import ScaleByAdamState, scalars_after
+from adaptive_optax.transforms.adam import ScaleByAdamState
+from adaptive_optax.transforms.adam_bound import scalars_after
 from adaptive_optax.transforms.learning_rate import LEARNING_RATE_STATES
 from adaptive_optax.transforms.weight_decay import AddDecoupledWeightDecayState
 

@@ -19,7 +19,8 @@ from adaptive_optax._core.states import children, states_of
 from adaptive_optax._core.trees import PyTree
 from adaptive_optax.hyperparams import learning_rates
 from adaptive_optax.moments.granularity import is_own_statistic, mean_over_groups
-from adaptive_optax.transforms.adam import ScaleByAdamState, corrected_bound_sq, direction_parts
+from adaptive_optax.transforms.adam import ScaleByAdamState, direction_parts
+from adaptive_optax.transforms.adam_bound import corrected_bound_sq
 
 _LOWEST, BINS = -33, 40  # octaves
 HISTOGRAM_EDGES = 2.0 ** np.arange(_LOWEST, _LOWEST + BINS + 1)

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike, DTypeLike
 
-from adaptive_optax._core.checks import check_bool, check_choice, check_integer, check_real, check_same_tree
+from adaptive_optax._core.checks import check_bool, check_choice, check_real, check_same_tree
 from adaptive_optax._core.described import described
 from adaptive_optax._core.precision import (
     abs_square,
@@ -39,6 +39,7 @@ from adaptive_optax.moments.granularity import (
     mean_over_groups,
 )
 from adaptive_optax.moments.storage import Storage, as_nearest
+from adaptive_optax.transforms.adam_bound import corrected_bound_sq, least_nu, next_bound_sq
 from adaptive_optax.transforms.direction import Bound, over_root, root_of
 
 
@@ -127,7 +128,7 @@ def scale_by_adam(
     Use it as the adaptive part of a chain. With a coarser `granularity` the second moment needs almost no
     memory; `"global"` gives momentum with a single adaptive step size.
 
-    With groups :math:`I_k` of :math:`n_k` coordinates (each equation is one line of the code, in this order):
+    With groups :math:`I_k` of :math:`n_k` coordinates (each is one line of the code, in this order):
 
     .. math::
         w_{i,t} &= \beta_i w_{i,t-1} + (1 - \beta_i) \\
@@ -271,7 +272,7 @@ def scale_by_adam(
         dtype = state.bound_sq.dtype
         d1, d2 = decay_at(b1, state.count, dtype), decay_at(b2, state.count, dtype)
         count = incremented(state.count)
-        mu_weight, nu_weight = ema_weight(state.mu_weight, d1), ema_weight(state.nu_weight, d2)
+        mu_weight, nu_weight = ema_weight(state.mu_weight, d1), ema_weight(state.nu_weight, d2)  # w
         mu_factor, g_factor = numerator_factors(d1, mu_weight)
         step = _Step(
             d1=d1,
@@ -290,10 +291,10 @@ def scale_by_adam(
         check_real("scale_by_adam", "updates", g, "the state", old_mu)
         old_mu = as_wide_as(old_mu, g)
         old_nu = decoded_nu(state, old_mu)
-        squares = granularity.pool(abs_square(g))
+        squares = granularity.pool(abs_square(g))  # q
         old_max = as_wide_as(nu_storage.decode(state.nu_max), squares) if amsgrad else None
-        nu, nu_max, root = _second_moment(step, old_nu, old_max, squares)
-        mu, direction = _direction(step, old_mu, g, granularity.spread(root, g))
+        nu, nu_max, root = _second_moment(step, old_nu, old_max, squares)  # v, r
+        mu, direction = _direction(step, old_mu, g, granularity.spread(root, g))  # m, u
 
         return direction, ScaleByAdamState(
             count=count,
@@ -305,7 +306,7 @@ def scale_by_adam(
             eps=value_at(step.eps, state.count, dtype),
             mu_weight=mu_weight,
             nu_weight=nu_weight,
-            bound_sq=_next_bound_sq(stretch * state.bound_sq, d1, d2),
+            bound_sq=next_bound_sq(stretch * state.bound_sq, d1, d2),
         )
 
     def max_ratio(state):
@@ -379,14 +380,6 @@ def _direction(step: _Step, mu: jax.Array, g: jax.Array, root: jax.Array) -> tup
     return mu, scaled(direction, step.direction_factor)
 
 
-def _next_bound_sq(bound_sq: jax.Array, d1: Decay, d2: Decay) -> jax.Array:
-    """A_t^2 = (b1^2 / b2) A_{t-1}^2 + (1 - b1)^2 / (1 - b2), with 0 / 0 = 0, clipped to a finite number."""
-    dtype = bound_sq.dtype
-    keep1, take1, keep2, take2 = (jnp.asarray(x, dtype) for x in (*d1, *d2))
-    older = jnp.where(bound_sq * keep1 == 0, 0, keep1**2 / keep2 * bound_sq)
-    return jnp.minimum(older + take1**2 / take2, jnp.finfo(dtype).max)
-
-
 # ---- Quantities derived from the state, for telemetry and conversions of states. ----
 
 
@@ -410,78 +403,3 @@ def direction_parts(state: ScaleByAdamState) -> DirectionParts:
     in_root = nu_hat if moments["nu_max"] is None else moments["nu_max"]  # which is corrected already
     root = jax.tree.map(lambda v: root_of(v, state.eps, 0.0), in_root)
     return DirectionParts(scaled(moments["mu"], 1 / mu_weight), nu_hat, root)
-
-
-def corrected_bound_sq(bound_sq: jax.Array, mu_weight: Any, nu_weight: Any) -> jax.Array:
-    """Returns B_t^2 = A_t^2 w_2 / w_1^2, the square of the bound on m-hat / sqrt(v-hat)."""
-    return bound_sq / mu_weight**2 * nu_weight
-
-
-def least_nu(pooled_mu: Any, bound_sq: jax.Array) -> Any:
-    """Returns pool(|m|^2) / A^2, a lower bound on v before it is rounded (Cauchy-Schwarz)."""
-    is_bounded = bound_sq > 0
-    inverse = jnp.where(is_bounded, 1 / jnp.where(is_bounded, bound_sq, 1), 0)
-    return jax.tree.map(lambda m2: scale(m2, inverse), pooled_mu)
-
-
-def scalars_after(steps: int, b1: float, b2: float) -> dict[str, float]:
-    """Returns the sums of weights and the bound of a state after `steps` steps with constant decays."""
-    largest = float(jnp.finfo(jnp.float32).max)
-    bound = adam_bound(b1, b2, steps, bias_correction=False) if steps else 0.0
-    return {"mu_weight": 1 - b1**steps, "nu_weight": 1 - b2**steps, "bound_sq": min(bound**2, largest)}
-
-
-def adam_bound(b1: float, b2: float, count: int | None = None, *, bias_correction: bool = True) -> float:
-    r"""Returns the largest magnitude that a coordinate of Adam's direction can have.
-
-    Gradients that grow by :math:`\beta_2/\beta_1` per step attain the bound. It holds for `scale_by_adam`
-    without `nesterov`, with any eps and with or without `amsgrad`. For coarser granularities it bounds the
-    root mean square of the direction over a group (its norm with `reduce="sum"`).
-
-    .. math::
-        A_t^2 = \frac{(1-\beta_1)^2}{1-\beta_2} \sum_{j<t} (\beta_1^2/\beta_2)^j, \qquad
-        B_t = A_t \sqrt{1-\beta_2^t} / (1-\beta_1^t)
-
-    Args:
-        b1: :math:`\beta_1` in [0, 1).
-        b2: :math:`\beta_2` in [0, 1).
-        count: The number of steps t >= 1, or None for the limit.
-        bias_correction: Whether to return :math:`B_t`, or :math:`A_t` for the uncorrected direction.
-
-    Returns:
-        The bound, at least 1 in the limit; inf if `count` is None and b1^2 >= b2 (and b1 > 0).
-
-    Raises:
-        ValueError: If an argument is out of range.
-
-    Example:
-        >>> import adaptive_optax as ao
-        >>> round(ao.adam_bound(0.9, 0.999), 4), round(ao.adam_bound(0.9, 0.999, 1), 4)
-        (7.2703, 1.0)
-
-    Source: derived for this library with the Cauchy-Schwarz inequality.
-    """
-    check_hyperparameter("b1", b1)
-    check_hyperparameter("b2", b2)
-    check_bool("bias_correction", bias_correction)
-    for name, decay in (("b1", b1), ("b2", b2)):
-        if static_value(decay) is None:
-            raise ValueError(f"{name} must be concrete in adam_bound, got a tracer; the state has bound_sq.")
-    b1, b2 = float(b1), float(b2)
-    if count is None:
-        if b1 == 0:
-            return 1 / math.sqrt(1 - b2)
-        return (1 - b1) * math.sqrt(b2 / ((1 - b2) * (b2 - b1**2))) if b1**2 < b2 else math.inf
-    check_integer("count", count, "[1, inf)")
-    if b1 == 0 or count == 1:
-        total = 1.0
-    elif b2 == 0:
-        return math.inf
-    else:
-        rho = b1**2 / b2
-        try:
-            total = float(count) if rho == 1 else math.expm1(count * math.log(rho)) / (rho - 1)
-        except OverflowError:
-            return math.inf
-    bound = (1 - b1) * math.sqrt(total / (1 - b2))
-    return bound * math.sqrt(1 - b2**count) / (1 - b1**count) if bias_correction else bound
