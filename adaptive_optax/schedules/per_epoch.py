@@ -37,7 +37,8 @@ def per_epoch(schedule: optax.Schedule, steps_per_epoch: int, *, fractional: boo
         ValueError: If `schedule` is not callable or `steps_per_epoch` is out of its range.
 
     Example:
-        >>> schedule = per_epoch(step_decay(0.1, 0.5, every=2), steps_per_epoch=100)
+        >>> import adaptive_optax as ao
+        >>> schedule = ao.per_epoch(ao.step_decay(0.1, 0.5, every=2), steps_per_epoch=100)
         >>> [round(float(schedule(count)), 4) for count in (0, 199, 200)]
         [0.1, 0.1, 0.05]
     """
