@@ -50,7 +50,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_finish():
-    """Leaves alone what is loaded: to walk a million objects again and again takes a twentieth of the time."""
+    """Leaves alone what is loaded: walking all of it again and again takes a twentieth of the time."""
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
