@@ -8,10 +8,8 @@ import jax
 
 QUICKLY: dict[str, int | bool] = {"xla_backend_optimization_level": 0}
 AS_IN_USE: dict[str, int | bool] = {"xla_backend_optimization_level": 3}  # XLA's defaults
-if jax.__version_info__ < (
-    0,
-    11,
-):  # later versions do not have this option, and XLA aborts at one it does not know
+# Later versions do not have this option, and XLA aborts at a flag that it does not know.
+if jax.__version_info__ < (0, 11, 0):
     QUICKLY["xla_cpu_use_fusion_emitters"] = False
     AS_IN_USE["xla_cpu_use_fusion_emitters"] = True
 
