@@ -474,3 +474,18 @@ def test_the_global_form_is_rotation_equivariant_and_the_coordinate_form_is_not(
         turned = flat_of(run(tx, tree_of(np.float32(flat @ q.T)), params).updates)
         gap = np.linalg.norm(turned - plain @ q.T, axis=1) / np.linalg.norm(plain, axis=1)
         assert gap.max() < 1e-5 if equivariant else gap.min() > 0.1
+
+
+@pytest.mark.parametrize(
+    "decays", [(0.9, 0.999), (0.0, 0.0), (0.5, 0.3), (0.9, lambda count: 0.99 * (count != 5))]
+)
+def test_a_square_that_overflows_makes_nothing_nan_and_telemetry_reads_it(decays):
+    tx = ao.telemetry(ao.scale_by_adam(*decays))
+    params = jnp.ones(2)
+    state = tx.init(params)
+    step = jax.jit(tx.update)
+    for count in range(8):
+        updates, state = step(jnp.array([1e20 if count == 3 else 1.0, 1.0]), state, params)
+        assert all(not jnp.isnan(x).any() for x in jax.tree.leaves((updates, state)))
+    measured = ao.get_telemetry(state)
+    assert jnp.isfinite(measured.bound_utilisation)

@@ -486,3 +486,32 @@ def test_an_undeclared_state_is_new_and_says_why():
 
 def test_the_hyperparameters_of_a_declared_state_are_read():
     assert ao.get_hyperparams(trained(deep(theirs())))["b"] == np.float32(0.9)
+
+
+def test_declarations_that_are_mistaken_are_refused():
+    class Named(NamedTuple):
+        count: jax.Array
+        average: jax.Array
+
+    class Inherits(Named):
+        """A state with a name of its own."""
+
+    for build, sentence in (
+        (lambda: ao.carries_moments(Named), "repair must be a function"),
+        (lambda: ao.carries_moments("mu"), "repair must be a function"),
+        (lambda: ao.carries_moments(), "needs at least one moment"),
+        (
+            lambda: ao.carries_moments(average=ao.MomentField("mu", weight=3)),
+            "The weight of 'average' must be",
+        ),
+        (lambda: ao.carries_hyperparameters(Named), "needs the names of hyperparameters"),
+        (lambda: ao.carries_hyperparameters("zzz")(Named), "Named has no attribute 'zzz'"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            build()
+    ao.carries_hyperparameters("average")(Named)
+    assert ao.get_hyperparams(Inherits(jnp.int32(0), jnp.float32(2.0))) == {"average": 2.0}
+    ao.carries_moments(lambda state, values: {"averge": values["average"]}, average="mu")(Named)
+    state = Named(jnp.int32(0), ao.BFloat16().init(jnp.ones(3), "mu"))
+    with pytest.raises(ValueError, match="Named: repair must return a dictionary of moments among 'average'"):
+        ao.convert_storage(state, mu_storage="float32")

@@ -4,6 +4,7 @@ import functools
 
 import hypothesis.strategies as st
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -364,3 +365,20 @@ def test_rotations(granularity, turned, equivariant):
         assert gap.max() < 1e-5
     else:
         assert gap.min() > 0.01 and gap.max() > 0.3
+
+
+@pytest.mark.parametrize("at", [0, 3])
+@pytest.mark.parametrize("decay", [0.9, 0.0, lambda count: jnp.where(count == 5, 0.0, 0.9)])
+@pytest.mark.parametrize("bias_correction", [False, True])
+@pytest.mark.parametrize("centered", [False, True])
+def test_a_square_that_overflows_stops_its_coordinate_and_makes_nothing_nan(
+    centered, bias_correction, decay, at
+):
+    tx = ao.scale_by_rms(decay, centered=centered, bias_correction=bias_correction)
+    state = tx.init(jnp.ones(2))
+    step = jax.jit(tx.update)
+    for count in range(8):
+        updates, state = step(jnp.array([1e20 if count == at else 1.0, 1.0]), state)
+        assert all(not jnp.isnan(x).any() for x in jax.tree.leaves((updates, state)))
+        if at <= count < 5 and not callable(decay) and decay:
+            assert updates[0] == 0

@@ -40,7 +40,11 @@ def carries_hyperparameters(
             `inject_hyperparams` then makes them settable.
 
     Returns:
-        A decorator for the type of the state. It returns the type itself.
+        A decorator for the type of the state. It returns the type itself. A subclass inherits the
+        declaration; another one for the same type replaces it.
+
+    Raises:
+        ValueError: If a name is not a string; when the type is decorated, if it has no such attribute.
 
     Example:
         >>> import adaptive_optax as ao, jax, jax.numpy as jnp
@@ -51,8 +55,14 @@ def carries_hyperparameters(
         >>> ao.get_hyperparams(AnnealState(jnp.float32(0.5)))
         {'temperature': Array(0.5, dtype=float32)}
     """
+    for name in names:
+        if not isinstance(name, str):
+            raise ValueError(f"carries_hyperparameters needs the names of hyperparameters, got {name!r}.")
 
     def declare(state_type):
+        for name in names:
+            if not hasattr(state_type, name):
+                raise ValueError(f"carries_hyperparameters: {state_type.__name__} has no attribute {name!r}.")
         _HYPERPARAMETERS[state_type] = Hyperparameters(names, set_value)
         return state_type
 
@@ -61,7 +71,8 @@ def carries_hyperparameters(
 
 def hyperparameters_of(state_type: type) -> Hyperparameters:
     """Returns the hyperparameters that states of a type carry; an empty declaration for other types."""
-    return _HYPERPARAMETERS.get(state_type, Hyperparameters())
+    declared = (_HYPERPARAMETERS[kind] for kind in state_type.__mro__ if kind in _HYPERPARAMETERS)
+    return next(declared, Hyperparameters())
 
 
 def children(node: Any) -> list[tuple[Any, Any]]:

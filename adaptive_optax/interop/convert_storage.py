@@ -70,7 +70,7 @@ def convert_storage(
     if not states_of(kinds, opt_state):
         raise ValueError(
             "convert_storage: opt_state must hold a state of scale_by_adam or scale_by_rms, got a "
-            f"{type(opt_state).__name__} without one."
+            f"{type(opt_state).__name__} without one. Declare your own states with carries_moments."
         )
     storages: dict[Role, Storage | str | None] = {"mu": mu_storage, "nu": nu_storage}
     return replace_states(kinds, opt_state, lambda state: _converted(state, storages))

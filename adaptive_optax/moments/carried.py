@@ -51,7 +51,7 @@ def carries_moments(
     """Declares the moments of a state for `convert_storage` and `transfer_state`.
 
     The state is a NamedTuple with a field `count`, the number of steps. A moment is as a `Storage` made it,
-    or None.
+    or None. A subclass inherits the declaration; another one for the same type replaces it.
 
     Args:
         repair: `repair(state, values) -> new`, where `values` has a tree of decoded values for each field
@@ -64,7 +64,8 @@ def carries_moments(
         A decorator for the type of the state. It returns the type itself.
 
     Raises:
-        ValueError: If a role is unknown; when the type is decorated, if it lacks a field that is named here.
+        ValueError: If there is no field, a role is unknown, or `repair` is not a function; when the type is
+            decorated, if it lacks a field that is named here.
 
     Example:
         >>> import adaptive_optax as ao, jax, jax.numpy as jnp
@@ -77,9 +78,16 @@ def carries_moments(
         >>> ao.convert_storage(state, mu_storage="bfloat16").average.dtype
         dtype(bfloat16)
     """
+    if repair is not None and (isinstance(repair, type) or not callable(repair)):
+        raise ValueError(f"repair must be a function (state, values) -> new values, got {repair!r}.")
+    if not fields:
+        raise ValueError('carries_moments needs at least one moment, such as carries_moments(mu="mu").')
     moments = {name: x if isinstance(x, MomentField) else MomentField(x) for name, x in fields.items()}
     for name, moment in moments.items():
         check_choice(f"The role of {name!r}", moment.role, get_args(Role))
+        for kind, field in (("weight", moment.weight), ("decay", moment.decay)):
+            if not isinstance(field, str):
+                raise ValueError(f"The {kind} of {name!r} must be the name of a field, got {field!r}.")
 
     def declare(state_type):
         named = ["count", *moments, *(x for m in moments.values() for x in (m.weight, m.decay) if x)]
@@ -133,7 +141,13 @@ def _repaired(state: Any, values: Values) -> Values:
     repair = _declared_by(type(state)).repair
     if repair is None:
         return values
-    new = values | repair(state, values)
+    repaired = repair(state, values)
+    if not isinstance(repaired, dict) or not repaired.keys() <= values.keys():
+        raise ValueError(
+            f"{type(state).__name__}: repair must return a dictionary of moments among "
+            f"{', '.join(map(repr, values))}, got {repaired!r}."
+        )
+    new = values | repaired
     for name, x in values.items():
         if new[name] is not x:
             check_same_tree(type(state).__name__, f"the repaired {name}", new[name], "the state", x)

@@ -49,9 +49,16 @@ def ema(old: Any, new: Any, decay: Decay) -> Any:
             # converges to a value 1.3e-5 off. Below 1/2 this form would lose a `new` much smaller than `old`.
             # Where `old` has overflowed, the difference has too, and their sum would be NaN instead of inf.
             return jnp.where(jnp.isinf(old), old + new, old + scale(new - old, decay.take))
-        return scale(old, decay.keep) + scale(new, decay.take)
+        return kept(old, decay) + scale(new, decay.take)
 
     return jax.tree.map(leaf, old, new)
+
+
+def kept(old: jax.Array, decay: Decay) -> jax.Array:
+    """Returns b old, which is 0 for b = 0 even where `old` has overflowed."""
+    if isinstance(decay.keep, float):
+        return scale(old, decay.keep) if decay.keep else jnp.zeros_like(old)
+    return jnp.where(decay.keep == 0, jnp.zeros_like(old), scale(old, decay.keep))
 
 
 def ema_weight(weight: jax.Array, decay: Decay) -> jax.Array:

@@ -130,9 +130,10 @@ def _as_statistics(leaf: _Leaf) -> tuple[Statistics, Statistics]:
     # A NaN falls into some bin, but means nothing there.
     spoiled = jnp.expand_dims(jnp.isnan(total), -1)
     shares = leaf.counts / jnp.maximum(jnp.sum(leaf.counts, axis=-1, keepdims=True), 1)
+    # Without gradients there is no signal, and none is left beside a second moment that has overflowed.
+    has_signal = (total != 0) & ~jnp.isinf(total)
     values = Statistics(
-        # 0 / 0 = 0, because without gradients there is no signal.
-        snr=jnp.where(total == 0, 0, jnp.clip(1 - leaf.noise / jnp.where(total == 0, 1, total), 0, 1)),
+        snr=jnp.where(has_signal, jnp.clip(1 - leaf.noise / jnp.where(has_signal, total, 1), 0, 1), 0),
         bound_utilisation=jnp.sqrt(leaf.longest),
         histogram=jnp.where(spoiled, jnp.expand_dims(total, -1), shares),
     )
@@ -172,12 +173,13 @@ def _leaves_of(state: ScaleByAdamState, rate: jax.Array | None, dtype: Any) -> d
             continue  # a granularity with its own `spread`, which the state does not reveal
         total = jnp.sum(v / max(v.size, 1))
         mean_sq = jnp.sum(abs_square(m) / max(m.size, 1))
-        lengths = mean_over_groups(jnp.where(root == 0, 0, abs_square(m) / jnp.square(root)), v.shape)
+        lengths = mean_over_groups(jnp.where(root == 0, 0, abs_square(m / root)), v.shape)
         rates = (jnp.zeros((), dtype) if rate is None else rate).astype(v.dtype) / root
         found[path] = _Leaf(
             size=float(m.size),
             second=total.astype(dtype),
-            noise=(total - mean_sq).astype(dtype) / jnp.where(is_noise, 1 - one_over_n, 1),
+            noise=jnp.where(jnp.isinf(total), 0, total - mean_sq).astype(dtype)
+            / jnp.where(is_noise, 1 - one_over_n, 1),
             longest=jnp.max(lengths, initial=0).astype(dtype) / bound_sq,
             counts=_counts(rates).astype(dtype) * (m.size / max(v.size, 1)),  # coordinates per value
             is_noise=is_noise,

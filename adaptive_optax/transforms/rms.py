@@ -32,7 +32,7 @@ from adaptive_optax._core.transformation import transformation
 from adaptive_optax._core.trees import Count, Moment, Scalar, by_leaf
 from adaptive_optax._core.values import as_hyperparameter, value_at
 from adaptive_optax.moments.carried import MomentField, carries_moments
-from adaptive_optax.moments.ema import Decay, decay_at, ema, ema_weight, weight_error
+from adaptive_optax.moments.ema import Decay, decay_at, ema, ema_weight, kept, weight_error
 from adaptive_optax.moments.formats import as_storage
 from adaptive_optax.moments.granularity import Granularity, as_granularity
 from adaptive_optax.moments.storage import Storage
@@ -253,7 +253,7 @@ def _centered_second_moment(
     step: _Step, nu: jax.Array, squares: jax.Array, mean_sq: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """For one leaf of statistics: s_t and the root to divide by, given q(delta_t) and q(m_t)."""
-    nu = scale(nu + scale(squares, step.decay.take), step.decay.keep)
+    nu = kept(nu + scale(squares, step.decay.take), step.decay)
     floored = jnp.maximum(nu, _CENTERED_FLOOR * (nu + mean_sq))
     return nu, root_of(floored, step.eps, step.eps_root)
 
