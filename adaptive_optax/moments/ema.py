@@ -58,7 +58,7 @@ def kept(old: jax.Array, decay: Decay) -> jax.Array:
     """Returns b old, which is 0 for b = 0 even where `old` has overflowed."""
     if isinstance(decay.keep, float):
         return scale(old, decay.keep) if decay.keep else jnp.zeros_like(old)
-    return jnp.where(decay.keep == 0, jnp.zeros_like(old), scale(old, decay.keep))
+    return scale(jnp.where(decay.keep == 0, jnp.zeros_like(old), old), decay.keep)
 
 
 def ema_weight(weight: jax.Array, decay: Decay) -> jax.Array:

@@ -173,7 +173,10 @@ def _leaves_of(state: ScaleByAdamState, rate: jax.Array | None, dtype: Any) -> d
             continue  # a granularity with its own `spread`, which the state does not reveal
         total = jnp.sum(v / max(v.size, 1))
         mean_sq = jnp.sum(abs_square(m) / max(m.size, 1))
-        lengths = mean_over_groups(jnp.where(root == 0, 0, abs_square(m / root)), v.shape)
+        # Beside a root whose square overflows, the length counts as 0.
+        square = jnp.square(root)
+        is_defined = (root != 0) & ~jnp.isinf(square)
+        lengths = mean_over_groups(jnp.where(is_defined, abs_square(m) / square, 0), v.shape)
         rates = (jnp.zeros((), dtype) if rate is None else rate).astype(v.dtype) / root
         found[path] = _Leaf(
             size=float(m.size),
