@@ -118,7 +118,7 @@ def inject_hyperparams(
 
     State cost: the inner state, plus two scalars and a flag per hyperparameter.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> tx = ao.inject_hyperparams(ao.adam)(ao.exponential_decay(0.1, 10, 0.5), b2=0.99)
         >>> state = ao.set_hyperparams(tx.init(jnp.ones(2)), learning_rate=0.5)
@@ -310,7 +310,7 @@ def get_hyperparams(opt_state: OptState) -> dict[str, jax.Array]:
         ValueError: If there are no hyperparameters, for instance if you pass an optimizer instead of its
             state.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> state = ao.adam(ao.exponential_decay(0.1, 100, 0.5)).init(jnp.ones(2))
         >>> sorted(ao.get_hyperparams(state))
@@ -348,7 +348,7 @@ def set_hyperparams(opt_state: T, **values: ArrayLike | None) -> T:
             value, once rounded to the state's dtype, is not a real scalar in the range that the constructors
             accept; for a name that this library does not use, if it is not finite.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> tx = ao.adam(ao.exponential_decay(0.1, 100, 0.5))
         >>> state = ao.set_hyperparams(tx.init(jnp.ones(2)), learning_rate=0.02)

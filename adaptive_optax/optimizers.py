@@ -78,7 +78,7 @@ def adam(
 
     State cost: two float32 copies of the parameters, or one with granularity "tensor" or "global".
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp, optax
         >>> tx = ao.adam(ao.step_decay(0.3, 0.5, every=20))
         >>> params = jnp.array([3.0, -2.0])
@@ -134,7 +134,7 @@ def adamw(
 
     State cost: the same as `adam`.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp, optax
         >>> tx = ao.adamw(0.1, weight_decay=0.5)
         >>> params = jnp.array([2.0])
@@ -194,7 +194,7 @@ def adam_mini(
 
     State cost: one float32 copy of the parameters, plus one value per block: about half of `adamw`'s.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax, jax.numpy as jnp
         >>> from flax import linen
         >>> x = jnp.ones((4, 64))
@@ -260,7 +260,7 @@ def rmsprop(
 
     State cost: one float32 per group; `centered` and `momentum` add one copy of the parameters each.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp, optax
         >>> tx = ao.rmsprop(0.05, momentum=0.5)
         >>> params = jnp.array([3.0, -2.0])
@@ -307,7 +307,7 @@ def global_rmsprop(
 
     State cost: one float32.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> tx = ao.global_rmsprop(0.1, decay=0.0)
         >>> gradient = jnp.array([3.0, -4.0])
@@ -356,7 +356,7 @@ def sgd(
 
     State cost: one float32 copy of the parameters with momentum, else none.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> tx = ao.sgd(0.5)
         >>> updates, _ = tx.update(jnp.array([2.0]), tx.init(jnp.array([1.0])))

@@ -46,7 +46,7 @@ def carries_hyperparameters(
     Raises:
         ValueError: If a name is not a string; when the type is decorated, if it has no such attribute.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax, jax.numpy as jnp
         >>> from typing import NamedTuple
         >>> @ao.carries_hyperparameters("temperature")

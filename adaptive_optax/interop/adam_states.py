@@ -83,7 +83,7 @@ def from_optax(
 
     In `flax.nnx.Optimizer`, use `integrations.flax.optimizer_from_state`.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp, optax
         >>> params = jnp.ones(2)
         >>> theirs = optax.adamw(1e-3)
@@ -128,7 +128,7 @@ def to_optax(
     Raises:
         ValueError: If there is no Adam state, `tx` is given without `params`, or the two do not fit.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp, optax
         >>> params = jnp.ones(2)
         >>> state = ao.to_optax(ao.adam(1e-3).init(params))

@@ -25,7 +25,7 @@ def state_bytes(opt_state: OptState) -> int:
     Returns:
         The bytes of all arrays, over all devices; a replicated array counts once.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> ao.state_bytes(ao.sgd(0.1, momentum=0.9).init(jnp.zeros((1000, 1000))))
         4000013
@@ -57,7 +57,7 @@ def convert_storage(
         ValueError: If a format is unknown or cannot represent the changes of a moment at the state's decay,
             or `opt_state` contains no moment.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> params = jnp.zeros((64, 256))
         >>> state = ao.adam(1e-3).init(params)

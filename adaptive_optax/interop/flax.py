@@ -28,7 +28,7 @@ class TrainState(train_state.TrainState):
     For example, `reduce_on_plateau` needs `value`. Keywords of `apply_gradients` that are fields of the state
     are replaced, as in Flax; all others are forwarded to `tx`.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp, optax
         >>> from adaptive_optax.integrations.flax import TrainState
         >>> tx = optax.chain(ao.sgd(1.0), ao.reduce_on_plateau(factor=0.5, patience=1))
@@ -86,7 +86,7 @@ def optimizer_from_state(
     Raises:
         ValueError: If the leaves or shapes of the state differ from those of `tx`.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp, optax
         >>> from adaptive_optax.integrations.flax import optimizer_from_state
         >>> from flax import nnx

@@ -78,7 +78,7 @@ def from_torch(
             for the dtype, or negative in the second moment. Complex parameters are not supported, because
             PyTorch has two second moments for each.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp, numpy as np
         >>> params = {"dense": {"bias": jnp.ones(2), "kernel": jnp.ones((3, 2))}}
         >>> weight = {"exp_avg": np.ones((2, 3)), "exp_avg_sq": np.ones((2, 3)), "step": 10.0}
@@ -134,7 +134,7 @@ def describe_from_torch(
     Raises:
         ValueError: As in `from_torch`, for names and shapes.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, numpy as np
         >>> params = {"norm": {"scale": np.ones(2)}, "out": {"kernel": np.ones((3, 2))}}
         >>> shapes = {"out.weight": (2, 3), "norm.weight": (2,)}

@@ -97,7 +97,7 @@ def transfer_state(
     Raises:
         ValueError: If `old_tx` or `new_tx` is not a transformation.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> old, new = ao.adam(1e-3), ao.adam(1e-3, granularity="tensor")
         >>> params = {"body": jnp.ones(3)}

@@ -60,17 +60,15 @@ class AdamMiniBlocks(Granularity):
 
     `adam_mini` is `adamw` with this granularity; it also works in other transformations.
 
-    ====================  ==============================================  ===================
-    role                  shape in Flax                                   one value per
-    ====================  ==============================================  ===================
-    `"query_key"`         (features, heads, head_dim)                     head
-    `"value"`             (features, heads, head_dim)                     output neuron
-    `"attention_output"`  (heads, head_dim, features)                     output neuron
-    `"output_neuron"`     (inputs, outputs), e.g. of an MLP or LM head    output neuron
-    `"token"`             (tokens, features)                              token
-    `"coordinate"`        any, e.g. of biases                             coordinate
-    `"tensor"`            any, e.g. of norms; the default                 leaf
-    ====================  ==============================================  ===================
+    | role                 | shape in Flax                                | one value per |
+    | -------------------- | -------------------------------------------- | ------------- |
+    | `"query_key"`        | (features, heads, head_dim)                  | head          |
+    | `"value"`            | (features, heads, head_dim)                  | output neuron |
+    | `"attention_output"` | (heads, head_dim, features)                  | output neuron |
+    | `"output_neuron"`    | (inputs, outputs), e.g. of an MLP or LM head | output neuron |
+    | `"token"`            | (tokens, features)                           | token         |
+    | `"coordinate"`       | any, e.g. of biases                          | coordinate    |
+    | `"tensor"`           | any, e.g. of norms; the default              | leaf          |
 
     Args:
         params_layout: `{pattern: role}`. A pattern is a regular expression that is searched for in the paths
@@ -86,7 +84,7 @@ class AdamMiniBlocks(Granularity):
             "query_key" is a role but matches no parameter, a pattern outside `FLAX_LAYOUT` matches no
             leaf, or the kernel of a query or key has no axis of heads.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> params = {name: {"kernel": jnp.ones((8, 2, 4))} for name in ("query", "key", "value")}
         >>> nu = ao.scale_by_rms(granularity=ao.AdamMiniBlocks()).init(params).nu

@@ -30,8 +30,8 @@ class BFloat16(Storage):
 
     Use it to halve the state of Adam. With `"stochastic"` rounding a value x between the bfloat16 neighbours
     a < b becomes b with probability (x - a) / (b - a), so its expectation is x. In a moving average with
-    decay :math:`\beta`, rounding adds a relative standard deviation of about
-    :math:`2^{-8} / \sqrt{2.8 (1 - \beta^2)}`, 0.5 % at 0.9, and less where a step is far below a unit in the
+    decay $\beta$, rounding adds a relative standard deviation of about
+    $2^{-8} / \sqrt{2.8 (1 - \beta^2)}$, 0.5 % at 0.9, and less where a step is far below a unit in the
     last place: 4 % rather than 5 % for the second moment at 0.999.
 
     The random bits are a hash of the coordinate, the step and the leaf. They need no state, a restored run
@@ -53,7 +53,7 @@ class BFloat16(Storage):
 
     State cost: 2 bytes per value.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> tx = ao.scale_by_adam(mu_storage="bfloat16", nu_storage=ao.BFloat16())
         >>> tx.init(jnp.ones(3)).nu.dtype

@@ -37,7 +37,7 @@ class ByPath(Granularity):
         ValueError: If `patterns` is not a mapping from regular expressions to granularities, or `default` is
             not a granularity; at init, if `strict` and a pattern matches no leaf.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> params = {"embed": jnp.ones((9, 4)), "dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.ones(3)}}
         >>> granularity = ao.ByPath({"embed": ao.Axis(-1), "kernel": ao.Axis(-2)}, default="tensor")

@@ -67,7 +67,7 @@ def carries_moments(
         ValueError: If there is no field, a role is unknown, or `repair` is not a function; when the type is
             decorated, if it lacks a field that is named here.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax, jax.numpy as jnp
         >>> from typing import Any, NamedTuple
         >>> @ao.carries_moments(average="mu")

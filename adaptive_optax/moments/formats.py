@@ -43,7 +43,7 @@ def as_storage(value: Storage | str, name: str = "storage", **decays: Any) -> St
         ValueError: If the value is not a storage, breaks the interface of one, or cannot represent the
             changes of a moment with this decay.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao
         >>> ao.as_storage("bfloat16", decay=0.9)
         BFloat16(rounding='stochastic')
@@ -101,7 +101,7 @@ def dense(moment: Moment) -> PyTree:
     Raises:
         ValueError: If an `Int8` moment was written by a version whose maps this version does not know.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> tx = ao.scale_by_adam(nu_storage=ao.Int8(min_size=1))
         >>> _, state = tx.update(jnp.full(64, 2.0), tx.init(jnp.zeros(64)))

@@ -67,7 +67,7 @@ class Coordinate(Granularity):
 
     State cost: one value per coordinate. The direction is equivariant only under signed permutations.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> ao.scale_by_rms(granularity=ao.Coordinate()).init(jnp.ones((8, 3))).nu.shape
         (8, 3)
@@ -94,7 +94,7 @@ class Axis(Granularity):
     Raises:
         ValueError: If there is no axis, an axis is not an integer or `reduce` is unknown.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> tx = ao.scale_by_rms(granularity=ao.Axis(-2))
         >>> nu = tx.init({"kernel": jnp.ones((8, 3)), "bias": jnp.ones(3)}).nu
@@ -141,7 +141,7 @@ class Tensor(Granularity):
     Raises:
         ValueError: If `reduce` is unknown.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> ao.scale_by_adam(granularity=ao.Tensor()).init(jnp.ones(1_000_000)).nu.size
         1
@@ -172,7 +172,7 @@ class Labels(Granularity):
     Raises:
         ValueError: If `label_fn` is not callable, `reduce` is unknown or, at init, a label is unhashable.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> params = {"a": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "b": {"bias": jnp.ones(2)}}
         >>> by_name = ao.Labels(lambda path, leaf: path.split("/")[-1])
@@ -206,7 +206,7 @@ class Labels(Granularity):
         Raises:
             ValueError: If `patterns` is not a mapping from regular expressions to hashable labels.
 
-        Example:
+        Examples:
             >>> import adaptive_optax as ao, jax.numpy as jnp
             >>> params = {"embed": jnp.ones((4, 2)), "head": {"kernel": jnp.ones((2, 4))}}
             >>> tx = ao.scale_by_rms(granularity=ao.Labels.by_path({"embed": "tokens"}, default="rest"))
@@ -284,7 +284,7 @@ class Global(Granularity):
     Raises:
         ValueError: If `reduce` is unknown.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> ao.scale_by_rms(granularity=ao.Global()).init({"a": jnp.ones(3), "b": jnp.ones(4)}).nu.shape
         ()
@@ -327,7 +327,7 @@ def as_granularity(value: Granularity | str, name: str = "granularity") -> Granu
     Raises:
         ValueError: If the value is none of these.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao
         >>> ao.as_granularity("tensor")
         Tensor(reduce='mean')

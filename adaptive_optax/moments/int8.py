@@ -5,17 +5,17 @@ map entry just below or just above value / scale, chosen at random so that the e
 `blocks.py` defines the blocks.
 
 The first moment's map is signed and uniform within each decade: entries
-:math:`10^{i-6}(0.1 + 0.9 (j+1) / 2^i)` for :math:`i = 0 \dots 6`, :math:`j = 0 \dots 2^i - 1`, their
+$10^{i-6}(0.1 + 0.9 (j+1) / 2^i)$ for $i = 0 \dots 6$, $j = 0 \dots 2^i - 1$, their
 negatives, and 0. It is the dynamic map of Dettmers et al. 2022 with each entry at the end of its cell instead
 of the middle. The scale itself is thus an entry on both sides, and the code is a concave, piecewise linear
 function of the value, so no look-up table is needed.
 
 The second moment is stored as its root r on a logarithmic map: with n = 255 - c for codes
-:math:`c = 1 \dots 255`, :math:`r = r_{max} 2^{-d}`, where d grows by 3/128 per code up to n = 148 and by 5/32
+$c = 1 \dots 255$, $r = r_{max} 2^{-d}$, where d grows by 3/128 per code up to n = 148 and by 5/32
 per code beyond that, to 20 octaves. Most values of a block lie in the upper part, so the noise of rounding,
 which is proportional to the root of the distance between entries, is smaller there. There is no entry 0
 (code 0 is reserved for blocks of zeros), because a second moment rounded to 0 next to a non-zero first moment
-would give an unbounded step. Smaller values are raised to :math:`10^{-6} r_{max}`, which makes their steps
+would give an unbounded step. Smaller values are raised to $10^{-6} r_{max}$, which makes their steps
 too short, not too long.
 """
 
@@ -138,7 +138,7 @@ class Int8(Storage):
     State cost: 1 byte per value and 4 per block: 1.016 bytes per value at the default, at most 1.063 if the
         last axis is shorter than a block, not counting remainders.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> tx = ao.scale_by_adam(mu_storage="int8", nu_storage=ao.Int8())
         >>> state = tx.init({"kernel": jnp.ones((512, 512)), "bias": jnp.ones(512)})

@@ -89,7 +89,7 @@ class CompressedMoment(Protocol):
     A `Storage` that needs more than a tree of floating arrays makes such moments. Nothing has to be derived
     from this class: the two methods are enough.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> isinstance(ao.Int8().init(jnp.ones(64), "mu"), ao.CompressedMoment)
         True
@@ -207,7 +207,7 @@ class Float32(Storage):
     State cost: 4 bytes per value. The moment has its parameter's sharding if the state is initialised from
     sharded parameters outside `jit`.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> ao.scale_by_adam(nu_storage=ao.Float32()).init(jnp.ones(3, jnp.bfloat16)).nu.dtype
         dtype('float32')

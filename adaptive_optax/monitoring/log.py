@@ -48,7 +48,7 @@ class TelemetryLog:
         params: The parameters, or their shapes. Their paths name the tensors of
             `telemetry(..., per="tensor")`; not needed for "tree".
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp, optax
         >>> tx, params = ao.telemetry(ao.adam(0.1)), jnp.array([3.0, -2.0])
         >>> state, log = tx.init(params), ao.TelemetryLog()

@@ -41,33 +41,33 @@ class Telemetry(NamedTuple):
 
     With `per="tensor"` all fields except `count` and `learning_rate` have a leading axis, with leaves in the
     order of `jax.tree.leaves`; otherwise they are for the whole tree. Below, g is the gradient,
-    :math:`\Delta` the update and :math:`\theta` the parameters after it (which a step can measure without
+    $\Delta$ the update and $\theta$ the parameters after it (which a step can measure without
     keeping a copy of the old ones).
 
     Attributes:
         count: The measured step, counted from 1; 0 before the first.
         learning_rate: The learning rate used, times the scale of any `reduce_on_plateau`; NaN if there are
             several, or none from this library.
-        gradient_norm: :math:`\lVert g \rVert`, accurate from 1e-30 to 1e30.
-        update_norm: :math:`\lVert \Delta \rVert`, with the same accuracy.
-        param_norm: :math:`\lVert \theta \rVert`, with the same accuracy; NaN without `params`.
-        effective_learning_rate: :math:`-\langle \Delta, g \rangle / \lVert g \rVert^2`, the learning rate of
-            the gradient step closest to :math:`\Delta`; 0 for a gradient of 0.
-        update_to_weight: :math:`\text{RMS}(\Delta) / \max(\text{RMS}(\theta), 10^{-3})`; NaN without
+        gradient_norm: $\lVert g \rVert$, accurate from 1e-30 to 1e30.
+        update_norm: $\lVert \Delta \rVert$, with the same accuracy.
+        param_norm: $\lVert \theta \rVert$, with the same accuracy; NaN without `params`.
+        effective_learning_rate: $-\langle \Delta, g \rangle / \lVert g \rVert^2$, the learning rate of
+            the gradient step closest to $\Delta$; 0 for a gradient of 0.
+        update_to_weight: $\text{RMS}(\Delta) / \max(\text{RMS}(\theta), 10^{-3})$; NaN without
             `params`.
-        cosine: :math:`-\langle \Delta, g \rangle / (\lVert \Delta \rVert \lVert g \rVert)`, in [-1, 1]: 1
+        cosine: $-\langle \Delta, g \rangle / (\lVert \Delta \rVert \lVert g \rVert)$, in [-1, 1]: 1
             down the gradient, negative up the gradient; 0 if either is 0.
         snr: The fraction of signal in the gradient's second moment, in [0, 1]: the part of Adam's
-            :math:`\hat v = E[g]^2 + \text{Var}[g]` that is not variance. It does not have the bias of
-            :math:`\hat m^2 / \hat v`, which is 0.053 for pure noise at b1 = 0.9. NaN at the first step, and
+            $\hat v = E[g]^2 + \text{Var}[g]$ that is not variance. It does not have the bias of
+            $\hat m^2 / \hat v$, which is 0.053 for pure noise at b1 = 0.9. NaN at the first step, and
             if Adam has no first moment (b1 = 0).
         bound_utilisation: The largest magnitude of Adam's direction divided by its tight bound
             (`adam_bound`), in [0, 1] up to rounding; where coordinates share a second moment, it uses the
             root mean square over the group.
         histogram: The fraction of coordinates whose effective learning rate
-            :math:`\alpha / (\sqrt{\hat v} + \epsilon)` lies between two powers of 2 from :math:`2^{-33}` to
+            $\alpha / (\sqrt{\hat v} + \epsilon)$ lies between two powers of 2 from $2^{-33}$ to
             128 (`Telemetry.histogram_edges`; rates outside are counted in the first or last bin). In groups
-            with their own learning rates, :math:`\alpha` is that of the group; NaN if there is none, or
+            with their own learning rates, $\alpha$ is that of the group; NaN if there is none, or
             several.
 
     The last three are NaN for leaves without `scale_by_adam`, and for leaves whose second moment cannot be
@@ -146,7 +146,7 @@ def telemetry(
 
     State cost: the state of `inner`, and about 60 values, or about 60 per leaf with `per="tensor"`.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> tx = ao.telemetry(ao.sgd(0.1))
         >>> params = jnp.array([3.0, 4.0])
@@ -228,7 +228,7 @@ def get_telemetry(opt_state: OptState) -> Telemetry:
     Raises:
         ValueError: If there is none or more than one.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> ao.get_telemetry(ao.telemetry(ao.adam(0.1)).init(jnp.ones(2))).count.item()
         0

@@ -60,24 +60,28 @@ def grow_batch(
         growth = grow_batch(exponential_decay(0.1, 1000, 0.5), total_steps=5000, max_factor=16)
         tx = accumulate_gradients(sgd(growth.learning_rate), growth.accumulation_steps)
 
-    In the decayed run step t has the rate :math:`\eta(t)`, and :math:`\hat\eta` is the largest rate. An
-    emission replaces k of its steps, whose mean rate is :math:`\bar\eta`. Until the (first) step with the
+    In the decayed run step t has the rate $\eta(t)$, and $\hat\eta$ is the largest rate. An
+    emission replaces k of its steps, whose mean rate is $\bar\eta$. Until the (first) step with the
     largest rate, that is during a warm-up, k = 1. Then k is the largest number up to `max_factor` with
 
-    .. math::
-        k \max \eta \le \hat\eta \quad\text{("sgd")} \qquad \sqrt k \max \eta \le \hat\eta
-        \quad\text{("adam")}
+    $$
+    k \max \eta \le \hat\eta \quad\text{("sgd")} \qquad \sqrt k \max \eta \le \hat\eta
+    \quad\text{("adam")}
+    $$
 
     over its steps, and the emission's hyperparameters are
 
-    .. math::
-        \text{"sgd":} &\quad k \bar\eta \\
-        \text{"adam":} &\quad \sqrt k \bar\eta, \qquad 1 - k (1 - \beta_1), \qquad 1 - k (1 - \beta_2),
-        \qquad \epsilon / \sqrt k
+    $$
+    \begin{aligned}
+    \text{"sgd":} &\quad k \bar\eta \\
+    \text{"adam":} &\quad \sqrt k \bar\eta, \qquad 1 - k (1 - \beta_1), \qquad 1 - k (1 - \beta_2),
+    \qquad \epsilon / \sqrt k
+    \end{aligned}
+    $$
 
-    The noise scale, :math:`\eta / B` or for Adam :math:`\eta / \sqrt B`, is therefore the same as in the
-    decayed run, no rate exceeds :math:`\hat\eta`, and with "sgd" the rates have the same sum. The losses of
-    the two runs agree to first order in :math:`\hat\eta`. The last emission is shortened to end on the last
+    The noise scale, $\eta / B$ or for Adam $\eta / \sqrt B$, is therefore the same as in the
+    decayed run, no rate exceeds $\hat\eta$, and with "sgd" the rates have the same sum. The losses of
+    the two runs agree to first order in $\hat\eta$. The last emission is shortened to end on the last
     step. If a decay ends in rates of 0, the last emissions have k = `max_factor` and the remaining rate, down
     to 0.
 
@@ -85,14 +89,14 @@ def grow_batch(
     map from emissions to steps is tabulated. The momentum of "sgd" is unchanged.
 
     With Adam there are two caveats. First, the highest stable rate is proportional to
-    :math:`(1 + \beta_1) / (1 - \beta_1)`, which the rule lowers: at k = 8 from 19 to 1.5. If training is at
+    $(1 + \beta_1) / (1 - \beta_1)$, which the rule lowers: at k = 8 from 19 to 1.5. If training is at
     the edge of stability, the loss jumps when the batch grows. In that case do not use the returned `b1` but
     keep Adam's; to first order the noise does not depend on it (with `b1=0` it does not limit `max_factor`).
-    Second, the second moment contains the noise of the smaller batches for about :math:`1/(1 - \beta_2)`
+    Second, the second moment contains the noise of the smaller batches for about $1/(1 - \beta_2)$
     emissions after the batch has grown; during that time steps are slightly too short.
 
     Args:
-        schedule: :math:`\eta`, a function of the step count, at least 0 and somewhere positive. Its values
+        schedule: $\eta$, a function of the step count, at least 0 and somewhere positive. Its values
             must be known: for a traced peak, use a schedule with a peak of 1 and multiply `learning_rate`.
         total_steps: The number of steps (that is, micro-batches) of the decayed run, at least 1.
         max_factor: The largest k, at least 1. For Adam k (1 - b) may not exceed 1: up to 10 for b1 = 0.9.
@@ -109,7 +113,7 @@ def grow_batch(
         ValueError: If an argument is out of range, missing or not used by `kind`, or if the schedule is
             traced, somewhere negative or not finite, or 0 everywhere.
 
-    Example:
+    Examples:
         >>> growth = grow_batch(lambda t: 0.8 * 0.5 ** (t // 4), total_steps=12, max_factor=2)
         >>> [int(growth.accumulation_steps(n)) for n in range(growth.emissions)]
         [1, 1, 1, 1, 2, 2, 2, 2]

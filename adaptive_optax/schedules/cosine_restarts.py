@@ -32,15 +32,15 @@ def cosine_restarts(
     For runs without a fixed end that are evaluated at the end of each period, where the rate is lowest, and
     for ensembles of such snapshots. With `period_factor=2` each period is twice as long as the previous one.
 
-    .. math::
+    $$
+    \eta_t = \begin{cases}
+        \eta_0 + (\hat\eta - \eta_0)\, t / W & t < W \\
+        \eta_T + (\hat\eta_i - \eta_T) (1 + \cos(\pi s / T_i)) / 2 & t \ge W \end{cases}
+    $$
 
-        \eta_t = \begin{cases}
-            \eta_0 + (\hat\eta - \eta_0)\, t / W & t < W \\
-            \eta_T + (\hat\eta_i - \eta_T) (1 + \cos(\pi s / T_i)) / 2 & t \ge W \end{cases}
-
-    s steps into period i = 0, 1, ..., with \hat\eta = `peak_value`, \eta_0 = `init_value`,
-    \eta_T = `end_value`, W = `warmup_steps`, :math:`T_i` = `first_period * period_factor ** i` rounded to
-    whole steps, and :math:`\hat\eta_i` = `peak_value * peak_factor ** i`, at least \eta_T.
+    $s$ steps into period $i = 0, 1, \dots$, with $\hat\eta$ = `peak_value`, $\eta_0$ = `init_value`,
+    $\eta_T$ = `end_value`, $W$ = `warmup_steps`, $T_i$ = `first_period * period_factor ** i` rounded to
+    whole steps, and $\hat\eta_i$ = `peak_value * peak_factor ** i`, at least $\eta_T$.
 
     Without warm-up the values equal those of PyTorch's `CosineAnnealingWarmRestarts(T_0, T_mult, eta_min)`
     and of `optax.sgdr_schedule` with the same period lengths, except that the peak may be traced here. There
@@ -62,7 +62,7 @@ def cosine_restarts(
     Raises:
         ValueError: If an argument is out of its range.
 
-    Example:
+    Examples:
         >>> schedule = cosine_restarts(0.1, 100, period_factor=2, warmup_steps=10)
         >>> [round(float(schedule(count)), 4) for count in (0, 5, 10, 60, 109, 110, 210, 310)]
         [0.0, 0.05, 0.1, 0.05, 0.0, 0.1, 0.05, 0.1]

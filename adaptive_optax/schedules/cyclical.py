@@ -27,13 +27,13 @@ def cyclical(
     Use it to explore a range of learning rates within one run, or to take snapshots at the low points. A
     `peak_value` below `base_value` cycles downwards, which suits a momentum that mirrors the learning rate.
 
-    .. math::
+    $$
+    c = \lfloor 1 + t / 2s \rfloor, \qquad x = |t / s - 2c + 1|, \qquad
+    \eta_t = \eta_b + (\hat\eta - \eta_b) \max(0, 1 - x)\, k
+    $$
 
-        c = \lfloor 1 + t / 2s \rfloor, \qquad x = |t / s - 2c + 1|, \qquad
-        \eta_t = \eta_b + (\hat\eta - \eta_b) \max(0, 1 - x)\, k
-
-    with \eta_b = `base_value`, \hat\eta = `peak_value`, s = `half_cycle`, and k = 1 ("triangular"),
-    2^{1-c} ("triangular2") or \gamma^t ("exp_range"). The cycle c and the position in it are integers.
+    with $\eta_b$ = `base_value`, $\hat\eta$ = `peak_value`, $s$ = `half_cycle`, and $k = 1$ ("triangular"),
+    $2^{1-c}$ ("triangular2") or $\gamma^t$ ("exp_range"). The cycle $c$ and the position in it are integers.
 
     Args:
         base_value: The value at the beginning of every cycle, at least 0. May be traced.
@@ -50,7 +50,7 @@ def cyclical(
     Raises:
         ValueError: If an argument is out of its range, or `gamma` is given to a mode that does not use it.
 
-    Example:
+    Examples:
         >>> schedule = cyclical(0.001, 0.005, half_cycle=100)
         >>> [round(float(schedule(count)), 4) for count in (0, 50, 100, 200)]
         [0.001, 0.003, 0.005, 0.001]

@@ -26,10 +26,12 @@ def exponential_decay(
     Arguments and values match `optax.exponential_decay`, but completed transitions are counted by integer
     division, the rate may be traced, and arguments that optax silently replaces raise an error.
 
-    .. math:: \eta_t = \eta_0\, d^{\,\max(t - B,\, 0) / T}
+    $$
+    \eta_t = \eta_0\, d^{\,\max(t - B,\, 0) / T}
+    $$
 
-    with \eta_0 = `init_value`, d = `decay_rate`, B = `transition_begin`, T = `transition_steps`. The exponent
-    is rounded down with `staircase`, so that the first drop is at t = B + T.
+    with $\eta_0$ = `init_value`, $d$ = `decay_rate`, $B$ = `transition_begin`, $T$ = `transition_steps`. The
+    exponent is rounded down with `staircase`, so that the first drop is at $t = B + T$.
 
     Args:
         init_value: The first value, at least 0.
@@ -46,7 +48,7 @@ def exponential_decay(
     Raises:
         ValueError: If an argument is out of its range.
 
-    Example:
+    Examples:
         >>> schedule = exponential_decay(0.1, transition_steps=1000, decay_rate=0.5)
         >>> [round(float(schedule(count)), 5) for count in (0, 1000, 3000)]
         [0.1, 0.05, 0.0125]

@@ -17,11 +17,13 @@ def inverse_sqrt(peak_value: ArrayLike, warmup_steps: int) -> optax.Schedule:
 
     For long runs without a fixed end: the decay is slow and never reaches 0.
 
-    .. math:: \eta_t = \hat\eta \min\left(t / W, \sqrt{W / t}\right)
+    $$
+    \eta_t = \hat\eta \min\left(t / W, \sqrt{W / t}\right)
+    $$
 
-    with \hat\eta = `peak_value`, W = `warmup_steps`. At t = 0 the value is 0 (the paper counts from 1). W
-    also sets the time scale of the decay, so W = 0 would be 0 everywhere and is an error. With W = 1 only the
-    first step is a warm-up.
+    with $\hat\eta$ = `peak_value`, $W$ = `warmup_steps`. At $t = 0$ the value is 0 (the paper counts from 1).
+    $W$ also sets the time scale of the decay, so $W = 0$ would be 0 everywhere and is an error. With $W = 1$
+    only the first step is a warm-up.
 
     Args:
         peak_value: The value at the end of the warm-up, at least 0.
@@ -33,7 +35,7 @@ def inverse_sqrt(peak_value: ArrayLike, warmup_steps: int) -> optax.Schedule:
     Raises:
         ValueError: If an argument is out of its range.
 
-    Example:
+    Examples:
         >>> schedule = inverse_sqrt(0.1, warmup_steps=100)
         >>> [round(float(schedule(count)), 4) for count in (0, 50, 100, 400)]
         [0.0, 0.05, 0.1, 0.05]

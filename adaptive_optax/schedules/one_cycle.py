@@ -55,29 +55,29 @@ def one_cycle(
     For short runs of known length with a high learning rate. Pass the second schedule as an optimizer's
     momentum, such as `momentum=` of `sgd` or `b1=` of `adam`.
 
-    The learning rate rises from the initial value \eta_0 = \hat\eta / `div_factor` to the peak \hat\eta at
-    position p, and then falls to the final value \eta_f at position e, both along half a cosine:
+    The learning rate rises from the initial value $\eta_0 = \hat\eta$ / `div_factor` to the peak $\hat\eta$
+    at position $p$, and then falls to the final value $\eta_f$ at position $e$, both along half a cosine:
 
-    .. math:: \eta_t = \eta_a \tfrac12 (1 + \cos \pi x) + \eta_b \tfrac12 (1 - \cos \pi x), \qquad
-              x = \frac{t - a}{b - a}
+    $$
+    \eta_t = \eta_a \tfrac12 (1 + \cos \pi x) + \eta_b \tfrac12 (1 - \cos \pi x), \qquad
+    x = \frac{t - a}{b - a}
+    $$
 
-    from \eta_a at position a to \eta_b at position b; the momentum goes from `max_momentum` to
-    `base_momentum` and back with the same x. With T = `total_steps` and P = `pct_start`:
+    from $\eta_a$ at position $a$ to $\eta_b$ at position $b$; the momentum goes from `max_momentum` to
+    `base_momentum` and back with the same $x$. With $T$ = `total_steps` and $P$ = `pct_start`:
 
-    ======== =========== =========== ================================== ===== ====== =========
-    preset   p           e           \eta_f                             P     div    final div
-    ======== =========== =========== ================================== ===== ====== =========
-    "torch"  P T - 1     T - 1       \eta_0 / `final_div_factor`        0.3   25     1e4
-    "fastai" P T         T           \hat\eta / `final_div_factor`      0.25  25     1e5
-    "optax"  floor(P T)  T           \eta_0 / `final_div_factor`        0.3   25     1e4
-    ======== =========== =========== ================================== ===== ====== =========
+    | preset     | $p$                    | $e$     | $\eta_f$                        | $P$  | div | final div |
+    | ---------- | ---------------------- | ------- | ------------------------------- | ---- | --- | --------- |
+    | `"torch"`  | $P T - 1$              | $T - 1$ | $\eta_0$ / `final_div_factor`   | 0.3  | 25  | 1e4       |
+    | `"fastai"` | $P T$                  | $T$     | $\hat\eta$ / `final_div_factor` | 0.25 | 25  | 1e5       |
+    | `"optax"`  | $\lfloor P T \rfloor$  | $T$     | $\eta_0$ / `final_div_factor`   | 0.3  | 25  | 1e4       |
 
-    Only "torch" reaches \eta_f at the last update, t = T - 1. With P = 1 the run is all warm-up and ends at
-    the peak. With `three_phase` the rate falls from the peak to \eta_0 at 2 P T - 2, and from there to \eta_f
-    at constant momentum.
+    Only "torch" reaches $\eta_f$ at the last update, $t = T - 1$. With $P = 1$ the run is all warm-up and
+    ends at the peak. With `three_phase` the rate falls from the peak to $\eta_0$ at $2 P T - 2$, and from
+    there to $\eta_f$ at constant momentum.
 
     The schedules equal those of the libraries step for step. A run of Adam with the momentum as `b1` does
-    not, because the bias correction here is exact for a changing b1, while PyTorch's :math:`1 - b_1^t` treats
+    not, because the bias correction here is exact for a changing b1, while PyTorch's $1 - b_1^t$ treats
     b1 as constant.
 
     Args:
@@ -101,7 +101,7 @@ def one_cycle(
     Raises:
         ValueError: If an argument is out of its range or is not used by the preset.
 
-    Example:
+    Examples:
         >>> schedules = one_cycle(1.0, 100)
         >>> [round(float(schedules.learning_rate(count)), 6) for count in (0, 29, 99)]
         [0.04, 1.0, 4e-06]

@@ -17,15 +17,17 @@ def per_epoch(schedule: optax.Schedule, steps_per_epoch: int, *, fractional: boo
     For recipes written in epochs, independent of the batch size: `per_epoch(step_decay(0.1, 0.8, 5), n)`
     changes the value every 5 epochs of n steps.
 
-    .. math:: \eta_t = \eta(\lfloor t / n \rfloor) \quad\text{or, if fractional,}\quad \eta(t / n)
+    $$
+    \eta_t = \eta(\lfloor t / n \rfloor) \quad\text{or, if fractional,}\quad \eta(t / n)
+    $$
 
-    with n = `steps_per_epoch`.
+    with $n$ = `steps_per_epoch`.
 
     Args:
         schedule: A function of the number of completed epochs. Every schedule of this library also accepts
             the float count that `fractional` passes.
         steps_per_epoch: The number of steps per epoch, at least 1.
-        fractional: Whether `schedule` receives the real-valued epoch t / n, a float, instead of the number of
+        fractional: Whether `schedule` receives the real-valued epoch $t / n$, a float, instead of the number of
             completed epochs, an integer. Integer division separates whole epochs from the fraction before the
             two are added, so that a float32 resolves every step as long as t is below 2**24. Default False:
             the value changes between epochs, as in recipes that set it once per epoch.
@@ -36,7 +38,7 @@ def per_epoch(schedule: optax.Schedule, steps_per_epoch: int, *, fractional: boo
     Raises:
         ValueError: If `schedule` is not callable or `steps_per_epoch` is out of its range.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao
         >>> schedule = ao.per_epoch(ao.step_decay(0.1, 0.5, every=2), steps_per_epoch=100)
         >>> [round(float(schedule(count)), 4) for count in (0, 199, 200)]

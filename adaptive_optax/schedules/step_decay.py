@@ -17,9 +17,11 @@ def step_decay(init_value: ArrayLike, factor: ArrayLike, every: int) -> optax.Sc
     The classic schedule for image classification. "0.8 every 5 epochs" is
     `step_decay(learning_rate, 0.8, 5 * steps_per_epoch)`.
 
-    .. math:: \eta_t = \eta_0\, f^{\lfloor t / n \rfloor}
+    $$
+    \eta_t = \eta_0\, f^{\lfloor t / n \rfloor}
+    $$
 
-    with \eta_0 = `init_value`, f = `factor`, n = `every`.
+    with $\eta_0$ = `init_value`, $f$ = `factor`, $n$ = `every`.
 
     Args:
         init_value: The first value, at least 0.
@@ -32,7 +34,7 @@ def step_decay(init_value: ArrayLike, factor: ArrayLike, every: int) -> optax.Sc
     Raises:
         ValueError: If an argument is out of its range.
 
-    Example:
+    Examples:
         >>> schedule = step_decay(0.1, 0.5, every=200)
         >>> [round(float(schedule(count)), 4) for count in (0, 199, 200, 400)]
         [0.1, 0.1, 0.05, 0.025]

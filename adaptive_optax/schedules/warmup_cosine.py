@@ -25,15 +25,15 @@ def warmup_cosine(
     `optax.warmup_cosine_decay_schedule(init_value, peak_value, warmup_steps, total_steps, end_value)`, except
     that the peak may be traced.
 
-    .. math::
+    $$
+    \eta_t = \begin{cases}
+        \eta_0 + (\hat\eta - \eta_0)\, t / W & t < W \\
+        \eta_T + (\hat\eta - \eta_T) (1 + \cos \pi x) / 2 & W \le t < T \\
+        \eta_T & t \ge T \end{cases}
+    \qquad x = \frac{t - W}{T - W}
+    $$
 
-        \eta_t = \begin{cases}
-            \eta_0 + (\hat\eta - \eta_0)\, t / W & t < W \\
-            \eta_T + (\hat\eta - \eta_T) (1 + \cos \pi x) / 2 & W \le t < T \\
-            \eta_T & t \ge T \end{cases}
-        \qquad x = \frac{t - W}{T - W}
-
-    with \hat\eta = `peak_value`, \eta_0 = `init_value`, \eta_T = `end_value`, T = `total_steps`,
+    with $\hat\eta$ = `peak_value`, $\eta_0$ = `init_value`, $\eta_T$ = `end_value`, $T$ = `total_steps`,
     W = `warmup_steps`. With W = T the run is all warm-up and the peak is held after it.
 
     Args:
@@ -49,7 +49,7 @@ def warmup_cosine(
     Raises:
         ValueError: If an argument is out of its range, or the warm-up is longer than the run.
 
-    Example:
+    Examples:
         >>> schedule = warmup_cosine(0.1, 1000, warmup_steps=100)
         >>> [round(float(schedule(count)), 4) for count in (0, 50, 100, 550, 1000)]
         [0.0, 0.05, 0.1, 0.05, 0.0]

@@ -24,16 +24,16 @@ def warmup_stable_decay(
     For runs that may be extended: no step before the decay depends on the length of the run, so a longer run
     can continue from a checkpoint taken before the decay began.
 
-    .. math::
+    $$
+    \eta_t = \hat\eta \begin{cases}
+        t / W & t < W \\
+        1 & W \le t < T - D \\
+        s((t - T + D) / D) & T - D \le t < T \\
+        0 & t \ge T \end{cases}
+    \qquad s(x) = 1 - \sqrt{x}, \quad 1 - x \quad\text{or}\quad (1 + \cos \pi x) / 2
+    $$
 
-        \eta_t = \hat\eta \begin{cases}
-            t / W & t < W \\
-            1 & W \le t < T - D \\
-            s((t - T + D) / D) & T - D \le t < T \\
-            0 & t \ge T \end{cases}
-        \qquad s(x) = 1 - \sqrt{x}, \quad 1 - x \quad\text{or}\quad (1 + \cos \pi x) / 2
-
-    with \hat\eta = `peak_value`, T = `total_steps`, W = `warmup_steps`, D = `decay_steps`.
+    with $\hat\eta$ = `peak_value`, $T$ = `total_steps`, $W$ = `warmup_steps`, $D$ = `decay_steps`.
 
     Args:
         peak_value: The value between warm-up and decay, at least 0.
@@ -50,7 +50,7 @@ def warmup_stable_decay(
     Raises:
         ValueError: If an argument is out of its range, or warm-up and decay are longer than the run.
 
-    Example:
+    Examples:
         >>> schedule = warmup_stable_decay(0.1, 1000, warmup_steps=100, decay_steps=200)
         >>> [round(float(schedule(count)), 4) for count in (50, 100, 799, 850, 1000)]
         [0.05, 0.1, 0.1, 0.05, 0.0]

@@ -82,7 +82,7 @@ def compare(
             mapping from arm names to rates.
         seeds: Fresh seeds for the verdict, from 5 to 100,000. With `out`, a later call with more seeds adds
             to the existing ones, and the error rate is shared among looks: look k may err with probability
-            :math:`0.05 \cdot 2^{-k}`.
+            $0.05 \cdot 2^{-k}$.
         steps: Training steps per trial, from 1 to 2,147,483,647.
         tuning_seeds: Seeds for choosing the rates, from 1 to 1000.
         baseline: The arm that the others are compared with; the first by default.

@@ -109,11 +109,13 @@ def recompute_batch_statistics(
     With `Task.batch_statistics`, which `nnx_task` sets, the statistics become the plain mean over the
     batches:
 
-    .. math:: s_i = \tfrac{i}{i+1} s_{i-1} + \tfrac{1}{i+1} b_i, \quad i = 0 \dots n-1.
+    $$
+    s_i = \tfrac{i}{i+1} s_{i-1} + \tfrac{1}{i+1} b_i, \quad i = 0 \dots n-1.
+    $$
 
     Without it, `loss` runs on one batch after another, starting from the state in which training ended, and
-    the statistics change as in training: with momentum m, a share :math:`m^n` of the old ones remains, so
-    choose n above :math:`3 / (1-m)`. If `evaluate` returns the trained parameters, nothing is recomputed.
+    the statistics change as in training: with momentum m, a share $m^n$ of the old ones remains, so
+    choose n above $3 / (1-m)$. If `evaluate` returns the trained parameters, nothing is recomputed.
 
     Args:
         evaluate: Returns the parameters to be judged; the average by default.

@@ -128,38 +128,41 @@ def scale_by_adam(
     Use it as the adaptive part of a chain. With a coarser `granularity` the second moment needs almost no
     memory; `"global"` gives momentum with a single adaptive step size.
 
-    With groups :math:`I_k` of :math:`n_k` coordinates (each is one line of the code, in this order):
+    With groups $I_k$ of $n_k$ coordinates (each is one line of the code, in this order):
 
-    .. math::
-        w_{i,t} &= \beta_i w_{i,t-1} + (1 - \beta_i) \\
-        q_t &= \tfrac{1}{n_k} \textstyle\sum_{i \in I_k} |g_{i,t}|^2 \\
-        v_t &= \beta_2 v_{t-1} + (1 - \beta_2) q_t \\
-        \hat v_t &= v_t / w_{2,t} \\
-        r_t &= \sqrt{\hat v_t + \epsilon_r} + \epsilon \\
-        m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
-        \hat m_t &= m_t / w_{1,t} \\
-        u_t &= \hat m_t / r_t
+    $$
+    \begin{aligned}
+    w_{i,t} &= \beta_i w_{i,t-1} + (1 - \beta_i) \\
+    q_t &= \tfrac{1}{n_k} \textstyle\sum_{i \in I_k} |g_{i,t}|^2 \\
+    v_t &= \beta_2 v_{t-1} + (1 - \beta_2) q_t \\
+    \hat v_t &= v_t / w_{2,t} \\
+    r_t &= \sqrt{\hat v_t + \epsilon_r} + \epsilon \\
+    m_t &= \beta_1 m_{t-1} + (1 - \beta_1) g_t \\
+    \hat m_t &= m_t / w_{1,t} \\
+    u_t &= \hat m_t / r_t
+    \end{aligned}
+    $$
 
-    g is `updates`; m, v, :math:`w_1`, :math:`w_2` are the state's `mu`, `nu`, `mu_weight`, `nu_weight`;
-    :math:`\epsilon_r` is `eps_root`. The sums of weights follow the same recursion as the averages, so the
-    bias correction is exact when `b1` or `b2` changes; for constants it is :math:`1 - \beta^t`.
+    g is `updates`; m, v, $w_1$, $w_2$ are the state's `mu`, `nu`, `mu_weight`, `nu_weight`;
+    $\epsilon_r$ is `eps_root`. The sums of weights follow the same recursion as the averages, so the
+    bias correction is exact when `b1` or `b2` changes; for constants it is $1 - \beta^t$.
 
     Variants:
-        * `eps_form="tensorflow"`: :math:`(\sqrt{w_2} / w_1)\, m / (\sqrt{v + \epsilon_r} + \epsilon)`, the
+        * `eps_form="tensorflow"`: $(\sqrt{w_2} / w_1)\, m / (\sqrt{v + \epsilon_r} + \epsilon)$, the
           "epsilon hat" of Kingma and Ba's section 2, as in TensorFlow and Keras (where eps is 1e-7).
-        * `nesterov`: :math:`\beta_1 m_t / w_{1,t+1} + (1 - \beta_1) g_t / w_{1,t}` in place of
-          :math:`\hat m_t`, as in optax. PyTorch's NAdam also moves :math:`\beta_1`.
-        * `amsgrad`: the largest :math:`\hat v` so far in place of :math:`\hat v` (the largest v where v is
+        * `nesterov`: $\beta_1 m_t / w_{1,t+1} + (1 - \beta_1) g_t / w_{1,t}$ in place of
+          $\hat m_t$, as in optax. PyTorch's NAdam also moves $\beta_1$.
+        * `amsgrad`: the largest $\hat v$ so far in place of $\hat v$ (the largest v where v is
           not corrected: without `bias_correction`, and in the "tensorflow" form), as in optax. PyTorch takes
           the largest v and corrects it afterwards.
 
     The length of the direction has a tight bound, `adam_bound`: for the defaults it tends to 7.27, not 1.
 
     Args:
-        b1: :math:`\beta_1` in [0, 1), or a schedule. 0.9 averages over about ten steps.
-        b2: :math:`\beta_2` in [0, 1), or a schedule. 0.999 averages over about a thousand steps.
-        eps: :math:`\epsilon \ge 0`, in units of the gradient, or a schedule.
-        eps_root: :math:`\epsilon_r \ge 0`, in units of the squared gradient; needed to differentiate
+        b1: $\beta_1$ in [0, 1), or a schedule. 0.9 averages over about ten steps.
+        b2: $\beta_2$ in [0, 1), or a schedule. 0.999 averages over about a thousand steps.
+        eps: $\epsilon \ge 0$, in units of the gradient, or a schedule.
+        eps_root: $\epsilon_r \ge 0$, in units of the squared gradient; needed to differentiate
             through a step with v = 0.
         mu_dtype: As in optax, the dtype in which m is stored, rounded to nearest. None uses `mu_storage`.
             Moments of complex parameters keep their complex dtype in any case; complex64 means float32 for
@@ -190,7 +193,7 @@ def scale_by_adam(
     A gradient too large to be squared makes v infinite, and what shares it stops moving. A NaN stays in the
     moments and the updates. `reject_nonfinite` keeps both out.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp, optax
         >>> tx = optax.chain(ao.scale_by_adam(), ao.scale_by_learning_rate(0.1))
         >>> params = jnp.array([3.0, -2.0])

@@ -50,19 +50,20 @@ def scalars_after(steps: int, b1: float, b2: float) -> dict[str, float]:
 def adam_bound(b1: float, b2: float, count: int | None = None, *, bias_correction: bool = True) -> float:
     r"""Returns the largest magnitude that a coordinate of Adam's direction can have.
 
-    Gradients that grow by :math:`\beta_2/\beta_1` per step attain the bound. It holds for `scale_by_adam`
+    Gradients that grow by $\beta_2/\beta_1$ per step attain the bound. It holds for `scale_by_adam`
     without `nesterov`, with any eps and with or without `amsgrad`. For coarser granularities it bounds the
     root mean square of the direction over a group (its norm with `reduce="sum"`).
 
-    .. math::
-        A_t^2 = \frac{(1-\beta_1)^2}{1-\beta_2} \sum_{j<t} (\beta_1^2/\beta_2)^j, \qquad
-        B_t = A_t \sqrt{1-\beta_2^t} / (1-\beta_1^t)
+    $$
+    A_t^2 = \frac{(1-\beta_1)^2}{1-\beta_2} \sum_{j<t} (\beta_1^2/\beta_2)^j, \qquad
+    B_t = A_t \sqrt{1-\beta_2^t} / (1-\beta_1^t)
+    $$
 
     Args:
-        b1: :math:`\beta_1` in [0, 1).
-        b2: :math:`\beta_2` in [0, 1).
+        b1: $\beta_1$ in [0, 1).
+        b2: $\beta_2$ in [0, 1).
         count: The number of steps t >= 1, or None for the limit.
-        bias_correction: Whether to return :math:`B_t`, or :math:`A_t` for the uncorrected direction.
+        bias_correction: Whether to return $B_t$, or $A_t$ for the uncorrected direction.
 
     Returns:
         The bound, at least 1 in the limit; inf if `count` is None and b1^2 >= b2 (and b1 > 0).
@@ -70,7 +71,7 @@ def adam_bound(b1: float, b2: float, count: int | None = None, *, bias_correctio
     Raises:
         ValueError: If an argument is out of range.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao
         >>> round(ao.adam_bound(0.9, 0.999), 4), round(ao.adam_bound(0.9, 0.999, 1), 4)
         (7.2703, 1.0)

@@ -75,33 +75,35 @@ def average_parameters(
 
     With a `power`, the default,
 
-    .. math::
-        \bar\theta_t = \bar\theta_{t-1} + \frac{\gamma + 1}{t + \gamma} (\theta_t - \bar\theta_{t-1})
+    $$
+    \bar\theta_t = \bar\theta_{t-1} + \frac{\gamma + 1}{t + \gamma} (\theta_t - \bar\theta_{t-1})
+    $$
 
-    gives :math:`\theta_i` a weight that grows with :math:`i^\gamma`. The mean age of the average is about
-    :math:`t/(\gamma + 2)` steps at any t, 10 % at the default, so the length of the run need not be known.
+    gives $\theta_i$ a weight that grows with $i^\gamma$. The mean age of the average is about
+    $t/(\gamma + 2)$ steps at any t, 10 % at the default, so the length of the run need not be known.
 
-    With a `decay` it is the usual EMA, with a mean age of about :math:`1 / (1 - \beta)` steps and the bias
+    With a `decay` it is the usual EMA, with a mean age of about $1 / (1 - \beta)$ steps and the bias
     correction of `optax.ema`, exact for any sequence of decays:
 
-    .. math::
-        w_t = \beta_t w_{t-1} + (1 - \beta_t), \qquad
-        \bar\theta_t = \bar\theta_{t-1} + \frac{1 - \beta_t}{w_t} (\theta_t - \bar\theta_{t-1})
+    $$
+    w_t = \beta_t w_{t-1} + (1 - \beta_t), \qquad
+    \bar\theta_t = \bar\theta_{t-1} + \frac{1 - \beta_t}{w_t} (\theta_t - \bar\theta_{t-1})
+    $$
 
-    so :math:`\bar\theta_1 = \theta_1`, and early averages are not biased toward the initial parameters.
+    so $\bar\theta_1 = \theta_1$, and early averages are not biased toward the initial parameters.
     PyTorch's `swa_utils.get_ema_multi_avg_fn(0.999)` gives the first iterate full weight instead; use
     `decay=lambda count: jnp.where(count == 0, 0.0, 0.999)` for its values. TensorFlow's warm-up is
     `decay=lambda count: jnp.minimum(0.999, (2 + count) / (11 + count))`.
 
     The average is float32: once its relative difference from the parameters is below
-    :math:`2^{-24} / (1 - \beta)` (0.06 % at 0.9999), a step no longer changes it.
+    $2^{-24} / (1 - \beta)$ (0.06 % at 0.9999), a step no longer changes it.
 
     The average includes whatever the parameters become: a huge step affects it for as long as that step has
     weight, and a NaN stays in it for good. The updates do not depend on it.
 
     Args:
-        power: :math:`\gamma` in [0, inf); 0 gives the plain mean of all steps.
-        decay: :math:`\beta` in [0, 1), or a schedule of the step count, which starts at 0; None averages by
+        power: $\gamma$ in [0, inf); 0 gives the plain mean of all steps.
+        decay: $\beta$ in [0, 1), or a schedule of the step count, which starts at 0; None averages by
             `power`.
 
     Returns:
@@ -113,7 +115,7 @@ def average_parameters(
 
     State cost: one float32 copy of the parameters.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp, optax
         >>> tx = optax.chain(ao.sgd(1.0), ao.average_parameters(power=0.0))
         >>> params = jnp.zeros(1)
@@ -200,7 +202,7 @@ def averaged_parameters(params: Params, opt_state: OptState) -> Params:
         ValueError: If a leaf has several averages, or no leaf of `params` has the path and shape of an
             average.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> params = jnp.ones(2)
         >>> ao.averaged_parameters(params, ao.adam(1e-3).init(params)) is params
@@ -240,7 +242,7 @@ def swap_averaged(model_or_params: PyTree, opt_state: OptState) -> PyTree:
         ValueError: If the state holds no average, a leaf has several, or no leaf has the path and shape of an
             average.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp, optax
         >>> tx = optax.chain(ao.sgd(1.0), ao.average_parameters(decay=0.5))
         >>> params = {"w": jnp.zeros(1)}

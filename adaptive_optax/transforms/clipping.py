@@ -22,7 +22,7 @@ from adaptive_optax._core.values import value_at
 def global_norm(tree: PyTree) -> Scalar:
     r"""Returns the Euclidean norm of all coordinates of a tree.
 
-    :math:`\sqrt{\sum_i |x_i|^2}`, computed in float32 for any dtypes (float64 if a leaf is). If the plain sum
+    $\sqrt{\sum_i |x_i|^2}$, computed in float32 for any dtypes (float64 if a leaf is). If the plain sum
     of squares overflows or loses digits to underflow, it is recomputed with coordinates scaled by a power of
     two. Accurate for |x| from 1e-30 to 1e30; inf and NaN propagate.
 
@@ -35,7 +35,7 @@ def global_norm(tree: PyTree) -> Scalar:
     Raises:
         ValueError: If a leaf is neither floating nor complex.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> norm = ao.global_norm({"a": jnp.array([3e20]), "b": jnp.array([4e20])})
         >>> f"{norm:.5g}"
@@ -73,7 +73,7 @@ def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformationExtr
     r"""Scales updates down so that their global norm is at most `max_norm`.
 
     Put it first in a chain if single batches give gradients much longer than usual.
-    :math:`u = g \min(1, \text{max\_norm} / \lVert g \rVert)`, one multiplication per coordinate. If the norm
+    $u = g \min(1, \text{max\_norm} / \lVert g \rVert)$, one multiplication per coordinate. If the norm
     is not finite, the updates are returned unchanged, so that the bad coordinates can still be found; nothing
     of them is kept.
 
@@ -92,7 +92,7 @@ def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformationExtr
 
     State cost: none.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> tx = ao.clip_by_global_norm(1.0)
         >>> updates, _ = tx.update(jnp.array([3e20, 4e20]), tx.init(jnp.zeros(2)))

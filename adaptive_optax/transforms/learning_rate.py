@@ -81,12 +81,12 @@ def scale_by_learning_rate(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Multiplies updates by the (negative) learning rate.
 
-    Usually the last adaptive link of a chain: :math:`\Delta_t = -\eta_t u_t`. Like optax's function of the
+    Usually the last adaptive link of a chain: $\Delta_t = -\eta_t u_t$. Like optax's function of the
     same name, but the state keeps the learning rate of the last step, where `get_hyperparams` finds it.
 
     Args:
-        learning_rate: :math:`\eta \ge 0`, or a schedule of the step count, which starts at 0.
-        flip_sign: Whether to multiply by :math:`-\eta` (descent) rather than :math:`\eta`.
+        learning_rate: $\eta \ge 0$, or a schedule of the step count, which starts at 0.
+        flip_sign: Whether to multiply by $-\eta$ (descent) rather than $\eta$.
 
     Returns:
         The transformation, which ignores `params`. Nothing of a NaN is kept.
@@ -97,7 +97,7 @@ def scale_by_learning_rate(
 
     State cost: two scalars and a flag, plus a counter for a schedule.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> tx = ao.scale_by_learning_rate(ao.step_decay(0.1, 0.8, every=5))
         >>> state = tx.init(jnp.ones(2))

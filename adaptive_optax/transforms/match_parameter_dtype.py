@@ -35,9 +35,9 @@ def match_parameter_dtype() -> optax.GradientTransformationExtraArgs:
     also after `stochastic_rounding`, `kahan_summation` and `master_weights`. Wrappers around it keep its
     dtypes, except `kahan_summation`, `master_weights` and anything that changes the updates after it.
 
-    For a 16-bit parameter p and an update u, with :math:`\circ` for rounding to p's dtype, the result is
-    :math:`v = \circ(q - p)` with :math:`q = \circ(p + u)`. If q is between p/2 and 2 p, v is exact and
-    :math:`p + v = q`. A larger step may miss q by half a unit in the last place of v before the sum is
+    For a 16-bit parameter p and an update u, with $\circ$ for rounding to p's dtype, the result is
+    $v = \circ(q - p)$ with $q = \circ(p + u)$. If q is between p/2 and 2 p, v is exact and
+    $p + v = q$. A larger step may miss q by half a unit in the last place of v before the sum is
     rounded. Nothing of a NaN is kept.
 
     Returns:
@@ -49,7 +49,7 @@ def match_parameter_dtype() -> optax.GradientTransformationExtraArgs:
 
     State cost: none.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax, jax.numpy as jnp, optax
         >>> tx = optax.chain(ao.adam(1e-3), ao.match_parameter_dtype())
         >>> params = {"w": jnp.ones(2, jnp.bfloat16), "b": jnp.ones(2)}

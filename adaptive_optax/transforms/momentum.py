@@ -51,17 +51,18 @@ def trace(
 
     Like optax's function of the same name, but in float32 or wider (optax's state takes the dtype of the last
     gradients) and with a decay that may be a schedule. Unlike Adam's first moment, the sum is not an average:
-    its length grows to :math:`1/(1-\mu)` times the length of the updates.
+    its length grows to $1/(1-\mu)$ times the length of the updates.
 
-    .. math::
-        t_k = g_k + \mu_k t_{k-1}, \qquad u_k = t_k \quad\text{or, with nesterov,}\quad g_k + \mu_k t_k
+    $$
+    t_k = g_k + \mu_k t_{k-1}, \qquad u_k = t_k \quad\text{or, with nesterov,}\quad g_k + \mu_k t_k
+    $$
 
     Args:
-        decay: :math:`\mu` in [0, 1), or a schedule of the step count.
+        decay: $\mu$ in [0, 1), or a schedule of the step count.
         nesterov: Whether to use Nesterov momentum.
         accumulator_dtype: The dtype in which the sum is stored, rounded to nearest; None for float32.
 
-    A huge update fades by :math:`\mu` per step. A NaN stays in the sum for good; `reject_nonfinite`
+    A huge update fades by $\mu$ per step. A NaN stays in the sum for good; `reject_nonfinite`
     keeps it out.
 
     Returns:
@@ -73,7 +74,7 @@ def trace(
 
     State cost: one float32 copy of the parameters.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> tx = ao.trace(0.5)
         >>> state = tx.init(jnp.zeros(1))

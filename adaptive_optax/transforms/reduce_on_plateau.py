@@ -87,20 +87,18 @@ def reduce_on_plateau(
     `dynamic_loss_scale` the metric is lost if the step is rejected, and inside `accumulate_gradients` it only
     sees the metric of the micro-batch that completes an emission.
 
-    A metric x improves on the best b if :math:`x < b - \text{rtol} |b| - \text{atol}` (with `mode="max"`,
-    if :math:`x > b + \text{rtol} |b| + \text{atol}`). A window with a NaN or an infinity does not improve.
+    A metric x improves on the best b if $x < b - \text{rtol} |b| - \text{atol}$ (with `mode="max"`,
+    if $x > b + \text{rtol} |b| + \text{atol}$). A window with a NaN or an infinity does not improve.
     The originals multiply b by 1 - rtol instead. For positive metrics that is the same; for negative ones it
     counts some worse values as improvements.
 
     The presets fire on the same windows as the originals:
 
-    =========  ==============================  ========================================================
-    preset     the scale falls after           in the last window of a cooldown
-    =========  ==============================  ========================================================
-    `optax`    `patience` bad windows          a bad window does not count
-    `torch`    `patience` + 1 bad windows      a bad window does not count
-    `keras`    `patience` bad windows          a bad window counts
-    =========  ==============================  ========================================================
+    | preset    | the scale falls after      | in the last window of a cooldown |
+    | --------- | -------------------------- | -------------------------------- |
+    | `"optax"` | `patience` bad windows     | a bad window does not count      |
+    | `"torch"` | `patience` + 1 bad windows | a bad window does not count      |
+    | `"keras"` | `patience` bad windows     | a bad window counts              |
 
     Only metrics change the scale; nothing of a NaN in the updates is kept.
 
@@ -128,7 +126,7 @@ def reduce_on_plateau(
 
     State cost: eight scalars.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp, optax
         >>> tx = optax.chain(ao.sgd(1.0), ao.reduce_on_plateau(factor=0.5, patience=2))
         >>> state = tx.init(jnp.ones(1))

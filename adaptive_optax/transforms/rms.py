@@ -86,33 +86,37 @@ def scale_by_rms(
     Use it as the adaptive part of a chain without a first moment. Per coordinate it equals optax's
     `scale_by_rms`; with `granularity="global"` it keeps the gradient's direction and adapts only its length.
 
-    With groups :math:`I_k` of :math:`n_k` coordinates (each equation is one line of the code, in this order):
+    With groups $I_k$ of $n_k$ coordinates (each equation is one line of the code, in this order):
 
-    .. math::
-        q_{k,t} &= \tfrac{1}{n_k} \textstyle\sum_{i \in I_k} |g_{i,t}|^2 \\
-        v_t &= \beta v_{t-1} + (1 - \beta) q_t, \qquad v_0 = \text{initial\_scale} \\
-        r_t &= \sqrt{v_t + \epsilon} \quad\text{or}\quad \sqrt{v_t} + \epsilon \\
-        u_t &= g_t / r_t
+    $$
+    \begin{aligned}
+    q_{k,t} &= \tfrac{1}{n_k} \textstyle\sum_{i \in I_k} |g_{i,t}|^2 \\
+    v_t &= \beta v_{t-1} + (1 - \beta) q_t, \qquad v_0 = \text{initial\_scale} \\
+    r_t &= \sqrt{v_t + \epsilon} \quad\text{or}\quad \sqrt{v_t} + \epsilon \\
+    u_t &= g_t / r_t
+    \end{aligned}
+    $$
 
-    g is `updates`, :math:`\beta` is `decay`, v is `state.nu`. With `bias_correction`, v is replaced by the
-    weighted mean of :math:`q_1 \dots q_t`, which excludes :math:`v_0`: `initial_scale` then has no effect
-    (optax divides it by :math:`1-\beta^t` as well, which is biased).
+    g is `updates`, $\beta$ is `decay`, v is `state.nu`. With `bias_correction`, v is replaced by the
+    weighted mean of $q_1 \dots q_t$, which excludes $v_0$: `initial_scale` then has no effect
+    (optax divides it by $1-\beta^t$ as well, which is biased).
 
     With `centered`, v is the second moment about the moving mean m, in a form without cancellation:
 
-    .. math::
-        \delta_t = g_t - m_{t-1}, \quad m_t = m_{t-1} + (1-\beta) \delta_t, \quad
-        s_t = \beta (s_{t-1} + (1-\beta) q(\delta_t)) = v_t - q(m_t)
+    $$
+    \delta_t = g_t - m_{t-1}, \quad m_t = m_{t-1} + (1-\beta) \delta_t, \quad
+    s_t = \beta (s_{t-1} + (1-\beta) q(\delta_t)) = v_t - q(m_t)
+    $$
 
-    with a floor of 0.01 v, which bounds the direction by :math:`1/\sqrt{0.01 (1-\beta)}`. With both
-    `centered` and `bias_correction`, `mu` and `nu` hold corrected values: :math:`(1-\beta)` becomes
-    :math:`(1-\beta)/w_t` above.
+    with a floor of 0.01 v, which bounds the direction by $1/\sqrt{0.01 (1-\beta)}$. With both
+    `centered` and `bias_correction`, `mu` and `nu` hold corrected values: $(1-\beta)$ becomes
+    $(1-\beta)/w_t$ above.
 
     Args:
-        decay: :math:`\beta` in [0, 1), or a schedule. 0.9 averages over about ten steps.
-        eps: :math:`\epsilon \ge 0`, in units of the squared gradient if `eps_in_sqrt`, else of the gradient;
+        decay: $\beta$ in [0, 1), or a schedule. 0.9 averages over about ten steps.
+        eps: $\epsilon \ge 0$, in units of the squared gradient if `eps_in_sqrt`, else of the gradient;
             or a schedule.
-        initial_scale: :math:`v_0 \ge 0`, in units of the squared gradient.
+        initial_scale: $v_0 \ge 0$, in units of the squared gradient.
         eps_in_sqrt: Whether to add eps inside the root (optax, TensorFlow) or outside it (PyTorch).
         bias_correction: Whether to divide by the sum of weights, so that the first steps are not longer.
         centered: Whether to use the second moment about the moving mean.
@@ -133,7 +137,7 @@ def scale_by_rms(
     A gradient too large to be squared makes v infinite, and what shares it stops moving. A NaN stays in the
     moments and the updates. `reject_nonfinite` keeps both out.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp, optax
         >>> tx = optax.chain(ao.scale_by_rms(), ao.scale_by_learning_rate(0.1))
         >>> params = jnp.array([3.0, -2.0])
@@ -285,7 +289,7 @@ def scale_by_global_rms(
 
     State cost: one float32.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> tx = ao.scale_by_global_rms()
         >>> gradient = jnp.array([3.0, -4.0])

@@ -3,13 +3,11 @@
 `optax.apply_updates` rounds to the nearest value of the parameter's dtype. In bfloat16, with 8 bits, a step
 of less than 1/512 of a parameter has no effect. Three transformations keep what it loses:
 
-=======================  ==================================  =====================  ========================
-                         keeps                               extra state            good for
-=======================  ==================================  =====================  ========================
-`stochastic_rounding`    the step, in expectation            none                   most; adds noise
-`kahan_summation`        about 16 bits                       2 bytes per parameter  steps above 2^-16 of p
-`master_weights`         float32's 24 bits                   4 bytes per parameter  everything
-=======================  ==================================  =====================  ========================
+| transformation        | keeps                    | extra state           | good for               |
+| --------------------- | ------------------------ | --------------------- | ---------------------- |
+| `stochastic_rounding` | the step, in expectation | none                  | most; adds noise       |
+| `kahan_summation`     | about 16 bits            | 2 bytes per parameter | steps above 2⁻¹⁶ of p  |
+| `master_weights`      | float32's 24 bits        | 4 bytes per parameter | everything             |
 
 All three leave float32 and wider leaves unchanged.
 """
@@ -68,7 +66,7 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:
 
     State cost: one counter.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp, optax
         >>> tx = optax.chain(ao.sgd(1.0), ao.stochastic_rounding())
         >>> params = jnp.ones(1000, jnp.bfloat16)

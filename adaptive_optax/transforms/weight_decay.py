@@ -48,26 +48,24 @@ def add_decoupled_weight_decay(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Shrinks the parameters directly, without adaptive scaling.
 
-    Its place in the chain depends on the coupling. With :math:`\theta` the parameters, :math:`\lambda`
-    `weight_decay`, u the direction and :math:`\Delta = -\eta_t u` the update:
+    Its place in the chain depends on the coupling. With $\theta$ the parameters, $\lambda$
+    `weight_decay`, u the direction and $\Delta = -\eta_t u$ the update:
 
-    ===================  ==========================  ==============================================
-    `coupling`           place                       returns
-    ===================  ==========================  ==============================================
-    `"learning_rate"`    before the learning rate    :math:`u + \lambda\theta` (PyTorch, optax)
-    `"schedule"`         after the learning rate     :math:`\Delta - s_t\lambda\theta`
-    `"independent"`      after the learning rate     :math:`\Delta - \lambda\theta`
-    ===================  ==========================  ==============================================
+    | `coupling`        | place                    | returns                              |
+    | ----------------- | ------------------------ | ------------------------------------ |
+    | `"learning_rate"` | before the learning rate | $u + \lambda\theta$ (PyTorch, optax) |
+    | `"schedule"`      | after the learning rate  | $\Delta - s_t\lambda\theta$          |
+    | `"independent"`   | after the learning rate  | $\Delta - \lambda\theta$             |
 
-    With "learning_rate" a step multiplies the parameters by :math:`1 - \eta_t\lambda`, so a new learning rate
-    needs a new :math:`\lambda`. With the other two it does not. "schedule" is the algorithm of Loshchilov and
-    Hutter, in which :math:`s_t` is the schedule without its peak value, between 0 and 1.
+    With "learning_rate" a step multiplies the parameters by $1 - \eta_t\lambda$, so a new learning rate
+    needs a new $\lambda$. With the other two it does not. "schedule" is the algorithm of Loshchilov and
+    Hutter, in which $s_t$ is the schedule without its peak value, between 0 and 1.
 
     Args:
-        weight_decay: :math:`\lambda \ge 0`, or a schedule. Dimensionless; with "learning_rate" per unit
+        weight_decay: $\lambda \ge 0$, or a schedule. Dimensionless; with "learning_rate" per unit
             of the learning rate, typically 1e-4 to 0.1.
         coupling: `"learning_rate"`, `"schedule"` or `"independent"`.
-        schedule: :math:`s_t`, a schedule or a number >= 0; required for `coupling="schedule"` and only used
+        schedule: $s_t$, a schedule or a number >= 0; required for `coupling="schedule"` and only used
             with it.
         mask: Which leaves decay: a tree of bools like the parameters or a prefix of it, or a function from
             the parameters to one. None for all leaves.
@@ -82,7 +80,7 @@ def add_decoupled_weight_decay(
 
     State cost: two scalars.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> tx = ao.add_decoupled_weight_decay(0.1, mask=lambda params: {"w": True, "b": False})
         >>> params = {"w": jnp.ones(1), "b": jnp.ones(1)}

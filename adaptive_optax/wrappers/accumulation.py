@@ -92,7 +92,9 @@ def accumulate_gradients(
     calls return zeros and do not run the inner transformation, so its state, count and schedules advance once
     per emission.
 
-    .. math:: \bar g = \sum_i w_i g_i \Big/ \sum_i w_i
+    $$
+    \bar g = \sum_i w_i g_i \Big/ \sum_i w_i
+    $$
 
     with the weights given by `update(..., weight=w)`, 1 by default. If a micro-batch's gradient is a mean
     over samples or tokens, w should be their number. A weight of 0 excludes a micro-batch, whatever its
@@ -143,7 +145,7 @@ def accumulate_gradients(
 
     State cost: the state of `inner`, one float32 copy of the parameters, and eleven scalars.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> tx = ao.accumulate_gradients(ao.sgd(1.0), every=2)
         >>> state = tx.init(jnp.zeros(1))
@@ -261,18 +263,19 @@ def noise_scale(opt_state: OptState) -> Scalar:
     r"""Reads the gradient noise scale, the batch size beyond which larger batches stop paying off.
 
     Batches well below it need almost no extra samples; batches well above it save almost no steps. It is
-    estimated from the micro-batches that `accumulate_gradients` sees anyway. With the mean :math:`\bar g` of
-    an emission, :math:`s = \sum_i w_i |g_i|^2 / \sum_i w_i`, and the effective number of micro-batches n:
+    estimated from the micro-batches that `accumulate_gradients` sees anyway. With the mean $\bar g$ of
+    an emission, $s = \sum_i w_i |g_i|^2 / \sum_i w_i$, and the effective number of micro-batches n:
 
-    .. math::
-        n = \frac{(\sum_i w_i)^2}{\sum_i w_i^2}, \qquad
-        |G|^2 \approx \frac{n |\bar g|^2 - s}{n - 1}, \qquad
-        \operatorname{tr} \Sigma \approx \frac{n (s - |\bar g|^2)}{n - 1}, \qquad
-        B_{simple} = \operatorname{tr} \Sigma / |G|^2
+    $$
+    n = \frac{(\sum_i w_i)^2}{\sum_i w_i^2}, \qquad
+    |G|^2 \approx \frac{n |\bar g|^2 - s}{n - 1}, \qquad
+    \operatorname{tr} \Sigma \approx \frac{n (s - |\bar g|^2)}{n - 1}, \qquad
+    B_{simple} = \operatorname{tr} \Sigma / |G|^2
+    $$
 
-    The estimates of :math:`|G|^2` and :math:`\operatorname{tr} \Sigma` are unbiased for any weights if all
+    The estimates of $|G|^2$ and $\operatorname{tr} \Sigma$ are unbiased for any weights if all
     micro-batches have the same variance. If small weights mean more variance, as with numbers of samples,
-    :math:`|G|^2` comes out too small. For weights that differ by large factors it may be negative and the
+    $|G|^2$ comes out too small. For weights that differ by large factors it may be negative and the
     result NaN; use equal micro-batches then, or similar weights. The result is the ratio of two moving
     averages over about a hundred emissions, weighted by the information in each emission, 1 - 1/n. Emissions
     of a single micro-batch, and those whose estimates overflow, are excluded.
@@ -281,15 +284,15 @@ def noise_scale(opt_state: OptState) -> Scalar:
         opt_state: A state that contains one `accumulate_gradients`, at any depth.
 
     Returns:
-        :math:`B_{simple}` in micro-batches, a float scalar, comparable with k; multiply it by the micro-batch
-        size for samples. NaN before the first estimate, and if the estimate of :math:`|G|^2` is not positive,
+        $B_{simple}$ in micro-batches, a float scalar, comparable with k; multiply it by the micro-batch
+        size for samples. NaN before the first estimate, and if the estimate of $|G|^2$ is not positive,
         which means more noise than k micro-batches can resolve. (With `jax_debug_nans`, inside a jitted
         function, it is the lowest finite number, because such a function cannot return a NaN.)
 
     Raises:
         ValueError: If there is no such state or more than one.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> tx = ao.accumulate_gradients(ao.sgd(0.1), every=2)
         >>> state = tx.init(jnp.zeros(1))

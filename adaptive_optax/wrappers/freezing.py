@@ -71,7 +71,7 @@ def freeze(
 
     State cost: the state of `tx` for the leaves that are not frozen.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp, optax
         >>> tx = ao.freeze(optax.chain(ao.clip_by_global_norm(1.0), ao.sgd(0.1)), "^body")
         >>> params = {"body": jnp.ones(2), "head": jnp.ones(2)}

@@ -38,14 +38,15 @@ class KahanSummationState(NamedTuple):
 def kahan_summation(inner: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
     r"""Carries the rounding error of each low-precision parameter over to the next step.
 
-    Use it if the noise of `stochastic_rounding` hurts and master weights are too large. With :math:`\circ`
+    Use it if the noise of `stochastic_rounding` hurts and master weights are too large. With $\circ$
     for rounding to the nearest value of the parameter's dtype, and u the inner update:
 
-    .. math::
-        y = u + c, \qquad p' = \circ(p + y), \qquad c' = \circ((p - p') + y)
+    $$
+    y = u + c, \qquad p' = \circ(p + y), \qquad c' = \circ((p - p') + y)
+    $$
 
     The pair (p, c) has about twice the parameter's precision, 16 bits for bfloat16. A step below
-    :math:`2^{-16} |p|` is rounded with a bias; use `master_weights` for such steps. A NaN in the update stays
+    $2^{-16} |p|$ is rounded with a bias; use `master_weights` for such steps. A NaN in the update stays
     in c for good.
 
     Args:
@@ -60,7 +61,7 @@ def kahan_summation(inner: optax.GradientTransformation) -> optax.GradientTransf
 
     State cost: the state of `inner`, and 2 bytes per low-precision parameter.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp, optax
         >>> tx = ao.kahan_summation(ao.sgd(1.0))
         >>> params = jnp.ones(1, jnp.bfloat16)

@@ -60,11 +60,13 @@ def dynamic_loss_scale(
     before differentiating (`scale_loss`); this wrapper then divides the gradients by it, in float32, before
     `inner` sees them:
 
-    .. math:: g = \nabla (s L) / s
+    $$
+    g = \nabla (s L) / s
+    $$
 
     The scale adapts to the gradients. If a gradient is not finite, it becomes
-    :math:`\text{backoff} \cdot s`; after `growth_interval` steps with finite gradients, the next such step
-    makes it :math:`\text{growth} \cdot s`. A step that overflows is rejected by the `reject_nonfinite` that
+    $\text{backoff} \cdot s$; after `growth_interval` steps with finite gradients, the next such step
+    makes it $\text{growth} \cdot s$. A step that overflows is rejected by the `reject_nonfinite` that
     this contains: updates are zero, and the state of `inner` does not change, including its count and
     schedules. A step that overflows inside `inner` is also rejected, but does not change the scale, which is
     not the cause. `get_rejections` counts both, and `keep_if_rejected` restores batch statistics. bfloat16
@@ -103,7 +105,7 @@ def dynamic_loss_scale(
 
     State cost: the state of `inner`, and four scalars.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax, jax.numpy as jnp, optax
         >>> params = jnp.ones(2, jnp.float16)
         >>> tx = ao.dynamic_loss_scale(ao.sgd(0.1))
@@ -179,7 +181,7 @@ def get_loss_scale(opt_state: OptState) -> Scalar:
     Raises:
         ValueError: If there is none or more than one.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> ao.get_loss_scale(ao.dynamic_loss_scale(ao.sgd(0.1)).init(jnp.ones(2))).item()
         32768.0
@@ -204,7 +206,7 @@ def scale_loss(loss: Loss, opt_state: OptState) -> Loss:
     Raises:
         ValueError: If there is no such state or more than one.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> state = ao.dynamic_loss_scale(ao.sgd(0.1), init_scale=4.0).init(jnp.ones(2))
         >>> ao.scale_loss(jnp.float16(0.5), state)

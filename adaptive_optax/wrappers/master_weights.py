@@ -58,7 +58,7 @@ def master_weights(inner: optax.GradientTransformation) -> optax.GradientTransfo
 
     State cost: the state of `inner`, and 4 bytes per low-precision parameter.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp, optax
         >>> tx = ao.master_weights(optax.adamw(1e-4))
         >>> params = jnp.ones(1, jnp.bfloat16)

@@ -60,7 +60,7 @@ def partition_by_path(
 
     State cost: the states of the transformations, each for its own leaves.
 
-    Example:
+    Examples:
         A tenth of the learning rate in the body:
 
         >>> import adaptive_optax as ao, jax.numpy as jnp
@@ -166,7 +166,7 @@ def describe_partition(tx: optax.GradientTransformation, params: Params) -> str:
     Raises:
         ValueError: If `tx` is anything else, such as a chain around it, or does not fit the parameters.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> params = {"body": {"bias": jnp.ones(8), "kernel": jnp.ones((16, 8))}, "head": jnp.ones((8, 2))}
         >>> tx = ao.partition_by_path({"^head": ao.adam(1e-2)}, default=ao.adam(1e-3))
@@ -220,7 +220,7 @@ def mask_by_path(pattern: str) -> Callable[[Params], PyTree]:
     Raises:
         ValueError: If `pattern` is not a regular expression.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> ao.mask_by_path("kernel$")({"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)})
         {'bias': False, 'kernel': True}
@@ -272,7 +272,7 @@ def decay_mask(params: Params = _ABSENT, *, stacked: int | Mapping[str, int] = 0
         ValueError: If `stacked` is neither a number of axes nor a mapping from regular expressions to such
             numbers, or if a pattern matches no leaf.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> tx = ao.adamw(1e-3, mask=ao.decay_mask)
         >>> ao.decay_mask({"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2), "norm": {"scale": jnp.ones(2)}})

@@ -84,7 +84,7 @@ def reject_nonfinite(
 
     State cost: the state of `inner` and two counters. Selecting the old or the new state writes it once more.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> tx = ao.reject_nonfinite(ao.adam(1e-3), on_reject=print)
         >>> state = tx.init({"w": jnp.ones(2)})

@@ -47,7 +47,7 @@ def get_rejections(opt_state: OptState) -> Rejections:
     Raises:
         ValueError: If there is none, or more than one of a kind.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> tx = ao.accumulate_gradients(ao.reject_nonfinite(ao.sgd(0.1)), 2, drop_nonfinite=True)
         >>> _, state = tx.update(jnp.array([jnp.nan]), tx.init(jnp.ones(1)))
@@ -89,7 +89,7 @@ def keep_if_rejected(opt_state: OptState, new: Tree, old: Tree) -> Tree:
     Raises:
         ValueError: If nothing in `opt_state` rejects or accumulates, or `old` does not match `new`.
 
-    Example:
+    Examples:
         With flax.nnx, for a batch norm:
 
         >>> import adaptive_optax as ao, jax.numpy as jnp, optax

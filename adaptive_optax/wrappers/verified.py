@@ -82,7 +82,7 @@ def verified(inner: optax.GradientTransformation) -> optax.GradientTransformatio
 
     State cost: none.
 
-    Example:
+    Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> tx = ao.verified(ao.scale_by_adam())
         >>> state = tx.init({"w": jnp.ones(2)})

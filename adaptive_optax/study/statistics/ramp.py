@@ -18,14 +18,15 @@ def suggest(learning_rates: ArrayLike, losses: ArrayLike, rule: str) -> float:
 
     Use it for curves recorded by another finder, or to compare the rules. The curve is used unchanged:
     fastai's `lr_find` and `lr_range_test(..., ramp=True)` first smooth the losses and drop the first tenth of
-    the steps and the last five points. With points :math:`0 \dots n-1`:
+    the steps and the last five points. The rule picks a point by its index, from 0:
 
-    | rule | index of the rate |
-    |---|---|
-    | `"steepest"` | the left end of the interval with the least :math:`\Delta L / \Delta\log\eta` |
-    | `"valley"` | a third plus half a third into the longest decreasing subsequence: with its length \ell and its last index e (the first index to reach that length), :math:`e - \ell + \lfloor\ell/3\rfloor + \lfloor\ell/6\rfloor`; 0 if nothing decreases |
-    | `"slide"` | the left end of a window of width 15, which moves left from the end of the curve while the gradients :math:`\Delta L / \Delta i` at its two ends differ by more than 0.005 |
-    | `"minimum"` | the lowest loss; a tenth of that rate is suggested |
+    * `"steepest"`: the left end of the interval with the least $\Delta L / \Delta\log\eta$;
+    * `"valley"`: a third plus half a third into the longest decreasing subsequence. With its length $\ell$
+      and its last index $e$ (the first index to reach that length), it is
+      $e - \ell + \lfloor\ell/3\rfloor + \lfloor\ell/6\rfloor$; 0 if nothing decreases;
+    * `"slide"`: the left end of a window of width 15, which moves left from the end of the curve while the
+      gradients $\Delta L / \Delta i$ at its two ends differ by more than 0.005;
+    * `"minimum"`: the lowest loss; a tenth of that rate is suggested.
 
     An index of -1, which `"valley"` gives for a curve that falls only in its first step, means the last
     point, as in fastai. Among equal values the first counts.
@@ -97,9 +98,9 @@ SMOOTHING, STOP_RATIO, DROPPED_END = 0.98, 4.0, 5  # fastai's
 def read_ramp(rates: np.ndarray, losses: np.ndarray) -> tuple[np.ndarray, dict[str, float]]:
     r"""Smooths the losses of one ramp, stops it where fastai would, and applies the rules.
 
-    .. math::
-
-        a_i = \beta a_{i-1} + (1 - \beta) L_i, \qquad \hat L_i = a_i / (1 - \beta^{i+1}), \quad \beta = 0.98
+    $$
+    a_i = \beta a_{i-1} + (1 - \beta) L_i, \qquad \hat L_i = a_i / (1 - \beta^{i+1}), \quad \beta = 0.98
+    $$
 
     The ramp ends at the first point that is not finite or above 4 times the lowest earlier one. The rules use
     it without the first tenth of the planned steps and without its last five points; a rule that needs more

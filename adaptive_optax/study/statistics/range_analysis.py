@@ -38,13 +38,15 @@ def analyze(rates: np.ndarray, initial: np.ndarray, final: np.ndarray, training:
     r"""Analyzes trials at constant rates.
 
     **Stable.** A trial is unstable if a loss is not finite, or if it ends with at most half of the descent of
-    the seed's best trial and its training loss is not stationary. Let :math:`P_1, P_2` be the peaks in the
+    the seed's best trial and its training loss is not stationary. Let $P_1, P_2$ be the peaks in the
     first and the second half, above the lowest loss of all, and P the usual peak (the larger of the initial
     loss and the peak at the lowest rate). The loss is not stationary if
 
-    .. math:: \max(P_1, P_2) > 3 \max(\min(P_1, P_2), P).
+    $$
+    \max(P_1, P_2) > 3 \max(\min(P_1, P_2), P).
+    $$
 
-    :math:`P_2 > P_1` means a growing loss; :math:`P_1 > P_2` means one that exploded and settled on a
+    $P_2 > P_1$ means a growing loss; $P_1 > P_2$ means one that exploded and settled on a
     plateau, as in networks, which seldom overflow. A quadratic's noise floor may be far above the initial
     loss, but it is stationary, and so stable. A rate is unstable if one of its trials is not finite or half
     of them are unstable. Only the rates below the first unstable one are used below.
