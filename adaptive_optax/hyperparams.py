@@ -76,6 +76,7 @@ class InjectHyperparamsState(NamedTuple):
 
 
 Factory = Callable[..., optax.GradientTransformation]
+"""A function from hyperparameters to a transformation, such as `adam` or `optax.sgd`."""
 
 
 def inject_hyperparams(

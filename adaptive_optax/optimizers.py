@@ -66,9 +66,18 @@ def adam(
 
     Args:
         learning_rate: At least 0, a number or a schedule; 1e-3 is a good start.
-        b1, b2, eps, eps_root, mu_dtype: See `scale_by_adam`, which also has the equations.
-        **variants: The keywords of `scale_by_adam`: `eps_form`, `nesterov`, `amsgrad`, `bias_correction`,
-            `granularity`, `mu_storage`, `nu_storage`.
+        b1: See `scale_by_adam`, which also has the equations.
+        b2: See `scale_by_adam`.
+        eps: See `scale_by_adam`.
+        eps_root: See `scale_by_adam`.
+        mu_dtype: See `scale_by_adam`.
+        eps_form: See `scale_by_adam`.
+        nesterov: See `scale_by_adam`.
+        amsgrad: See `scale_by_adam`.
+        bias_correction: See `scale_by_adam`.
+        granularity: See `scale_by_adam`.
+        mu_storage: See `scale_by_adam`.
+        nu_storage: See `scale_by_adam`.
 
     Returns:
         The chain.
@@ -118,13 +127,23 @@ def adamw(
 
     Args:
         learning_rate: At least 0, a number or a schedule.
-        b1, b2, eps, eps_root, mu_dtype: See `scale_by_adam`.
+        b1: See `scale_by_adam`.
+        b2: See `scale_by_adam`.
+        eps: See `scale_by_adam`.
+        eps_root: See `scale_by_adam`.
+        mu_dtype: See `scale_by_adam`.
         weight_decay: At least 0, a number or a schedule; see `add_decoupled_weight_decay`.
         mask: Which leaves decay; see `add_decoupled_weight_decay`.
         decay_coupling: The `coupling` of `add_decoupled_weight_decay`: "learning_rate" (default, as in
             PyTorch and optax), "schedule" or "independent".
         decay_schedule: Its `schedule`, for `decay_coupling="schedule"`.
-        **variants: The keywords of `scale_by_adam`, as in `adam`.
+        eps_form: See `scale_by_adam`.
+        nesterov: See `scale_by_adam`.
+        amsgrad: See `scale_by_adam`.
+        bias_correction: See `scale_by_adam`.
+        granularity: See `scale_by_adam`.
+        mu_storage: See `scale_by_adam`.
+        nu_storage: See `scale_by_adam`.
 
     Returns:
         The chain. `update` needs `params`.
@@ -181,9 +200,17 @@ def adam_mini(
         learning_rate: At least 0, a number or a schedule.
         params_layout: The roles of the parameters, by path; see `AdamMiniBlocks`. None means `FLAX_LAYOUT`,
             for the attention, dense and embedding layers of linen and nnx.
-        b1, b2, eps, eps_root, mu_dtype: See `scale_by_adam`.
-        weight_decay, mask, decay_coupling, decay_schedule: See `adamw`.
-        mu_storage, nu_storage: See `scale_by_adam`.
+        b1: See `scale_by_adam`.
+        b2: See `scale_by_adam`.
+        eps: See `scale_by_adam`.
+        eps_root: See `scale_by_adam`.
+        mu_dtype: See `scale_by_adam`.
+        weight_decay: See `adamw`.
+        mask: See `adamw`.
+        decay_coupling: See `adamw`.
+        decay_schedule: See `adamw`.
+        mu_storage: See `scale_by_adam`.
+        nu_storage: See `scale_by_adam`.
 
     Returns:
         The chain. `update` needs `params`.
@@ -247,10 +274,14 @@ def rmsprop(
         learning_rate: At least 0, a number or a schedule.
         decay: See `scale_by_rms`, which also has the equations. PyTorch's default is 0.99.
         eps: See `scale_by_rms`. PyTorch adds it outside the root.
-        initial_scale, eps_in_sqrt, centered: See `scale_by_rms`.
+        initial_scale: See `scale_by_rms`.
+        eps_in_sqrt: See `scale_by_rms`.
+        centered: See `scale_by_rms`.
         momentum: In [0, 1), a number or a schedule; None for none. See `trace`.
         nesterov: Whether to use Nesterov momentum.
-        bias_correction, granularity, storage: See `scale_by_rms`.
+        bias_correction: See `scale_by_rms`.
+        granularity: See `scale_by_rms`.
+        storage: See `scale_by_rms`.
 
     Returns:
         The chain.

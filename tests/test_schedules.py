@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from reference import schedules as reference
 
-from adaptive_optax.schedules import (
+from adaptive_optax import (
     OneCycle,
     cosine_restarts,
     cyclical,

@@ -14,8 +14,9 @@ def visible(text: str) -> str:
 
     Such characters are written as in Python source. A text with no visible character is escaped as a whole.
 
-    >>> visible("red \x1b[31m"), visible("\u200b")
-    ('red \\x1b[31m', '\\u200b')
+    Examples:
+        >>> visible("red \x1b[31m"), visible("\u200b")
+        ('red \\x1b[31m', '\\u200b')
     """
     shown = "".join(character if _is_harmless(character) else repr(character)[1:-1] for character in text)
     if text and not any(_has_ink(character) for character in shown):
@@ -26,8 +27,9 @@ def visible(text: str) -> str:
 def as_cell(text: str) -> str:
     """Makes text safe for a spreadsheet: visible, and prefixed with an apostrophe if it would be a formula.
 
-    >>> as_cell("=1+1"), as_cell("adam")
-    ("'=1+1", 'adam')
+    Examples:
+        >>> as_cell("=1+1"), as_cell("adam")
+        ("'=1+1", 'adam')
     """
     return ("'" if text.startswith(_FORMULA) else "") + visible(text)
 

@@ -15,15 +15,34 @@ from jax.core import Tracer
 # describe: it may consist of any containers registered with JAX. "Floating" is float32, or float64 if a
 # parameter is.
 PyTree: TypeAlias = Any
+"""Any tree of arrays."""
+
 Params: TypeAlias = Annotated[Any, "a tree of parameters, or a tree with their structure"]
+"""A tree of parameters, or a tree with their structure."""
+
 Updates: TypeAlias = Annotated[Any, "a tree of gradients or updates, in the parameters' structure and shapes"]
+"""A tree of gradients or updates, in the parameters' structure and shapes."""
+
 Moment: TypeAlias = Annotated[Any, "one floating value per group of coordinates, in the form of its storage"]
+"""A moment: one floating value per group of coordinates, in the form of its storage."""
+
 OptState: TypeAlias = Annotated[Any, "the state of a transformation"]
+"""The state of a transformation, such as `tx.init(params)` returns."""
+
 Mask: TypeAlias = Annotated[Any, "a tree of bools for parameters or subtrees, or a function that makes it"]
+"""A tree of bools for parameters or subtrees, or a function from the parameters to it."""
+
 Scalar: TypeAlias = Annotated[jax.Array, "floating, shape ()"]
+"""A floating scalar: float32, or float64 if a parameter is."""
+
 Count: TypeAlias = Annotated[jax.Array, "int32, shape ()"]
+"""A number of steps, an int32 scalar."""
+
 Flag: TypeAlias = Annotated[jax.Array, "bool, shape ()"]
+"""A boolean scalar."""
+
 Measured: TypeAlias = Annotated[jax.Array, "floating, shape () for a tree or (leaves,) per tensor"]
+"""A measurement of telemetry: a floating scalar for the tree, or one value per leaf."""
 
 
 def by_leaf(like: str | tuple[str, ...]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

@@ -20,8 +20,8 @@ from adaptive_optax._core.ranges import check_hyperparameter, range_of
 from adaptive_optax._core.states import unwrapped
 from adaptive_optax._core.trees import Count
 
-# A step count if a hyperparameter is a schedule, nothing if all are numbers.
 ScheduleState: TypeAlias = optax.EmptyState | optax.ScaleByScheduleState
+"""The step count if a hyperparameter is a schedule; nothing if all are numbers."""
 
 
 def as_hyperparameter(name: str, value: Any, *, owner: str = "") -> Any:

@@ -16,6 +16,8 @@ from adaptive_optax._core.paths import paths_and_leaves
 from adaptive_optax._core.trees import Params
 
 Layout = Callable[[str, np.ndarray], np.ndarray | None]
+"""`layout(path, array)` gives PyTorch's array in this library's layout; None applies `from_torch`'s rule."""
+
 _WEIGHTS = ("kernel", "scale", "embedding")
 
 

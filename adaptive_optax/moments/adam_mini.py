@@ -52,6 +52,7 @@ FLAX_LAYOUT: Mapping[str, Granularity | str] = MappingProxyType(
         "(^|/)kernel$": "output_neuron",
     }
 )
+"""The roles in Flax's attention, dense and embedding layers, as patterns for `AdamMiniBlocks`."""
 
 
 @dataclasses.dataclass(frozen=True, init=False)

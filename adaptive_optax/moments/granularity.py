@@ -28,6 +28,7 @@ from adaptive_optax._core.sharding import shapes_of
 from adaptive_optax._core.trees import Params, PyTree
 
 Reduce = Literal["mean", "sum"]
+"""How the squares of a group become its statistic."""
 
 
 class Granularity(abc.ABC):

@@ -22,6 +22,7 @@ from adaptive_optax._core.precision import cast, real_dtype, wide_dtype, widen
 from adaptive_optax._core.trees import Count, Moment, Params, PyTree
 
 Role = Literal["mu", "nu"]
+"""Which moment is stored: the signed `mu`, or `nu`, which is never negative."""
 
 
 class Storage(abc.ABC):

@@ -66,11 +66,13 @@ def one_cycle(
     from $\eta_a$ at position $a$ to $\eta_b$ at position $b$; the momentum goes from `max_momentum` to
     `base_momentum` and back with the same $x$. With $T$ = `total_steps` and $P$ = `pct_start`:
 
-    | preset     | $p$                    | $e$     | $\eta_f$                        | $P$  | div | final div |
-    | ---------- | ---------------------- | ------- | ------------------------------- | ---- | --- | --------- |
-    | `"torch"`  | $P T - 1$              | $T - 1$ | $\eta_0$ / `final_div_factor`   | 0.3  | 25  | 1e4       |
-    | `"fastai"` | $P T$                  | $T$     | $\hat\eta$ / `final_div_factor` | 0.25 | 25  | 1e5       |
-    | `"optax"`  | $\lfloor P T \rfloor$  | $T$     | $\eta_0$ / `final_div_factor`   | 0.3  | 25  | 1e4       |
+    | preset     | $p$                   | $e$     | $\eta_f$                        | $P$  | div | final  |
+    | ---------- | --------------------- | ------- | ------------------------------- | ---- | --- | ------ |
+    | `"torch"`  | $P T - 1$             | $T - 1$ | $\eta_0$ / `final_div_factor`   | 0.3  | 25  | 1e4    |
+    | `"fastai"` | $P T$                 | $T$     | $\hat\eta$ / `final_div_factor` | 0.25 | 25  | 1e5    |
+    | `"optax"`  | $\lfloor P T \rfloor$ | $T$     | $\eta_0$ / `final_div_factor`   | 0.3  | 25  | 1e4    |
+
+    The last three columns are the defaults of `pct_start`, `div_factor` and `final_div_factor`.
 
     Only "torch" reaches $\eta_f$ at the last update, $t = T - 1$. With $P = 1$ the run is all warm-up and
     ends at the peak. With `three_phase` the rate falls from the peak to $\eta_0$ at $2 P T - 2$, and from

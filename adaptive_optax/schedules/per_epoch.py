@@ -27,7 +27,7 @@ def per_epoch(schedule: optax.Schedule, steps_per_epoch: int, *, fractional: boo
         schedule: A function of the number of completed epochs. Every schedule of this library also accepts
             the float count that `fractional` passes.
         steps_per_epoch: The number of steps per epoch, at least 1.
-        fractional: Whether `schedule` receives the real-valued epoch $t / n$, a float, instead of the number of
+        fractional: Whether `schedule` receives the real-valued epoch $t / n$, a float, not the number of
             completed epochs, an integer. Integer division separates whole epochs from the fraction before the
             two are added, so that a float32 resolves every step as long as t is below 2**24. Default False:
             the value changes between epochs, as in recipes that set it once per epoch.

@@ -34,7 +34,7 @@ def warmup_cosine(
     $$
 
     with $\hat\eta$ = `peak_value`, $\eta_0$ = `init_value`, $\eta_T$ = `end_value`, $T$ = `total_steps`,
-    W = `warmup_steps`. With W = T the run is all warm-up and the peak is held after it.
+    $W$ = `warmup_steps`. With $W = T$ the run is all warm-up and the peak is held after it.
 
     Args:
         peak_value: The value at the end of the warm-up, at least 0.

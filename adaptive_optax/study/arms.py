@@ -106,8 +106,9 @@ def arm(name: str) -> NamedArm:
     Raises:
         ValueError: If the optimizer, the schedule or the suffix is unknown.
 
-    >>> from adaptive_optax import study
-    >>> tx = study.arm("adam:one_cycle")(1e-3, 100)
+    Examples:
+        >>> from adaptive_optax import study
+        >>> tx = study.arm("adam:one_cycle")(1e-3, 100)
     """
     optimizer, _, rest = str(name).partition(":")
     schedule, _, suffix = rest.partition(":")

@@ -119,20 +119,21 @@ def compare(
         BaseException: An exception that interrupts the trials (including Ctrl-C) has the attribute
             `comparison`, with the finished trials.
 
-    >>> import jax, jax.numpy as jnp
-    >>> from adaptive_optax import study
-    >>> x = jax.random.normal(jax.random.key(0), (256, 4))
-    >>> y = x @ jnp.arange(4.0) + jax.random.normal(jax.random.key(1), (256,))
-    >>> task = study.Task(
-    ...     init=lambda key: jax.random.normal(key, (4,)),
-    ...     loss=lambda w, batch, key: jnp.mean((batch["x"] @ w - batch["y"]) ** 2),
-    ...     train={"x": x, "y": y}, validation={"x": x, "y": y}, batch_size=4, name="regression",
-    ... )
-    >>> comparison = study.compare(
-    ...     task, ["adam:constant", "adam:cosine"], learning_rates=[0.03, 0.1, 0.3], steps=200, seeds=5
-    ... )
-    >>> comparison.verdict().decision
-    'better'
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from adaptive_optax import study
+        >>> x = jax.random.normal(jax.random.key(0), (256, 4))
+        >>> y = x @ jnp.arange(4.0) + jax.random.normal(jax.random.key(1), (256,))
+        >>> task = study.Task(
+        ...     init=lambda key: jax.random.normal(key, (4,)),
+        ...     loss=lambda w, batch, key: jnp.mean((batch["x"] @ w - batch["y"]) ** 2),
+        ...     train={"x": x, "y": y}, validation={"x": x, "y": y}, batch_size=4, name="regression",
+        ... )
+        >>> comparison = study.compare(
+        ...     task, ["adam:constant", "adam:cosine"], learning_rates=[0.03, 0.1, 0.3], steps=200, seeds=5
+        ... )
+        >>> comparison.verdict().decision
+        'better'
     """
     began = time.perf_counter()
     listed = not isinstance(arms, Mapping)

@@ -19,7 +19,10 @@ from adaptive_optax.study.task import Task
 from adaptive_optax.transforms.averaging import averaged_parameters
 
 Arm = Callable[[Any, int], optax.GradientTransformation]
+"""A way to train: `arm(peak_learning_rate, total_steps) -> transformation`. The rate may be traced."""
+
 Evaluate = Callable[..., Any]
+"""What is judged in place of the trained parameters, as a function of the end of a trial; see `judged_by`."""
 
 OFFERED = ("model_state", "task", "train")  # keyword arguments that `evaluate` may take
 BATCHES = 32  # training batches for recomputing batch statistics
@@ -36,12 +39,13 @@ class EvaluatedArm:
         evaluate: Returns what is judged, as in `compare`. If it does not take the model state, batch
             statistics are recomputed for the parameters it returns.
 
-    >>> import adaptive_optax as ao, optax
-    >>> from adaptive_optax import study
-    >>> def second_half(learning_rate, total_steps):
-    ...     return optax.chain(ao.adam(learning_rate), ao.average_parameters(power=0.0))
-    >>> arm = study.EvaluatedArm(second_half, ao.averaged_parameters)
-    >>> tx = arm(1e-3, 100)
+    Examples:
+        >>> import adaptive_optax as ao, optax
+        >>> from adaptive_optax import study
+        >>> def second_half(learning_rate, total_steps):
+        ...     return optax.chain(ao.adam(learning_rate), ao.average_parameters(power=0.0))
+        >>> arm = study.EvaluatedArm(second_half, ao.averaged_parameters)
+        >>> tx = arm(1e-3, 100)
     """
 
     build: Arm
@@ -69,13 +73,14 @@ def judged_by(evaluate: Evaluate) -> Callable[[Arm], EvaluatedArm]:
             recomputed for the parameters it returns. To choose the batch statistics too, take the model state
             as a third argument: the result of `evaluate(params, opt_state, model_state)` is judged unchanged.
 
-    >>> import adaptive_optax as ao, jax, optax
-    >>> from adaptive_optax import study
-    >>> @study.judged_by(lambda params, opt_state: jax.tree.map(lambda x: x / 2, params))
-    ... def halved(learning_rate, total_steps):
-    ...     return ao.sgd(learning_rate)
-    >>> halved.__name__
-    'halved'
+    Examples:
+        >>> import adaptive_optax as ao, jax, optax
+        >>> from adaptive_optax import study
+        >>> @study.judged_by(lambda params, opt_state: jax.tree.map(lambda x: x / 2, params))
+        ... def halved(learning_rate, total_steps):
+        ...     return ao.sgd(learning_rate)
+        >>> halved.__name__
+        'halved'
     """
     check_evaluate("evaluate", evaluate)
     return lambda arm: EvaluatedArm(arm, evaluate)
@@ -125,8 +130,9 @@ def recompute_batch_statistics(
     Raises:
         ValueError: If `evaluate` is not such a function or `batches` is out of range.
 
-    >>> from adaptive_optax import study
-    >>> evaluate = study.recompute_batch_statistics(batches=100)
+    Examples:
+        >>> from adaptive_optax import study
+        >>> evaluate = study.recompute_batch_statistics(batches=100)
     """
     check_evaluate("evaluate", evaluate)
     check_integer("batches", batches, f"[1, {2**31 - 1}]")

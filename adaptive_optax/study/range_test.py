@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Optimizer = Callable[[Any], optax.GradientTransformation]
+"""A function from the learning rate, which may be traced, to an optimizer, for example `ao.adam`."""
 
 POINTS_PER_DECADE = 4  # locates a limit between two rates within a factor of 1.33
 PROBE_BATCHES, PROBE_SAMPLES = 8, 256  # minimum size of the probe set, if the training data suffices
@@ -179,17 +180,18 @@ def lr_range_test(
     Raises:
         ValueError: If an argument is out of range, or the optimizer cannot be run on the task.
 
-    >>> import jax, jax.numpy as jnp
-    >>> from adaptive_optax import sgd, study
-    >>> x = jax.random.normal(jax.random.key(0), (256, 4))
-    >>> task = study.Task(
-    ...     init=lambda key: jnp.ones(4),
-    ...     loss=lambda w, batch, key: jnp.mean(2 * (w - batch) ** 2),
-    ...     train=x, validation=x, batch_size=32,
-    ... )
-    >>> found = study.lr_range_test(task, sgd, low=1e-3, high=1e2, seeds=2, steps=20)
-    >>> bool(1.5 < found.largest_stable < 2.7)  # the curvature is 1 in every direction: the limit is 2
-    True
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from adaptive_optax import sgd, study
+        >>> x = jax.random.normal(jax.random.key(0), (256, 4))
+        >>> task = study.Task(
+        ...     init=lambda key: jnp.ones(4),
+        ...     loss=lambda w, batch, key: jnp.mean(2 * (w - batch) ** 2),
+        ...     train=x, validation=x, batch_size=32,
+        ... )
+        >>> found = study.lr_range_test(task, sgd, low=1e-3, high=1e2, seeds=2, steps=20)
+        >>> bool(1.5 < found.largest_stable < 2.7)  # the curvature is 1 in every direction: the limit is 2
+        True
     """
     check_hyperparameter("low", low, interval="(0, inf)", dtype=np.float32)
     check_hyperparameter("high", high, interval="(0, inf)", dtype=np.float32)

@@ -21,7 +21,10 @@ from adaptive_optax._core.trees import Params as Params
 from adaptive_optax.study.origin import described
 
 ModelState: TypeAlias = Annotated[Any, "a tree of what is not trained, such as batch statistics"]
+"""A tree of what is not trained, such as batch statistics."""
+
 Batch: TypeAlias = Annotated[Any, "a tree of arrays with one leading axis of samples"]
+"""A tree of arrays with one leading axis of samples."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,18 +64,19 @@ class Task:
             floating or complex, the loss or the metric is not a real scalar, the loss ignores its parameters,
             or one of the functions cannot be traced.
 
-    >>> import jax, jax.numpy as jnp
-    >>> from adaptive_optax import study
-    >>> x = jnp.linspace(-1, 1, 64)[:, None]
-    >>> task = study.Task(
-    ...     init=lambda key: jax.random.normal(key, (1,)),
-    ...     loss=lambda w, batch, key: jnp.mean((batch["x"] @ w - batch["y"]) ** 2),
-    ...     train={"x": x, "y": 3 * x[:, 0]},
-    ...     validation={"x": x, "y": 3 * x[:, 0]},
-    ...     batch_size=16,
-    ... )
-    >>> task.parameter_count, task.steps_per_epoch
-    (1, 4)
+    Examples:
+        >>> import jax, jax.numpy as jnp
+        >>> from adaptive_optax import study
+        >>> x = jnp.linspace(-1, 1, 64)[:, None]
+        >>> task = study.Task(
+        ...     init=lambda key: jax.random.normal(key, (1,)),
+        ...     loss=lambda w, batch, key: jnp.mean((batch["x"] @ w - batch["y"]) ** 2),
+        ...     train={"x": x, "y": 3 * x[:, 0]},
+        ...     validation={"x": x, "y": 3 * x[:, 0]},
+        ...     batch_size=16,
+        ... )
+        >>> task.parameter_count, task.steps_per_epoch
+        (1, 4)
     """
 
     init: Callable[..., Any]

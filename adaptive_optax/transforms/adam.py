@@ -94,6 +94,7 @@ class ScaleByAdamState(NamedTuple):
 
 
 EpsForm = Literal["paper", "tensorflow"]
+"""Where Adam adds eps; see `scale_by_adam`."""
 
 
 class AdamVariants(TypedDict, total=False):

@@ -20,7 +20,10 @@ from adaptive_optax._core.transformation import transformation
 from adaptive_optax._core.trees import Count, Scalar
 
 Mode = Literal["min", "max"]
+"""Whether a lower or a higher metric is better."""
+
 Preset = Literal["optax", "torch", "keras"]
+"""The library whose rule `reduce_on_plateau` follows."""
 
 _MISSING = object()
 

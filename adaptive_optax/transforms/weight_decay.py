@@ -24,6 +24,7 @@ from adaptive_optax._core.values import (
 )
 
 Coupling = Literal["learning_rate", "schedule", "independent"]
+"""What the decay is multiplied by; see `add_decoupled_weight_decay`."""
 
 
 @carries_hyperparameters("weight_decay")

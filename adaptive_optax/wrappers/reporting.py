@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 OnReject = Callable[[str, str], Any]
+"""A function of what was not finite and the path of its leaf, called on the host for a rejected step."""
 
 
 def check_on_reject(on_reject: Any) -> None:

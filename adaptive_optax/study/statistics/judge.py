@@ -91,14 +91,15 @@ def judge(
         ValueError: If an argument is out of range; if the table does not have exactly one trial per arm and
             seed; or if the margin is relative and a baseline metric is not positive.
 
-    >>> import pandas as pd
-    >>> table = pd.DataFrame({
-    ...     "arm": ["constant"] * 4 + ["cosine"] * 4, "seed": [0, 1, 2, 3] * 2,
-    ...     "final_metric": [0.90, 0.88, 0.91, 0.89, 0.93, 0.92, 0.94, 0.93],
-    ... })
-    >>> verdict = judge(table, baseline="constant", maximize=True)["cosine"]
-    >>> verdict.decision, round(verdict.effect, 3)
-    ('better', 0.035)
+    Examples:
+        >>> import pandas as pd
+        >>> table = pd.DataFrame({
+        ...     "arm": ["constant"] * 4 + ["cosine"] * 4, "seed": [0, 1, 2, 3] * 2,
+        ...     "final_metric": [0.90, 0.88, 0.91, 0.89, 0.93, 0.92, 0.94, 0.93],
+        ... })
+        >>> verdict = judge(table, baseline="constant", maximize=True)["cosine"]
+        >>> verdict.decision, round(verdict.effect, 3)
+        ('better', 0.035)
     """
     check_bool("maximize", maximize)
     check_scalar("relative_margin", relative_margin, "(0, 1)")

@@ -39,12 +39,13 @@ def suggest(learning_rates: ArrayLike, losses: ArrayLike, rule: str) -> float:
     Raises:
         ValueError: If an argument does not meet these conditions.
 
-    >>> rates = [1e-4, 1e-3, 1e-2, 1e-1]
-    >>> suggest(rates, [2.0, 1.9, 1.0, 0.9], "steepest"), suggest(rates, [2.0, 1.9, 1.0, 3.0], "minimum")
-    (0.001, 0.001)
+    Examples:
+        >>> rates = [1e-4, 1e-3, 1e-2, 1e-1]
+        >>> suggest(rates, [2.0, 1.9, 1.0, 0.9], "steepest"), suggest(rates, [2.0, 1.9, 1.0, 3.0], "minimum")
+        (0.001, 0.001)
 
     Source: fastai 2 (Howard and Gugger 2020), `fastai.callback.schedule`.
-    """  # noqa: E501  (a table's row is one line)
+    """
     check_choice("rule", rule, _FEWEST_POINTS)
     rates, curve = np.asarray(learning_rates, np.float64), np.asarray(losses, np.float64)
     if rates.ndim != 1 or rates.shape != curve.shape:
