@@ -504,7 +504,7 @@ def test_arguments_pass_through():
     same(decay.update(SMALL, decay.init(SMALL), SMALL)[0], jax.tree.map(lambda x: 1.5 * x, SMALL))
 
 
-EXAMPLES = inspect.getdoc(ao.verified).split("in `chex.chexify`::")[1].split("Args:")[0]
+EXAMPLES = inspect.getdoc(ao.verified).split("```python\n")[1].split("```")[0]
 LINEN, NNX = textwrap.dedent(EXAMPLES).split("# nnx: ")
 INPUTS = np.random.default_rng(3).standard_normal((16, 4)).astype(np.float32)
 BATCH = (INPUTS, np.stack([INPUTS.sum(1), INPUTS[:, 0] - INPUTS[:, 1]], 1))

@@ -44,11 +44,13 @@ def from_torch(
 
     Some layers have other layouts, possibly with the same shapes, and need `layout`: transposed convolutions,
     attention with an axis of heads, and a Linear layer after a flattened convolution. PyTorch flattens
-    (channels, height, width), Flax (height, width, channels). For C channels of H by W::
+    (channels, height, width), Flax (height, width, channels). For C channels of H by W:
 
-        def layout(path, x):  # returning None applies the rule
-            if path == "head/kernel":
-                return x.reshape(-1, C, H, W).transpose(2, 3, 1, 0).reshape(H * W * C, -1)
+    ```python
+    def layout(path, x):  # returning None applies the rule
+        if path == "head/kernel":
+            return x.reshape(-1, C, H, W).transpose(2, 3, 1, 0).reshape(H * W * C, -1)
+    ```
 
     Args:
         state_dict: `optimizer.state_dict()`, with `exp_avg`, `exp_avg_sq` and `step` for each parameter for
@@ -328,8 +330,9 @@ def to_torch(
             `layout` of `from_torch`.
 
     Returns:
-        `{"state": {number: {"step", "exp_avg", "exp_avg_sq"}}, "param_groups": [...]}`, with tensors and one
-        group with the settings of the last step. If `names` is given, the group has it as "param_names".
+        A dictionary with "state", which has "step", "exp_avg" and "exp_avg_sq" for each number, and
+        "param_groups", with one group that has the settings of the last step. Its arrays are tensors. If
+        `names` is given, the group has it as "param_names".
 
     Raises:
         ImportError: If PyTorch is not installed.

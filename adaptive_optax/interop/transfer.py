@@ -91,8 +91,8 @@ def transfer_state(
         params: The parameters with which it continues.
 
     Returns:
-        The state of `new_tx`, and a table with one row per array: what was kept, converted, initialised or
-        dropped, and why.
+        The state of `new_tx`, and a table that says, with one row per array, what was kept, converted,
+        initialised or dropped, and why.
 
     Raises:
         ValueError: If `old_tx` or `new_tx` is not a transformation.

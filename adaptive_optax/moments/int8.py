@@ -113,7 +113,7 @@ class Int8(Storage):
     Use it to shrink Adam's state from 8 bytes per parameter to about 2. The step is computed from float32
     values before they are encoded. Codes are rounded stochastically and without bias, so a slow average moves
     even if a step is a fraction of the gap between codes. `scale_by_adam` keeps the decoded second moment at
-    or above m^2 / A^2, so its bound (`adam_bound`) holds despite rounding.
+    or above $m^2 / A^2$, so its bound (`adam_bound`) holds despite rounding.
 
     Leaves with fewer than `min_size` values and complex leaves are not compressed: they stay float32
     (float64, complex). The moment's repr lists them, and `state_bytes` counts them. The choice depends on the
@@ -135,8 +135,8 @@ class Int8(Storage):
     Raises:
         ValueError: If an argument is out of range; at update, if the state has another format or block size.
 
-    State cost: 1 byte per value and 4 per block: 1.016 bytes per value at the default, at most 1.063 if the
-        last axis is shorter than a block, not counting remainders.
+    State cost: 1 byte per value and 4 per block, or 1.016 bytes per value at the default, at most 1.063 if
+    the last axis is shorter than a block, not counting remainders.
 
     Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp

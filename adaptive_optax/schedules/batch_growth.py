@@ -55,10 +55,12 @@ def grow_batch(
 
     A learning rate decays to average out gradient noise. A larger batch does so in fewer updates, which pays
     off where larger batches run faster or communication is expensive. With `accumulate_gradients` the batch
-    grows by micro-batches of the same size as the decayed run's batches, so both runs see the same samples::
+    grows by micro-batches of the same size as the decayed run's batches, so both runs see the same samples:
 
-        growth = grow_batch(exponential_decay(0.1, 1000, 0.5), total_steps=5000, max_factor=16)
-        tx = accumulate_gradients(sgd(growth.learning_rate), growth.accumulation_steps)
+    ```python
+    growth = grow_batch(exponential_decay(0.1, 1000, 0.5), total_steps=5000, max_factor=16)
+    tx = accumulate_gradients(sgd(growth.learning_rate), growth.accumulation_steps)
+    ```
 
     In the decayed run step t has the rate $\eta(t)$, and $\hat\eta$ is the largest rate. An
     emission replaces k of its steps, whose mean rate is $\bar\eta$. Until the (first) step with the

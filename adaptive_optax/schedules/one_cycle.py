@@ -19,7 +19,12 @@ from adaptive_optax.schedules._steps import MAX_STEPS, Number, as_number, whole_
 
 
 class OneCycle(NamedTuple):
-    """The two schedules of the one-cycle policy, functions of the step count."""
+    """The two schedules of the one-cycle policy, functions of the step count.
+
+    Attributes:
+        learning_rate: The schedule of the learning rate.
+        momentum: The schedule of the momentum, which falls while the rate rises.
+    """
 
     learning_rate: optax.Schedule
     momentum: optax.Schedule

@@ -2,16 +2,16 @@
 
 Glossary:
 
-    task          what is trained: initial parameters, loss, data, metric
-    arm           a way to train: a function from peak learning rate and number of steps to an optimizer
-    trial         one training run of an arm, at one peak rate and one seed, from the first step to the last
-    study         trials that belong together: those of one call, or of all calls that share a folder
-    chunk         the trials in one call of a compiled program
-    placement     how the trials of a chunk are distributed over devices
-    measurement   what telemetry measures at one step of a trial
-    look          a judgement of the existing trials; adding seeds and judging again is another look
-    verdict       what a look says about one arm compared with the baseline
-    record        what a comparison found: trials, curves and details, from which its verdicts follow
+* *task*: what is trained (initial parameters, loss, data, metric)
+* *arm*: a way to train, as a function from peak learning rate and number of steps to an optimizer
+* *trial*: one training run of an arm, at one peak rate and one seed, from the first step to the last
+* *study*: trials that belong together, those of one call or of all calls that share a folder
+* *chunk*: the trials in one call of a compiled program
+* *placement*: how the trials of a chunk are distributed over devices
+* *measurement*: what telemetry measures at one step of a trial
+* *look*: a judgement of the existing trials; adding seeds and judging again is another look
+* *verdict*: what a look says about one arm compared with the baseline
+* *record*: what a comparison found (trials, curves, details), from which its verdicts follow
 
 Elsewhere in this package, "a run" means the user's own training, outside a study.
 """

@@ -105,12 +105,12 @@ def compare(
         base_seed: Part of all seeds; a different one repeats the study with different random numbers.
         paired_batches: False gives every arm its own order of batches, so that even identical arms differ.
             This checks the procedure itself, which must then find no difference.
-        mode: "scan", "step" or "vmap"; None chooses (see `study.engine.trials`).
+        mode: How trials are trained, "scan", "step" or "vmap"; None chooses.
         chunk: Trials per call on each device; None chooses.
         progress: Whether to show a progress bar; None shows it in a terminal.
 
     Returns:
-        The comparison. Diverged trials are outcomes too: they are counted, and judged by the worse of their
+        The comparison. Diverged trials are outcomes too. They are counted, and judged by the worse of their
         initial metric and the worst finite one.
 
     Raises:

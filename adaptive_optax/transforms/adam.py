@@ -144,7 +144,7 @@ def scale_by_adam(
     \end{aligned}
     $$
 
-    g is `updates`; m, v, $w_1$, $w_2$ are the state's `mu`, `nu`, `mu_weight`, `nu_weight`;
+    $g$ is `updates`; $m$, $v$, $w_1$, $w_2$ are the state's `mu`, `nu`, `mu_weight`, `nu_weight`;
     $\epsilon_r$ is `eps_root`. The sums of weights follow the same recursion as the averages, so the
     bias correction is exact when `b1` or `b2` changes; for constants it is $1 - \beta^t$.
 
@@ -153,7 +153,7 @@ def scale_by_adam(
           "epsilon hat" of Kingma and Ba's section 2, as in TensorFlow and Keras (where eps is 1e-7).
         * `nesterov`: $\beta_1 m_t / w_{1,t+1} + (1 - \beta_1) g_t / w_{1,t}$ in place of
           $\hat m_t$, as in optax. PyTorch's NAdam also moves $\beta_1$.
-        * `amsgrad`: the largest $\hat v$ so far in place of $\hat v$ (the largest v where v is
+        * `amsgrad`: the largest $\hat v$ so far in place of $\hat v$ (the largest $v$ where $v$ is
           not corrected: without `bias_correction`, and in the "tensorflow" form), as in optax. PyTorch takes
           the largest v and corrects it afterwards.
 

@@ -223,13 +223,13 @@ def swap_averaged(model_or_params: PyTree, opt_state: OptState) -> PyTree:
     Recompute them before evaluating the averaged ones: run the averaged model over training data in training
     mode, without taking steps, until they have converged (about `1 / (1 - momentum)` batches).
 
-    .. code-block:: python
-
-        averaged = ao.swap_averaged(model, optimizer.opt_state)
-        averaged.train()
-        for batch in batches:  # 100 for a momentum of 0.99
-            averaged(batch)
-        averaged.eval()
+    ```python
+    averaged = ao.swap_averaged(model, optimizer.opt_state)
+    averaged.train()
+    for batch in batches:  # 100 for a momentum of 0.99
+        averaged(batch)
+    averaged.eval()
+    ```
 
     Args:
         model_or_params: An nnx module, an Equinox module or any tree of parameters.

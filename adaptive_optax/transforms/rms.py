@@ -97,7 +97,7 @@ def scale_by_rms(
     \end{aligned}
     $$
 
-    g is `updates`, $\beta$ is `decay`, v is `state.nu`. With `bias_correction`, v is replaced by the
+    $g$ is `updates`, $\beta$ is `decay`, $v$ is `state.nu`. With `bias_correction`, $v$ is replaced by the
     weighted mean of $q_1 \dots q_t$, which excludes $v_0$: `initial_scale` then has no effect
     (optax divides it by $1-\beta^t$ as well, which is biased).
 
@@ -108,7 +108,7 @@ def scale_by_rms(
     s_t = \beta (s_{t-1} + (1-\beta) q(\delta_t)) = v_t - q(m_t)
     $$
 
-    with a floor of 0.01 v, which bounds the direction by $1/\sqrt{0.01 (1-\beta)}$. With both
+    with a floor of $0.01 v$, which bounds the direction by $1/\sqrt{0.01 (1-\beta)}$. With both
     `centered` and `bias_correction`, `mu` and `nu` hold corrected values: $(1-\beta)$ becomes
     $(1-\beta)/w_t$ above.
 

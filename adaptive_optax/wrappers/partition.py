@@ -48,7 +48,7 @@ def partition_by_path(
         default: The transformation of leaves that no pattern matches; with None such leaves are an error.
 
     Returns:
-        The transformation: `optax.partition`, with the patterns (and "default") as labels in its state.
+        An `optax.partition`, with the patterns (and "default") as labels in its state.
         `get_hyperparams` therefore has keys such as "pattern/learning_rate", and a checkpoint must be
         restored with the same patterns.
 

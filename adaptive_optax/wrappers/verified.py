@@ -45,29 +45,31 @@ def verified(inner: optax.GradientTransformation) -> optax.GradientTransformatio
       the granularity the direction's root mean square is within its tight bound (see `adam_bound`) for the
       decays used.
 
-    It works directly in eager mode. Under `jit`, wrap the outermost jitted function in `chex.chexify`::
+    It works directly in eager mode. Under `jit`, wrap the outermost jitted function in `chex.chexify`:
 
-        # linen, or any parameters in a tree
-        @chex.chexify
-        @jax.jit
-        def step(params, opt_state, batch):
-            grads = jax.grad(loss)(params, batch)
-            updates, opt_state = tx.update(grads, opt_state, params)
-            return optax.apply_updates(params, updates), opt_state
+    ```python
+    # linen, or any parameters in a tree
+    @chex.chexify
+    @jax.jit
+    def step(params, opt_state, batch):
+        grads = jax.grad(loss)(params, batch)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
 
-        # nnx: split outside, merge inside; chexify(nnx.jit(...)) does not work
-        graphdef, state = nnx.split((model, optimizer))
+    # nnx: split outside, merge inside; chexify(nnx.jit(...)) does not work
+    graphdef, state = nnx.split((model, optimizer))
 
-        @chex.chexify
-        @jax.jit
-        def step(state, batch):
-            model, optimizer = nnx.merge(graphdef, state)
-            optimizer.update(model, nnx.grad(loss)(model, batch))
-            return nnx.state((model, optimizer))
+    @chex.chexify
+    @jax.jit
+    def step(state, batch):
+        model, optimizer = nnx.merge(graphdef, state)
+        optimizer.update(model, nnx.grad(loss)(model, batch))
+        return nnx.state((model, optimizer))
 
-        ...
-        step.wait_checks()  # checks run asynchronously: wait for the last ones
-        nnx.update((model, optimizer), state)
+    ...
+    step.wait_checks()  # checks run asynchronously: wait for the last ones
+    nnx.update((model, optimizer), state)
+    ```
 
     Args:
         inner: Any transformation.
