@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from reference import schedules as reference
 
-from adaptive_optax import (
+from adaptive_optax.schedules import (
     OneCycle,
     cosine_restarts,
     cyclical,
