@@ -156,20 +156,25 @@ def tables(result: dict[str, Any]) -> dict[str, Table]:
     """Returns a table with one row per arm, with the differences from float32 on both tasks."""
     rows = {(row["task"], row["arm"]): row for row in result["rows"]}
     names, arms = (list(dict.fromkeys(key[i] for key in rows)) for i in (0, 1))
-    bases = [f"{name}: loss minus float32's {rows[name, BASELINE]['final_loss']:.4f}" for name in names]
+    bases = [
+        f"{name}: loss minus float32's {base['final_loss']:.4f} ± {base['final_loss_error']:.4f}"
+        for name, base in ((name, rows[name, BASELINE]) for name in names)
+    ]
     table = Table("What low precision loses", ["stored", "bytes of state per parameter", *bases])
     for arm in arms:
         if arm == BASELINE:
             continue
         sizes = dict.fromkeys(f"{rows[name, arm]['bytes_per_parameter']:.2f}" for name in names)
-        cells = [
-            f"{row['difference']:+.4f} ± {row['difference_error']:.4f} (p = {row['p_value']:.2g})".replace(
-                "-", "−"
-            )
-            for row in (rows[name, arm] for name in names)
-        ]
+        cells = [_difference(rows[name, arm], rows[name, BASELINE]["final_loss"]) for name in names]
         table.add(arm, ", ".join(sizes), *cells)
     return {"main": table}
+
+
+def _difference(row: dict[str, Any], base: float) -> str:
+    """The difference from float32 with its standard error, in percent, and its p-value."""
+    percent = f"{100 * row['difference'] / base:+.1f} %"
+    difference = f"{row['difference']:+.4f} ± {row['difference_error']:.4f}"
+    return f"{difference} ({percent}, p = {row['p_value']:.2g})".replace("-", "−")
 
 
 def figures(result: dict[str, Any]) -> dict[str, Figure]:
