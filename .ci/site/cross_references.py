@@ -27,12 +27,10 @@ _study_targets: dict[str, str] = {}
 def on_pre_build(**_):
     """Collects what may be written for each public name."""
     for path in sorted(set().union(*map(public_names, MODULES)) - set(MODULES)):
-        module, _, name = path.rpartition(".")
-        if module == "adaptive_optax":
-            _targets[name] = _targets[f"ao.{name}"] = path
-        elif module == "adaptive_optax.study":
-            _targets[f"study.{name}"] = _study_targets[name] = path
-        _targets[path] = path
+        name = path.removeprefix("adaptive_optax.")
+        _targets[path] = _targets[name] = _targets[f"ao.{name}"] = path
+        if name.startswith("study."):
+            _study_targets[name.rpartition(".")[2]] = path
 
 
 def on_page_content(html, page, **_):
