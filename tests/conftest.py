@@ -9,6 +9,7 @@ import hypothesis
 import jax
 import pytest
 from compiling import AS_IN_USE, QUICKLY, as_flags
+from jax._src.interpreters import mlir
 
 hypothesis.settings.register_profile("project", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("project")
@@ -31,6 +32,8 @@ def pytest_configure(config):
 
     Compiled programs are kept under .pytest_cache: workers share them, and the next run finds them.
     """
+    # JAX makes one anew for each program, which takes a fifth of the time of the small ones.
+    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
     devices, own = "--xla_force_host_platform_device_count=8", os.environ.get("XLA_FLAGS", "")
     if devices not in own:  # a worker of pytest-xdist inherits them
         options = {} if config.getoption("--optimize") else QUICKLY
@@ -84,6 +87,7 @@ def pytest_runtest_teardown(item, nextitem):
     _held += 1
     if _held >= MOST_TESTS:
         jax.clear_caches()
+        mlir.make_ir_context.cache_clear()
         _held = 0
 
 
