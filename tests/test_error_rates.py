@@ -6,7 +6,6 @@ either side, which right code misses with one seed in 16 000.
 
 import functools
 import math
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -15,41 +14,31 @@ from reference.power import ALPHA, difference_power, equivalence_power
 from scipy import stats
 
 from adaptive_optax.study.direction import Direction
-from adaptive_optax.study.statistics.judge import judge, judge_trials
-from adaptive_optax.study.statistics.outcomes import Trials
+from adaptive_optax.study.statistics.judge import Judged, judge, judge_metrics
 
 TABLES = 10_000
+WRITTEN = (
+    1000  # how many of them are written as tables: reading one takes a hundred times longer than judging
+)
 
 
-class Judged(NamedTuple):
-    p_value: np.ndarray  # [tables, arms]
-    p_equivalence: np.ndarray
-    decision: np.ndarray
-
-
-def judge_all(metrics, *, margin=None, look=None):
-    """Judges every table of `metrics`, [tables, arms, seeds] with the baseline first.
-
-    Reading a table takes longer than judging it: only the first thousand are written as tables.
-    """
+def judge_all(metrics, *, margin=None, look=None) -> Judged:
+    """Judges every table of `metrics`, [tables, arms, seeds] with the baseline first."""
     arms, seeds = metrics.shape[1:]
     names = ["baseline", *(f"arm {number}" for number in range(1, arms))]
     template = pd.DataFrame({"arm": np.repeat(names, seeds), "seed": np.tile(np.arange(seeds), arms)})
     diverged = np.isnan(metrics)
     worst = np.nanmax(metrics, axis=(1, 2), keepdims=True)
     final = np.where(diverged, worst, metrics)
-    rows = []
-    for table in range(len(metrics)):
-        trials = Trials(names, final[table], None, diverged[table])
-        verdicts = judge_trials(trials, "baseline", Direction(False), margin, 0.01, 0.05, look, 0, 0)
-        if table < 1000:
-            written = template.assign(final_metric=metrics[table].ravel())
-            read = judge(written, baseline="baseline", resamples=0, margin=margin, look=look)
-            # As text, in which NaNs are equal.
-            assert repr(read) == repr(verdicts)
-        rows.append([(v.p_value, v.p_equivalence, v.decision) for v in verdicts.values()])
-    columns = zip(*(zip(*row, strict=True) for row in rows), strict=True)
-    return Judged(*(np.array(column) for column in columns))
+    judged = judge_metrics(final, diverged, 0, Direction(False), margin, 0.01, 0.05, look)
+    read = []
+    for table in metrics[:WRITTEN]:
+        written = template.assign(final_metric=table.ravel())
+        read.append(judge(written, baseline="baseline", resamples=0, margin=margin, look=look).values())
+    for column in ("p_value", "p_equivalence", "decision"):
+        expected = [[getattr(verdict, column) for verdict in verdicts] for verdicts in read]
+        np.testing.assert_array_equal(getattr(judged, column)[:WRITTEN], expected)
+    return judged
 
 
 def band(share, tables=TABLES):

@@ -132,61 +132,41 @@ def judge_trials(
     arms, final, best, diverged = trials
     others = [row for row, arm in enumerate(arms) if arm != baseline]
     base, seeds = arms.index(baseline), final.shape[1]
-    pairs = _paired(final, diverged, others, base)
     if margin is None and (below := final[base][~diverged[base] & (final[base] <= 0)]).size:
         raise ValueError(
             "margin must be given, in the metric's units: a relative margin needs positive metrics of the "
             f"baseline, got {below.min():g}."
         )
-    tests = _three_tests(pairs.a, pairs.b, pairs.kept, margin, relative_margin)
-    difference = tests[0]
-    p_difference, p_equivalence, deterministic = _p_values(pairs, tests)
+    judged = judge_metrics(final, diverged, base, direction, margin, relative_margin, alpha, look)
+    pairs, (difference, _, _), untested = judged.pairs, judged.tests, judged.untested
     measured, unpaired = pairs.measured, pairs.unpaired
-    untested = deterministic | pairs.few
-
-    spent = 1.0 if look is None else 2.0**look
-    adjusted, factor = holm(p_difference)
-    adjusted_equivalence, factor_equivalence = holm(p_equivalence)
-    p_values = np.where(untested, np.nan, np.minimum(spent * adjusted, 1))
-    p_equivalences = np.where(untested, np.nan, np.minimum(spent * adjusted_equivalence, 1))
 
     # p_value < alpha means p_difference < level, so the interval at 1 - level excludes 0 exactly then.
-    # Neither is clipped at 1 here; if p_difference underflowed to 0, Holm's factor is the ratio's limit.
-    level = alpha / spent * np.divide(p_difference, adjusted, out=1 / factor, where=adjusted > 0)
-    mean = np.where(unpaired | (measured < 1), np.nan, difference.mean)
     error = np.where(untested | unpaired, np.nan, difference.error)
-    halves = [-special.stdtrit(pairs.df, two_sided / 2) * error for two_sided in (level, 0.05)]
-    effect = unscaled(mean, difference.exponent)
+    halves = [-special.stdtrit(pairs.df, two_sided / 2) * error for two_sided in (judged.level, 0.05)]
+    effect = unscaled(judged.mean, difference.exponent)
     intervals = [
-        np.stack([unscaled(mean + side * half, difference.exponent) for side in (-1, 1)], axis=1)
+        np.stack([unscaled(judged.mean + side * half, difference.exponent) for side in (-1, 1)], axis=1)
         for half in halves
     ]
     level_of_base = _mean(scaled(pairs.b, difference.exponent), pairs.kept)
     with np.errstate(divide="ignore", invalid="ignore"):
-        relative = np.where(level_of_base > 0, mean / level_of_base, np.nan)
+        relative = np.where(level_of_base > 0, judged.mean / level_of_base, np.nan)
 
-    next_alpha = alpha if look is None else alpha / (2 * spent)
+    next_alpha = alpha if look is None else alpha / (2 * _spent(look))
     adjustments = [f"{len(others)} arms"] * (len(others) > 1) + ["added seeds"] * (look is not None)
     verdicts = {}
     for i, row in enumerate(others):
         needed = None
-        if p_equivalences[i] < alpha:
-            decision = "equivalent"
-        elif p_values[i] < alpha:
-            more_lost = pairs.lost_a[i].sum() - pairs.lost_b[i].sum()
-            change = more_lost if unpaired[i] else direction.cost(mean[i])
-            decision = "better" if change < 0 else "worse"
-        else:
-            decision = "undecided"
-            if not untested[i] and not unpaired[i]:
-                levels = next_alpha / factor[i], next_alpha / factor_equivalence[i]
-                needed = _seeds_in_all(pairs, tests, i, levels)
+        if judged.decision[i] == "undecided" and not untested[i] and not unpaired[i]:
+            levels = next_alpha / judged.factor[i], next_alpha / judged.factor_equivalence[i]
+            needed = _seeds_in_all(pairs, judged.tests, i, levels)
         x = scaled(pairs.a[i], difference.exponent[i]) - scaled(pairs.b[i], difference.exponent[i])
         testable = not (pairs.few[i] or unpaired[i])
         verdict = Verdict(
             arm=arms[row],
             baseline=baseline,
-            decision=decision,
+            decision=str(judged.decision[i]),
             effect=float(effect[i]),
             relative_effect=float(relative[i]),
             interval=(float(intervals[0][i, 0]), float(intervals[0][i, 1])),
@@ -196,8 +176,8 @@ def judge_trials(
                 else bootstrap(x[pairs.kept[i]], difference.exponent[i], resamples, seed) if testable
                 else (math.nan, math.nan)
             ),
-            p_value=float(p_values[i]),
-            p_equivalence=float(p_equivalences[i]),
+            p_value=float(judged.p_value[i]),
+            p_equivalence=float(judged.p_equivalence[i]),
             margin=margin,
             seeds=seeds,
             measured=int(measured[i]),
@@ -205,7 +185,7 @@ def judge_trials(
             best_effect=math.nan if best is None else _mean_difference(best[row], best[base]),
             diverged=(int(diverged[row].sum()), int(diverged[base].sum())),
             reason=(
-                "deterministic task" if deterministic[i]
+                "deterministic task" if judged.deterministic[i]
                 else "" if not pairs.few[i]
                 else "too few measured" if measured[i] else "nothing measured"
             ),
@@ -219,8 +199,83 @@ def judge_trials(
 # ---- The tests ----
 
 
+class Judged(NamedTuple):
+    """What the tests say of every arm, [..., arms].
+
+    Attributes:
+        pairs: The metrics.
+        tests: The paired tests of an arm against the baseline, the baseline plus the margin, and minus it.
+        mean: The mean difference in the unit of the first test, NaN where nothing was measured in pairs.
+        deterministic: Whether all differences are the same, but not 0.
+        p_value: Of the difference, adjusted for arms and looks; NaN where nothing can be tested.
+        p_equivalence: Likewise, of the equivalence.
+        level: What p_value < alpha asks of the difference's own p-value.
+        factor: Holm's factor of the difference.
+        factor_equivalence: That of the equivalence.
+        decision: "equivalent", "better", "worse" or "undecided".
+    """
+
+    pairs: _Pairs
+    tests: tuple[Paired, Paired, Paired]
+    mean: np.ndarray
+    deterministic: np.ndarray
+    p_value: np.ndarray
+    p_equivalence: np.ndarray
+    level: np.ndarray
+    factor: np.ndarray
+    factor_equivalence: np.ndarray
+    decision: np.ndarray
+
+    @property
+    def untested(self) -> np.ndarray:
+        """Where nothing can be tested."""
+        return self.deterministic | self.pairs.few
+
+
+def judge_metrics(
+    final: np.ndarray,
+    diverged: np.ndarray,
+    base: int,
+    direction: Direction,
+    margin: float | None,
+    relative_margin: float,
+    alpha: float,
+    look: int | None,
+) -> Judged:
+    """Tests and decides for all arms but number `base` of [..., arms, seeds], one table or many."""
+    pairs = _paired(final, diverged, base)
+    tests = _three_tests(pairs.a, pairs.b, pairs.kept, margin, relative_margin)
+    p_difference, p_equivalence, deterministic = _p_values(pairs, tests)
+    untested, unpaired = deterministic | pairs.few, pairs.unpaired
+
+    spent = _spent(look)
+    adjusted, factor = holm(p_difference)
+    adjusted_equivalence, factor_equivalence = holm(p_equivalence)
+    p_value = np.where(untested, np.nan, np.minimum(spent * adjusted, 1))
+    p_equivalence = np.where(untested, np.nan, np.minimum(spent * adjusted_equivalence, 1))
+    # Neither is clipped at 1 here; if p_difference underflowed to 0, Holm's factor is the ratio's limit.
+    level = alpha / spent * np.divide(p_difference, adjusted, out=1 / factor, where=adjusted > 0)
+
+    mean = np.where(unpaired | (pairs.measured < 1), np.nan, tests[0].mean)
+    more_lost = pairs.lost_a.sum(axis=-1) - pairs.lost_b.sum(axis=-1)
+    change = np.where(unpaired, more_lost, direction.cost(mean))
+    decision = np.select(
+        [p_equivalence < alpha, (p_value < alpha) & (change < 0), p_value < alpha],
+        ["equivalent", "better", "worse"],
+        "undecided",
+    )
+    return Judged(
+        pairs, tests, mean, deterministic, p_value, p_equivalence, level, factor, factor_equivalence, decision
+    )
+
+
+def _spent(look: int | None) -> float:
+    """What p-values are multiplied by at a look."""
+    return 1.0 if look is None else 2.0**look
+
+
 class _Pairs(NamedTuple):
-    """The metrics of arms and baseline, [arms, seeds], and what their trials say.
+    """The metrics of arms and baseline, [..., arms, seeds], and what their trials say.
 
     Attributes:
         a: The arm's metric; 0 where both diverged.
@@ -239,7 +294,7 @@ class _Pairs(NamedTuple):
     @property
     def measured(self) -> np.ndarray:
         """The number of seeds kept, by arm."""
-        return self.kept.sum(axis=1)
+        return self.kept.sum(axis=-1)
 
     @property
     def df(self) -> np.ndarray:
@@ -254,7 +309,7 @@ class _Pairs(NamedTuple):
     @property
     def unpaired(self) -> np.ndarray:
         """Whether at no seed both were measured, by arm."""
-        return (self.measured > 0) & ~(self.kept & ~self.one_sided).any(axis=1)
+        return (self.measured > 0) & ~(self.kept & ~self.one_sided).any(axis=-1)
 
     @property
     def few(self) -> np.ndarray:
@@ -262,9 +317,9 @@ class _Pairs(NamedTuple):
         return (self.measured < 2) & ~self.unpaired
 
 
-def _paired(final: np.ndarray, diverged: np.ndarray, others: list[int], base: int) -> _Pairs:
-    a, lost_a = final[others], diverged[others]
-    b, lost_b = np.broadcast_to(final[base], a.shape), np.broadcast_to(diverged[base], a.shape)
+def _paired(final: np.ndarray, diverged: np.ndarray, base: int) -> _Pairs:
+    a, lost_a = (np.delete(x, base, axis=-2) for x in (final, diverged))
+    b, lost_b = (np.broadcast_to(x[..., base : base + 1, :], a.shape) for x in (final, diverged))
     kept = ~(lost_a & lost_b)
     return _Pairs(np.where(kept, a, 0.0), np.where(kept, b, 0.0), lost_a, lost_b, kept)
 
@@ -277,7 +332,7 @@ def _p_values(
     A p-value is 1 where nothing can be tested.
     """
     difference, above, below = tests
-    same = (pairs.a == pairs.b).all(axis=1)
+    same = (pairs.a == pairs.b).all(axis=-1)
     deterministic = difference.constant & ~same & ~pairs.few & ~pairs.unpaired
     untested = deterministic | pairs.few
     p_difference = 2 * special.stdtr(pairs.df, -np.abs(difference.t))
@@ -285,7 +340,7 @@ def _p_values(
     p_difference = np.where(pairs.unpaired, signs, p_difference)
     p_equivalence = np.maximum(special.stdtr(pairs.df, above.t), special.stdtr(pairs.df, -below.t))
     p_equivalence = np.where(same, 0.0, p_equivalence)
-    incomparable = pairs.one_sided.any(axis=1)
+    incomparable = pairs.one_sided.any(axis=-1)
     return (
         np.where(untested, 1.0, p_difference),
         np.where(untested | incomparable, 1.0, p_equivalence),
@@ -315,7 +370,7 @@ def _three_tests(
         above, below = y * (1 + relative_margin), y * (1 - relative_margin)
     else:
         exponent = np.maximum(exponent, math.frexp(margin)[1])
-        x, y, zone = scaled(a, exponent), scaled(b, exponent), np.ldexp(margin, -exponent)[:, None]
+        x, y, zone = scaled(a, exponent), scaled(b, exponent), np.ldexp(margin, -exponent)[..., None]
         above, below = y + zone, y - zone
     return difference, paired_t(x - above, kept, exponent), paired_t(x - below, kept, exponent)
 
@@ -326,9 +381,9 @@ def _sign_test(arm_lost: np.ndarray, base_lost: np.ndarray) -> np.ndarray:
     The exact two-sided sign test; 0 if all trials of one diverged and none of the other's, which is the
     t-test's limit as the value substituted for a diverged trial grows.
     """
-    worse, better = arm_lost.sum(axis=1), base_lost.sum(axis=1)
+    worse, better = arm_lost.sum(axis=-1), base_lost.sum(axis=-1)
     tail = special.bdtrc(np.maximum(worse, better) - 1.0, worse + better, 0.5)
-    complete = np.maximum(worse, better) == arm_lost.shape[1]
+    complete = np.maximum(worse, better) == arm_lost.shape[-1]
     return np.where(complete, 0.0, np.minimum(2 * tail, 1))
 
 

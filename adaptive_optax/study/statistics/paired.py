@@ -98,11 +98,13 @@ def paired_t(x: np.ndarray, kept: np.ndarray, exponent: np.ndarray) -> Paired:
 def holm(p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Returns Holm's adjusted p-values, not clipped at 1, and the factor of each (SciPy lacks Holm's method).
 
+    The p-values that belong together are along the last axis.
+
     factor_i = number of p_j >= p_i;  adjusted_i = maximum of factor_j p_j over p_j <= p_i.
     """
-    below = p[:, None] <= p[None, :]
-    factor = below.sum(axis=1)
-    return np.where(below, (factor * p)[:, None], 0.0).max(axis=0), factor
+    below = p[..., :, None] <= p[..., None, :]
+    factor = below.sum(axis=-1)
+    return np.where(below, (factor * p)[..., :, None], 0.0).max(axis=-2), factor
 
 
 def bootstrap(x: np.ndarray, exponent: np.ndarray, resamples: int, seed: int) -> tuple[float, float]:
