@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import shutil
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -107,29 +109,47 @@ CHECK = """() => {
 }"""
 
 
+class Shown(NamedTuple):
+    """A page that is loaded once; then the window changes its size and the user the colours."""
+
+    page: Any
+    url: str
+    said: list
+    loaded: list
+
+
+@pytest.fixture(scope="module")
+def shown(browser, pages):
+    @functools.cache
+    def show(name):
+        page, said, loaded = browser.new_page(), [], []
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on("dialog", lambda dialog: said.append(dialog.message) or dialog.dismiss())
+        page.on("request", lambda request: loaded.append(request.url))
+        url = (pages / f"{name}.html").as_uri()
+        page.goto(url)
+        page.evaluate("document.querySelectorAll('details').forEach(e => e.open = true)")
+        return Shown(page, url, said, loaded)
+
+    return show
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 800, 1200, 1600])
 @pytest.mark.parametrize("name", COMPARISONS)
-def test_layout(browser, pages, name, width, scheme):
-    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
-    page = context.new_page()
-    said, loaded = [], []
-    page.on("console", lambda message: said.append(message.text))
-    page.on("pageerror", lambda error: said.append(str(error)))
-    page.on("dialog", lambda dialog: said.append(dialog.message) or dialog.dismiss())
-    page.on("request", lambda request: loaded.append(request.url))
-    url = (pages / f"{name}.html").as_uri()
-    page.goto(url)
-    page.evaluate("document.querySelectorAll('details').forEach(e => e.open = true)")
+def test_layout(shown, name, width, scheme):
+    page, url, said, loaded = shown(name)
+    page.set_viewport_size({"width": width, "height": 900})
+    page.emulate_media(color_scheme=scheme)
     assert page.evaluate(CHECK) == []
-    shown = page.evaluate("[...document.querySelectorAll('figure svg')].filter(e => e.clientWidth).length")
-    assert shown == 4
+    pictures = page.evaluate("[...document.querySelectorAll('figure svg')].filter(e => e.clientWidth).length")
+    assert pictures == 4
     lefts = page.evaluate("[...document.querySelectorAll('figure')].map(e => e.getBoundingClientRect().left)")
     assert len(set(lefts)) in (1, 2, 4)  # none stands alone
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert paper == {"light": "rgb(255, 255, 255)", "dark": "rgb(21, 23, 26)"}[scheme]
     assert (said, loaded) == ([], [url])
-    context.close()
 
 
 def test_the_check_sees_what_is_wrong(browser):
