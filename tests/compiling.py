@@ -6,8 +6,15 @@ the rule: it takes a fifth of the time. What the two ways compute differs in the
 
 import jax
 
-QUICKLY: dict[str, int | bool] = {"xla_backend_optimization_level": 0}
-AS_IN_USE: dict[str, int | bool] = {"xla_backend_optimization_level": 3}  # XLA's defaults
+# A program as one part, and not as up to 32 that are compiled one by one, each at a price.
+QUICKLY: dict[str, int | bool] = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
+AS_IN_USE: dict[str, int | bool] = {  # XLA's defaults
+    "xla_backend_optimization_level": 3,
+    "xla_cpu_parallel_codegen_split_count": 32,
+}
 # Later versions do not have this option, and XLA aborts at a flag that it does not know.
 if jax.__version_info__ < (0, 11, 0):
     QUICKLY["xla_cpu_use_fusion_emitters"] = False

@@ -32,8 +32,8 @@ def pytest_configure(config):
 
     Compiled programs are kept under .pytest_cache: workers share them, and the next run finds them.
     """
-    # JAX makes one anew for each program, which takes a fifth of the time of the small ones.
-    mlir.make_ir_context = functools.cache(mlir.make_ir_context)
+    if hasattr(mlir, "make_ir_context"):  # private to JAX, and no more than a saving
+        mlir.make_ir_context = _one_ir_context
     devices, own = "--xla_force_host_platform_device_count=8", os.environ.get("XLA_FLAGS", "")
     if devices not in own:  # a worker of pytest-xdist inherits them
         options = {} if config.getoption("--optimize") else QUICKLY
@@ -50,6 +50,15 @@ def pytest_configure(config):
     for name, value in settings.items():
         jax.config.update(name, value)
         os.environ[name.upper()] = str(value)  # for what tests start as processes of their own
+
+
+_make_ir_context = getattr(mlir, "make_ir_context", None)
+
+
+@functools.cache
+def _one_ir_context():
+    """JAX makes one for each program, which takes a fifth of the time of a small one."""
+    return _make_ir_context()
 
 
 def pytest_collection_finish():
@@ -87,7 +96,7 @@ def pytest_runtest_teardown(item, nextitem):
     _held += 1
     if _held >= MOST_TESTS:
         jax.clear_caches()
-        mlir.make_ir_context.cache_clear()
+        _one_ir_context.cache_clear()
         _held = 0
 
 

@@ -1,6 +1,7 @@
 """A small study in a process of its own, for the tests that kill it, share its folder or distribute it.
 
-python study_process.py RESULT [--out FOLDER] [--slow SECONDS] [--change NAME] [--process K --port P]
+python study_process.py RESULT [--out FOLDER] [--slow SECONDS] [--seeds N] [--process K --port P]
+python study_process.py RESULT --out FOLDER --change NAME ...    # prints why each changed study is refused
 """
 
 import argparse
@@ -15,7 +16,7 @@ def main():
     parser.add_argument("--out")
     parser.add_argument("--slow", type=float, default=0.0)
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--change", default="")
+    parser.add_argument("--change", nargs="+", default=[])
     parser.add_argument("--process", type=int)
     parser.add_argument("--port")
     values = parser.parse_args()
@@ -36,20 +37,27 @@ def main():
 
         trials.Program.run = slowly
 
-    task = quadratic_task(1.0, 0.5 if values.change == "loss" else 1.0, name="small")
-    arms = {"constant": constant, "decayed": decayed(1.0, 0.8 if values.change == "arm" else 1.0)}
-    comparison = study.compare(
-        task,
-        arms,
-        learning_rates=[0.1, 0.2] if values.change == "grid" else [0.1, 0.3, 1.0],
-        steps=10,
-        seeds=values.seeds,
-        out=values.out,
-        mode="vmap" if values.change == "mode" else "scan",
-        chunk=3 if values.change == "chunk" else 2,
-    )
-    comparison.save(values.result)
-    print(comparison.verdict().sentence)
+    def compare(change=""):
+        return study.compare(
+            quadratic_task(1.0, 0.5 if change == "loss" else 1.0, name="small"),
+            {"constant": constant, "decayed": decayed(1.0, 0.8 if change == "arm" else 1.0)},
+            learning_rates=[0.1, 0.3, 1.0],
+            steps=10,
+            seeds=values.seeds,
+            out=values.out,
+            mode="vmap" if change == "mode" else "scan",
+            chunk=3 if change == "chunk" else 2,
+        )
+
+    for change in values.change:
+        try:
+            compare(change)
+        except ValueError as error:
+            print(f"{change}: {error}")
+    if not values.change:
+        comparison = compare()
+        comparison.save(values.result)
+        print(comparison.verdict().sentence)
 
 
 if __name__ == "__main__":
