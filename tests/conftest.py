@@ -70,7 +70,10 @@ def pytest_collection_finish():
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Keeps together what shares fixtures and compiled programs: a file, or a case of the contracts."""
+    """Keeps together what shares fixtures and compiled programs: a file, or a case of the contracts.
+
+    Small groups come last: the chains, which share nothing, keep all workers busy to the end.
+    """
     from cases import CASES
     from xdist.scheduler import LoadScopeScheduling
 
@@ -79,6 +82,8 @@ def pytest_xdist_make_scheduler(config, log):
     class ByFileOrCase(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file, _, test = nodeid.partition("::")
+            if file.endswith("test_random_chains.py"):
+                return nodeid
             name = names.intersection(test.rpartition("[")[2].rstrip("]").split("-"))
             return f"{file}::{name.pop()}" if name else file
 

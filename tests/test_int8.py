@@ -290,13 +290,19 @@ def test_every_value_has_the_scale_of_its_block(shape, block_size, is_traced):
     extents = block_extents(shape, block_size)
     assert math.prod(extents) <= block_size
     counts = grid(shape, extents)
-    numbers = jnp.arange(math.prod(counts), dtype=jnp.float32).reshape(counts)
-    size = jnp.int32(block_size) if is_traced else block_size
-    laid = np.asarray(spread_blocks(numbers, jnp.zeros(shape), size))
+    numbers = np.arange(math.prod(counts), dtype=np.float32).reshape(counts)
+
+    @jax.jit
+    def laid_and_largest(traced_size):
+        size = traced_size if is_traced else block_size
+        laid = spread_blocks(jnp.asarray(numbers), jnp.zeros(shape), size)
+        blocks, within = split_into_blocks(laid + 1, extents)
+        return laid, jnp.max(blocks, axis=within)
+
+    laid, largest = laid_and_largest(block_size)
     places = np.meshgrid(*(np.arange(n) // e for n, e in zip(shape, extents, strict=True)), indexing="ij")
     np.testing.assert_array_equal(laid, np.ravel_multi_index(places, counts))
-    blocks, within = split_into_blocks(jnp.asarray(laid) + 1, extents)
-    np.testing.assert_array_equal(jnp.max(blocks, axis=within), numbers + 1)
+    np.testing.assert_array_equal(largest, numbers + 1)
 
 
 @pytest.mark.parametrize("head_dim", [16, 32, 64, 128])
