@@ -3,13 +3,18 @@
 import functools
 import gc
 import os
+import threading
 from pathlib import Path
 
 import hypothesis
 import jax
 import pytest
 from compiling import AS_IN_USE, QUICKLY, as_flags
-from jax._src.interpreters import mlir
+
+try:
+    from jax._src.interpreters import mlir  # private to JAX, and no more than a saving
+except ImportError:
+    mlir = None
 
 hypothesis.settings.register_profile("project", deadline=None, derandomize=True, max_examples=25)
 hypothesis.settings.load_profile("project")
@@ -32,8 +37,8 @@ def pytest_configure(config):
 
     Compiled programs are kept under .pytest_cache: workers share them, and the next run finds them.
     """
-    if hasattr(mlir, "make_ir_context"):  # private to JAX, and no more than a saving
-        mlir.make_ir_context = _one_ir_context
+    if _make_ir_context is not None:
+        mlir.make_ir_context = _ir_context
     devices, own = "--xla_force_host_platform_device_count=8", os.environ.get("XLA_FLAGS", "")
     if devices not in own:  # a worker of pytest-xdist inherits them
         options = {} if config.getoption("--optimize") else QUICKLY
@@ -55,10 +60,14 @@ def pytest_configure(config):
 _make_ir_context = getattr(mlir, "make_ir_context", None)
 
 
-@functools.cache
-def _one_ir_context():
+_kept = threading.local()  # a context is for one thread at a time
+
+
+def _ir_context():
     """JAX makes one for each program, which takes a fifth of the time of a small one."""
-    return _make_ir_context()
+    if not hasattr(_kept, "context"):
+        _kept.context = _make_ir_context()
+    return _kept.context
 
 
 def pytest_collection_finish():
@@ -101,7 +110,7 @@ def pytest_runtest_teardown(item, nextitem):
     _held += 1
     if _held >= MOST_TESTS:
         jax.clear_caches()
-        _one_ir_context.cache_clear()
+        vars(_kept).clear()
         _held = 0
 
 
