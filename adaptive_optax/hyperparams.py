@@ -225,17 +225,18 @@ def inject_hyperparams(
                     f"got {', '.join(sorted(state.hyperparams))}."
                 )
             given = given_at(state.count, state.schedule_states, **extra_args)
-            used, overrides = {}, []
+            used, kept, overrides = {}, [], []
             for name, before, overridden in zip(names, state.given_values, state.overrides, strict=True):
                 current = assigned(name, state.hyperparams[name], before)
-                used[name], overridden = in_effect(current, before, overridden, given[name])
+                used[name], overridden, before = in_effect(current, before, overridden, given[name])
+                kept.append(before)
                 overrides.append(overridden)
             updates, inner_state = build(used).update(updates, state.inner_state, params, **extra_args)
             schedules = zip(stateful(), state.schedule_states, strict=True)
             state = InjectHyperparamsState(
                 count=incremented(state.count),
                 hyperparams=used,
-                given_values=tuple(given.values()),
+                given_values=tuple(kept),
                 overrides=tuple(overrides),
                 schedule_states=tuple(schedule.update(s, **extra_args) for schedule, s in schedules),
                 inner_state=inner_state,

@@ -545,3 +545,18 @@ def test_a_zero_gradient_without_eps_divides_by_nothing():
         for tx in (ao.adam(0.1, eps=0.0), ao.rmsprop(0.1, eps=0.0)):
             updates, _ = tx.update(jnp.array([0.0, 1.0]), tx.init(params), params)
             assert updates[0] == 0 and updates[1] != 0
+
+
+@pytest.mark.parametrize("warmup_steps", [3, 6, 7, 10])
+@pytest.mark.parametrize("inject", [False, True])
+def test_a_schedule_that_is_computed_twice_is_not_taken_for_an_assignment(warmup_steps, inject):
+    schedule = optax.warmup_constant_schedule(0.0, 0.01, warmup_steps)
+    base = ao.inject_hyperparams(ao.sgd)(schedule) if inject else ao.sgd(schedule)
+    # It computes the schedule for itself too, and XLA may round the two in different ways.
+    tx = optax.contrib.schedule_free(base, schedule, b1=0.9)
+    params = jnp.ones(5)
+    state, step = tx.init(params), jax.jit(tx.update)
+    for _ in range(warmup_steps + 1):
+        updates, state = step(2 * params, state, params)
+        params = optax.apply_updates(params, updates)
+    assert float(ao.get_hyperparams(state)["learning_rate"]) == np.float32(0.01)

@@ -55,8 +55,8 @@ def filled_like(like: Any, value: Any) -> Any:
 
 def in_effect(
     current: jax.Array, before: jax.Array, overridden: jax.Array, given: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the value of a hyperparameter in this step, and whether the user set it.
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns the value of a hyperparameter in this step, whether the user set it, and the next `before`.
 
     Args:
         current: The value in the state.
@@ -70,7 +70,10 @@ def in_effect(
     )
     # Zero if nothing was set. It lets gradients flow to a `current` that was set to the same value as given.
     difference = _finite(before) - _finite(current)
-    return jnp.where(overridden, current, given - difference), overridden
+    value = jnp.where(overridden, current, given - difference)
+    # A compiler may compute `given` twice, rounding it in two ways. The state would then hold two values that
+    # differ although nothing was assigned, and the schedule would stand still.
+    return value, overridden, jnp.where(overridden, given, value)
 
 
 def _finite(x: jax.Array) -> jax.Array:

@@ -130,7 +130,7 @@ def scale_by_learning_rate(
         schedule = getattr(state, "schedule_state", ())
         given = value_at(learning_rate, step_of(schedule), state.given.dtype)
         current = assigned("learning_rate", state.learning_rate, state.given)
-        value, overridden = in_effect(current, state.given, state.overridden, given)
+        value, overridden, given = in_effect(current, state.given, state.overridden, given)
         if isinstance(state, ScaleByLearningRateState):
             state = ScaleByLearningRateState(value, given, overridden, next_schedule_state(schedule))
         else:
