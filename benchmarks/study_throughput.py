@@ -24,7 +24,8 @@ from adaptive_optax import study
 from adaptive_optax.study.engine.chunks import Key
 from adaptive_optax.study.engine.placement import settle_placement
 from adaptive_optax.study.engine.progress import TrialProgress
-from adaptive_optax.study.engine.runner import ArmSpec, Runner
+from adaptive_optax.study.engine.runner import Runner
+from adaptive_optax.study.engine.trainers import ArmSpec, TaskTrainer
 from adaptive_optax.study.engine.trials import Plan
 from benchmarks.contenders import HAS_TORCH, torch_module
 from benchmarks.tables import Table, digits, ratio
@@ -162,7 +163,7 @@ def _row(
     keys = [Key("adam", RATES[i % len(RATES)], i // len(RATES)) for i in range(trials)]
 
     def run_study():
-        runner = Runner(task, arms, plan, placement, None, TrialProgress(trials, show=False))
+        runner = Runner(TaskTrainer(task, arms, plan, placement), None, TrialProgress(trials, show=False))
         runner.run(keys, "")
         return runner.results
 

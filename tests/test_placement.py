@@ -7,7 +7,7 @@ from quadratic import constant, quadratic_task
 from adaptive_optax import study
 from adaptive_optax.study.engine import placement as module
 from adaptive_optax.study.engine.placement import settle_placement
-from adaptive_optax.study.engine.runner import ArmSpec
+from adaptive_optax.study.engine.trainers import ArmSpec
 from adaptive_optax.study.engine.trials import Placement, Plan
 
 ARMS = {"a": ArmSpec(constant, "once", None, 0)}

@@ -3,10 +3,14 @@
 Glossary:
 
 * *task*: what is trained (initial parameters, loss, data, metric)
+* *training function*: the user's own, in a task's place; a call trains a whole trial
+* *run*: a trial as a training function sees it (`Run`)
+* *subject*: what a study trains, a task or a training function
 * *arm*: a way to train, as a function from peak learning rate and number of steps to an optimizer
-* *trial*: one training run of an arm, at one peak rate and one seed, from the first step to the last
+* *trial*: one training of an arm, at one peak rate and one seed, from the first step to the last
 * *study*: trials that belong together, those of one call or of all calls that share a folder
-* *chunk*: the trials in one call of a compiled program
+* *chunk*: the trials in one call of a compiled program, or one call of a training function
+* *job*: a chunk that is sent to a worker of an executor
 * *placement*: how the trials of a chunk are distributed over devices
 * *measurement*: what telemetry measures at one step of a trial
 * *look*: a judgement of the existing trials; adding seeds and judging again is another look
@@ -23,6 +27,8 @@ from adaptive_optax.study.comparison import compare as compare
 from adaptive_optax.study.details import Details as Details
 from adaptive_optax.study.details import Samples as Samples
 from adaptive_optax.study.direction import Direction as Direction
+from adaptive_optax.study.engine.run import Run as Run
+from adaptive_optax.study.engine.run import Train as Train
 from adaptive_optax.study.evaluation import Arm as Arm
 from adaptive_optax.study.evaluation import Evaluate as Evaluate
 from adaptive_optax.study.evaluation import EvaluatedArm as EvaluatedArm

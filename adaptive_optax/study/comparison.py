@@ -8,10 +8,9 @@ Judge: `judge` uses the confirming trials alone.
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
-import functools
 import importlib.metadata
+import inspect
 import os
 import platform
 import sys
@@ -25,29 +24,29 @@ import numpy as np
 
 from adaptive_optax._core.checks import check_bool, check_choice, check_integer, check_name, check_scalar
 from adaptive_optax._core.ranges import check_hyperparameter
-from adaptive_optax.study.arms import NamedArm, check_arm
+from adaptive_optax.study.arms import NamedArm
 from adaptive_optax.study.arms import arm as named_arm
-from adaptive_optax.study.details import Details, Samples
+from adaptive_optax.study.details import Details
 from adaptive_optax.study.direction import Direction
-from adaptive_optax.study.engine.chunks import Key
-from adaptive_optax.study.engine.fingerprint import describe_arm, describe_study, stream_of
-from adaptive_optax.study.engine.placement import MODES, MOST_CHUNK, settle_placement
+from adaptive_optax.study.engine.chunks import Key, Results
+from adaptive_optax.study.engine.jobs import check_executor, describe_executor
 from adaptive_optax.study.engine.progress import TrialProgress
-from adaptive_optax.study.engine.runner import ArmSpec, Runner
-from adaptive_optax.study.engine.store import ArmPrograms, Look, Store
-from adaptive_optax.study.engine.trials import Plan, one_study
-from adaptive_optax.study.evaluation import AVERAGE_IF_KEPT, Arm, Evaluate, check_evaluate, evaluate_of
-from adaptive_optax.study.judged import describe_judged
+from adaptive_optax.study.engine.run import Train
+from adaptive_optax.study.engine.runner import Runner
+from adaptive_optax.study.engine.store import Look, Store
+from adaptive_optax.study.engine.trials import one_study
+from adaptive_optax.study.evaluation import Arm, Evaluate
 from adaptive_optax.study.result import FIRST_FRESH_SEED, Comparison, collect
 from adaptive_optax.study.statistics.tuning import Grid, tuning_means
+from adaptive_optax.study.subject import FunctionSubject, TaskSubject
 from adaptive_optax.study.task import Task
 
 MOST_STEPS = 2**31 - 1  # a step count is an int32
-MOST_SEEDS, MOST_POINTS = 100_000, 100_000
+MOST_SEEDS = 100_000
 
 
 def compare(
-    task: Task,
+    task: Task | Train,
     arms: Mapping[str, Arm | str] | Sequence[Arm | str],
     *,
     learning_rates: Sequence[float] | Mapping[str, Sequence[float]],
@@ -65,6 +64,8 @@ def compare(
     mode: str | None = None,
     chunk: int | None = None,
     progress: bool | None = None,
+    maximize: bool | None = None,
+    executor: Any = None,
 ) -> Comparison:
     r"""Measures which of several ways to train is better on a task, each at its own best learning rate.
 
@@ -73,11 +74,17 @@ def compare(
     A seed determines the initial parameters, the order of the batches and the keys of the loss, identically
     for every arm, so that arms are compared seed by seed.
 
+    Instead of a task, the first argument may be the user's own training function, in any framework:
+    `train(run)` trains as its `Run` says, once per trial, and returns the final metric (or reports it, or
+    yields metrics). It alone knows which devices it uses. A trial that raises is an outcome: it counts as
+    diverged, and the table keeps its traceback.
+
     Args:
-        task: What to train.
+        task: What to train: a task, or a function `train(run) -> metric`.
         arms: At least two, as `{name: arm}` or as a list. An arm is a function
             `arm(learning_rate, total_steps) -> transformation`, or the name of a standard arm (`study.arm`)
-            such as `"adam:one_cycle"`. In a list, functions are named by their `__name__`.
+            such as `"adam:one_cycle"`. In a list, functions are named by their `__name__`. For a training
+            function, an arm may return any object; the function finds it in `run.transformation`.
         learning_rates: Peak rates to try, positive as float32, usually a factor of about 3 apart; or a
             mapping from arm names to rates.
         seeds: Fresh seeds for the verdict, from 5 to 100,000. With `out`, a later call with more seeds adds
@@ -90,7 +97,8 @@ def compare(
             baseline's metric, which must then be positive: if the metric is negative before training, a
             margin is required.
         out: A folder in which every finished chunk is saved. Called again, even after a crash, the study
-            resumes where it stopped; several processes may share the folder.
+            resumes where it stopped; several processes may share the folder. A training function is
+            recognized by its code and what it uses of its own module; changes elsewhere are not seen.
         evaluate: What is judged, overriding the arms' own choice: a function for all arms, or a mapping from
             arms to functions, or to None for the trained parameters. An arm not named here is judged by its
             own `evaluate` (`judged_by`); without one, by the average it keeps (`average_parameters`); without
@@ -108,6 +116,13 @@ def compare(
         mode: How trials are trained, "scan", "step" or "vmap"; None chooses.
         chunk: Trials per call on each device; None chooses.
         progress: Whether to show a progress bar; None shows it in a terminal.
+        maximize: Whether higher metrics are better. None: as the task says; lower for a training function.
+        executor: Where to train: any `concurrent.futures.Executor`, such as a process pool (spawned, not
+            forked), `dask.distributed`'s `Client.get_executor()` or `mpi4py.futures`' pool; or submitit's.
+            A job is a chunk of a task's trials, or one call of a training function. None trains in this
+            process. Needs cloudpickle (the extra "cluster").
+
+    `evaluate`, `validation_points`, `paired_batches`, `mode` and `chunk` are for tasks alone.
 
     Returns:
         The comparison. Diverged trials are outcomes too. They are counted, and judged by the worse of their
@@ -116,6 +131,7 @@ def compare(
     Raises:
         ValueError: If an argument is out of range, an arm does not run, or `out` holds another study. Always
             raised before anything is trained.
+        RuntimeError: If all trials of an arm raised in tuning; it shows the first traceback.
         BaseException: An exception that interrupts the trials (including Ctrl-C) has the attribute
             `comparison`, with the finished trials.
 
@@ -148,72 +164,60 @@ def compare(
     check_integer("base_seed", base_seed, f"[0, {2**32 - 1}]")
     # Convert to Python integers, since they are written as JSON.
     seeds, steps, tuning_seeds, growth, base_seed = map(int, (seeds, steps, tuning_seeds, growth, base_seed))
-    check_bool("paired_batches", paired_batches)
     if margin is not None:
         check_scalar("margin", margin, "(0, inf)")
-    if mode is not None:
-        check_choice("mode", mode, MODES)
-    if chunk is not None:
-        check_integer("chunk", chunk, f"[1, {MOST_CHUNK}]")
-        chunk = int(chunk)
-    # Trace everything again: data, and values that a function reads, may have changed since an earlier call.
-    task = copy.copy(task)
-    plan = Plan(steps, _validation_steps(validation_points, steps))
-    evaluates = _check_evaluate(evaluate, arms)
-    if margin is None:
-        _check_relative_margin(task)
-    specs = {
-        name: ArmSpec(
-            function,
-            check_arm(name, function, task, plan, evaluates[name], grids[name][0]),
-            evaluates[name],
-            0 if paired_batches else stream_of(name),
-        )
-        for name, function in arms.items()
+    if maximize is not None:
+        check_bool("maximize", maximize)
+    if executor is not None:
+        check_executor(executor)
+    for_tasks = {
+        "evaluate": evaluate,
+        "validation_points": validation_points,
+        "paired_batches": paired_batches,
+        "mode": mode,
+        "chunk": chunk,
     }
-
-    store = None
-    if out is not None:
-        store = Store(
-            out,
-            describe_study(task, plan, base_seed, paired_batches),
-            {name: _programs(name, task, spec, plan) for name, spec in specs.items()},
+    if isinstance(task, Task):
+        if maximize is not None:
+            task = dataclasses.replace(task, maximize=bool(maximize))
+        subject = TaskSubject(task, arms, grids, steps, base_seed=base_seed, **for_tasks)
+        if margin is None:
+            subject.check_relative_margin()
+    elif callable(task):
+        _refuse_given(for_tasks)
+        subject = FunctionSubject(task, arms, steps, base_seed=base_seed, maximize=bool(maximize))
+    else:
+        raise ValueError(
+            f"task must be a study.Task or a function train(run) -> metric, got {type(task).__name__}."
         )
-    direction = Direction(task.maximize)
+
+    store = None if out is None else subject.store(out)
+    direction = Direction(subject.maximize)
     tuned = {name: Grid(grid, growth, direction) for name, grid in grids.items()}
     tuning, fresh = range(tuning_seeds), range(FIRST_FRESH_SEED, FIRST_FRESH_SEED + seeds)
     details = Details(
-        task=task.name,
+        task=subject.name,
         baseline=baseline,
         arms=tuple(arms),
         usual_arms=usual_arms,
         own_arms={name: name for name in arms if listed and name.isidentifier()},
-        judged={
-            name: describe_judged(task, spec.function, spec.evaluate, grids[name][0], steps)
-            for name, spec in specs.items()
-        },
         steps=steps,
         tuning_seeds=tuning_seeds,
         seeds=seeds,
         margin=None if margin is None else float(margin),
-        maximize=task.maximize,
+        maximize=subject.maximize,
         out=None if out is None else os.fspath(out),
         looks=(),
         best_rates={},
         on_edge={},
-        mode=mode,
-        chunk=chunk,
+        executor=describe_executor(executor),
         seconds_per_step={},
-        devices=tuple(device.device_kind for device in jax.devices()),
         versions=_versions(),
         command=(Path(sys.argv[0]).name, *sys.argv[1:]),
-        metric_name=task.metric_name,
-        dataset=Samples(task.train_count, task.validation_count),
-        batch_size=task.batch_size,
-        parameters=task.parameter_count,
         grid={},
         grown={},
         seconds=0.0,
+        **subject.details(),
     )
     runner: Runner | None = None
 
@@ -233,23 +237,19 @@ def compare(
             grown={name: tuple(grid.grown) for name, grid in tuned.items()},
             seconds=round(time.perf_counter() - began, 3),
         )
-        return collect(runner.results if runner else {}, asked_for(), specs, plan, now)
+        return collect(runner.results if runner else {}, asked_for(), subject, now)
 
     total = sum(len(grid) * tuning_seeds for grid in grids.values()) + len(arms) * seeds
     with one_study(), TrialProgress(total, progress, direction) as bar:
         try:
             most = max(seeds, *(len(grid) * tuning_seeds for grid in grids.values()))
-            example_rate = next(iter(grids.values()))[0]
-            placement, seconds_per_step = settle_placement(
-                task, specs, plan, store, trials=most, example_rate=example_rate, mode=mode, chunk=chunk
-            )
-            details = dataclasses.replace(
-                details, mode=placement.mode, chunk=placement.width, seconds_per_step=seconds_per_step
-            )
-            runner = Runner(task, specs, plan, placement, store, bar, base_seed)
+            trainer, known = subject.trainer(store, executor, trials=most)
+            details = dataclasses.replace(details, **known)
+            runner = Runner(trainer, store, bar, executor)
             wanted, means = keys(grids, tuning), {}
             while wanted:
                 runner.run(wanted, "tuning")
+                _refuse_broken(runner.results, arms)
                 means = tuning_means(so_far().table, direction)
                 wanted = keys({name: grid.extend(means[name]) for name, grid in tuned.items()}, tuning)
                 bar.extend(len(wanted))
@@ -264,13 +264,19 @@ def compare(
             if len(partial.table):
                 error.add_note(_note(len(partial.table), store, asked_for()))
             raise
+        finally:
+            if runner is not None:
+                runner.close()
     details = dataclasses.replace(details, looks=tuple(look.seeds for look in looks))
     return so_far()
 
 
-def _programs(name: str, task: Task, spec: ArmSpec, plan: Plan) -> ArmPrograms:
-    digests = functools.cache(functools.partial(describe_arm, name, task, spec, plan))
-    return ArmPrograms(spec.compilation == "per rate", digests)
+def _refuse_broken(results: Results, arms: Mapping[str, Any]) -> None:
+    """Stops the study if every trial of an arm raised: its code is wrong, not its learning rate."""
+    for name in arms:
+        errors = [str(curves.error) for key, curves in results.items() if key.arm == name]
+        if errors and all(errors):
+            raise RuntimeError(f"all {len(errors)} trials of arm {name!r} raised; the first:\n\n{errors[0]}")
 
 
 def _note(count: int, store: Store | None, keys: Sequence[Key]) -> str:
@@ -344,36 +350,12 @@ def _check_grid(rates: Any) -> list[float]:
     return sorted(set(values.tolist()))
 
 
-def _check_relative_margin(task: Task) -> None:
-    """Refuses a metric that is negative before training: 1 % of it cannot be a margin."""
-    start = jax.jit(lambda data: task.validation_metric(*task.start(jax.random.key(0)), data))
-    initial = float(start(task.validation))
-    if initial < 0:
-        raise ValueError(
-            f"margin must be given, in the metric's units: the metric is {initial:.4g} before training, and "
-            "1 % of that cannot be a margin."
-        )
-
-
-def _check_evaluate(evaluate: Any, arms: Mapping[str, Arm]) -> dict[str, Evaluate | None]:
-    if evaluate is not None and not isinstance(evaluate, Mapping):
-        check_evaluate("evaluate", evaluate)
-        return dict.fromkeys(arms, evaluate)
-    given = {} if evaluate is None else evaluate
-    for name in given:
-        check_choice("evaluate", name, arms)
-    found = {}
-    for name, arm in arms.items():
-        found[name] = given[name] if name in given else evaluate_of(arm) or AVERAGE_IF_KEPT
-        if found[name] is not None:
-            check_evaluate(f"evaluate of arm {name!r}", found[name])
-    return found
-
-
-def _validation_steps(points: Any, steps: int) -> tuple[int, ...]:
-    if isinstance(points, Sequence | np.ndarray) and not isinstance(points, str):
-        for point in points:
-            check_integer("validation_points", point, f"[0, {steps}]", "steps per trial")
-        return tuple(sorted({0, *map(int, points), steps}))
-    check_integer("validation_points", points, f"[1, {MOST_POINTS}]")
-    return tuple(sorted(set(np.linspace(0, steps, int(points) + 1).round().astype(int).tolist())))
+def _refuse_given(for_tasks: Mapping[str, Any]) -> None:
+    """Refuses what has no meaning for a training function."""
+    parameters = inspect.signature(compare).parameters
+    for name, value in for_tasks.items():
+        default = parameters[name].default
+        if value is not default and value != default:
+            raise ValueError(
+                f"{name} must be left out for a training function, which decides about it itself, got {value!r}."
+            )

@@ -47,8 +47,10 @@ class Details:
         on_edge: Whether that rate is on the edge of the rates tried.
         grid: The peak rates tried, ascending.
         grown: The rates among them that were added to the user's grid.
-        mode: How trials ran: "scan", "step" or "vmap" (see `engine.trials`).
+        mode: How trials of a task ran: "scan", "step" or "vmap" (see `engine.trials`); None for a training
+            function, as are chunk, dataset, batch_size and parameters.
         chunk: The number of trials per call, on all devices together.
+        executor: The kind of executor that ran them; None if the calling process did.
         seconds_per_step: Seconds per step, for each mode that was timed.
         devices: The kind of each device.
         versions: Versions by package, including Python's.
@@ -77,14 +79,15 @@ class Details:
     on_edge: Mapping[str, bool]
     mode: str | None = None
     chunk: int | None = None
+    executor: str | None = None
     seconds_per_step: Mapping[str, float]
     devices: Sequence[str]
     versions: Mapping[str, str]
     command: Sequence[str]
     metric_name: str
-    dataset: Samples
-    batch_size: int
-    parameters: int
+    dataset: Samples | None = None
+    batch_size: int | None = None
+    parameters: int | None = None
     grid: Mapping[str, Sequence[float]]
     grown: Mapping[str, Sequence[float]]
     seconds: float
@@ -196,14 +199,15 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "on_edge": _mapping_of(_exactly(bool)),
     "mode": _optional(_exactly(str)),
     "chunk": _optional(_exactly(int)),
+    "executor": _optional(_exactly(str)),
     "seconds_per_step": _mapping_of(_number),
     "devices": _list_of(_exactly(str)),
     "versions": _mapping_of(_exactly(str)),
     "command": _list_of(_exactly(str)),
     "metric_name": _exactly(str),
-    "dataset": _samples,
-    "batch_size": _exactly(int),
-    "parameters": _exactly(int),
+    "dataset": _optional(_samples),
+    "batch_size": _optional(_exactly(int)),
+    "parameters": _optional(_exactly(int)),
     "grid": _mapping_of(_list_of(_number)),
     "grown": _mapping_of(_list_of(_number)),
     "seconds": _number,

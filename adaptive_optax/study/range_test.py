@@ -26,7 +26,8 @@ from adaptive_optax.study.arms import check_arm
 from adaptive_optax.study.engine.chunks import Key
 from adaptive_optax.study.engine.placement import MODES, MOST_CHUNK, settle_placement
 from adaptive_optax.study.engine.progress import TrialProgress
-from adaptive_optax.study.engine.runner import ArmSpec, Runner
+from adaptive_optax.study.engine.runner import Runner
+from adaptive_optax.study.engine.trainers import ArmSpec, TaskTrainer
 from adaptive_optax.study.engine.trials import Plan, one_study
 from adaptive_optax.study.statistics.ramp import read_ramp
 from adaptive_optax.study.statistics.range_analysis import analyze, geometric_mean
@@ -225,7 +226,7 @@ def lr_range_test(
         placement, _ = settle_placement(
             probed, arms, plan, trials=trials, example_rate=float(rates[0]), mode=mode, chunk=chunk
         )
-        runner = Runner(probed, arms, plan, placement, None, bar)
+        runner = Runner(TaskTrainer(probed, arms, plan, placement), None, bar)
         runner.run([key for row in keys for key in row], phase)
     curves = [[runner.results[key] for key in row] for row in keys]
     training = np.array([[each.training for each in row] for row in curves], np.float64)

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,16 +19,17 @@ from adaptive_optax._core.checks import check_scalar
 from adaptive_optax._core.names import as_cell, visible
 from adaptive_optax.study.details import Details
 from adaptive_optax.study.engine.chunks import Key, Results, Unusable, read_arrays, stacked
-from adaptive_optax.study.engine.runner import ArmSpec
 from adaptive_optax.study.engine.store import write_atomically
-from adaptive_optax.study.engine.trials import TELEMETRY, Plan
+from adaptive_optax.study.engine.trials import TELEMETRY
 from adaptive_optax.study.record import Record
 from adaptive_optax.study.statistics.paired import mean_and_error
+from adaptive_optax.study.subject import Subject
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FORMAT = 2  # of saved comparisons
+FORMAT = 3  # of saved comparisons
+_WITHOUT_ERRORS = 2  # the format before the table had a column error
 FIRST_FRESH_SEED = 1000  # tuning uses the seeds from 0
 
 
@@ -40,11 +41,14 @@ class Comparison(Record):
         table: One row per trial: arm, phase ("tuning" or "verdict"), learning_rate, seed, final_metric,
             best_metric, best_step, initial_metric, diverged, steps_to_baseline (steps until the metric is as
             good as the baseline's final one on the same seed; NaN if never, and in tuning), compilation
-            ("once", or "per rate" for an arm that refuses a traced rate). Diverged trials have NaN metrics.
-        training_steps: The last steps of the windows over which the training loss is averaged.
+            ("once", or "per rate" for an arm that refuses a traced rate; "" for a training function), error
+            (the traceback of a training function that raised; otherwise ""). Diverged trials have NaN
+            metrics.
+        training_steps: The last steps of the windows over which the training loss is averaged; none for a
+            training function.
         training_curves: Training losses, one row per trial in the order of `table`.
-        validation_steps: The steps after which the metric was computed.
-        validation_curves: Metrics, one row per trial.
+        validation_steps: The steps after which the metric was computed, in any trial.
+        validation_curves: Metrics, one row per trial; NaN at steps that a trial did not report.
         telemetry_steps: The steps after which telemetry was measured, counted from 1.
         telemetry_curves: The measurements of `telemetry`: trial by step by field of `trials.TELEMETRY`, NaN
             where a field is undefined.
@@ -146,7 +150,7 @@ class Comparison(Record):
         write_atomically(Path(path), file.getvalue())
 
 
-_STRINGS = ("arm", "phase", "compilation")
+_STRINGS = ("arm", "phase", "compilation", "error")
 _ARRAYS = tuple(
     f"{what}_{part}" for what in ("training", "validation", "telemetry") for part in ("steps", "curves")
 )
@@ -175,7 +179,10 @@ def _comparison(arrays: dict[str, np.ndarray]) -> Comparison:
         version, strings, details = header["format"], header["strings"], header["info"]
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise foreign from error
-    if version != FORMAT:
+    if version == _WITHOUT_ERRORS and isinstance(strings, dict) and isinstance(strings.get("arm"), list):
+        strings["error"] = [""] * len(strings["arm"])
+        header["columns"] = [*header.get("columns", ()), "error"]
+    elif version != FORMAT:
         raise Unusable(f"is of format {version}; this version reads {FORMAT}")
     numbers = {f"table.{name}": name for name in _COLUMNS if name not in _STRINGS}
     if not (
@@ -224,20 +231,23 @@ def _is_possible(table: pd.DataFrame, details: Details) -> bool:
     )
 
 
-def collect(
-    results: Results,
-    wanted: Iterable[Key],
-    arms: dict[str, ArmSpec],
-    plan: Plan,
-    details: Details,
-) -> Comparison:
+def collect(results: Results, wanted: Iterable[Key], subject: Subject, details: Details) -> Comparison:
     """Assembles the wanted trials: tuning first, then fresh seeds, arms in the user's order."""
-    order, direction = list(arms), details.direction
+    order, direction, plan = list(details.arms), details.direction, subject.plan
     keys = sorted(
         (key for key in set(wanted) if key in results),
         key=lambda key: (key.seed >= FIRST_FRESH_SEED, order.index(key.arm), key.rate, key.seed),
     )
-    steps = np.array(plan.validation_steps)
+    found = [results[key] for key in keys]
+    validation_steps, validation = _aligned(
+        [each.validation for each in found], [each.validation_steps for each in found], plan.validation_steps
+    )
+    telemetry_steps, telemetry = _aligned(
+        [each.telemetry for each in found],
+        [each.telemetry_steps for each in found],
+        plan.telemetry_steps if plan.validation_steps else (),
+        len(TELEMETRY),
+    )
     targets = {
         key.seed: final
         for key in keys
@@ -245,8 +255,9 @@ def collect(
         if np.isfinite(final := results[key].validation[-1])
     }
     rows = []
-    for key in keys:
-        curve = results[key].validation.astype(float)
+    for key, curves in zip(keys, found, strict=True):
+        curve = curves.validation.astype(float)
+        steps = curves.validation_steps if len(curves.validation_steps) else validation_steps
         finite = np.isfinite(curve)
         cost = direction.cost(curve)
         at_best = np.argmin(np.where(finite, cost, np.inf))
@@ -260,28 +271,38 @@ def collect(
                 "final_metric": curve[-1] if finite[-1] else math.nan,
                 "best_metric": curve[at_best] if finite.any() else math.nan,
                 "best_step": int(steps[at_best]),
-                "initial_metric": curve[0] if finite[0] else math.nan,
+                "initial_metric": curve[0] if finite[0] and steps[0] == 0 else math.nan,
                 "diverged": not finite[-1],
                 "steps_to_baseline": float(steps[reached[0]]) if len(reached) else math.nan,
-                "compilation": arms[key.arm].compilation,
+                "compilation": subject.compilation(key.arm),
+                "error": str(curves.error),
             }
         )
-
-    def curves(field: str, *shape: int) -> np.ndarray:
-        values = [getattr(results[key], field) for key in keys]
-        array = stacked(values).reshape(len(keys), *shape)  # also without any trial
-        return np.where(np.isfinite(array), array, np.nan)
-
+    training_steps = plan.training_steps if plan.validation_steps else np.zeros(0, int)
+    training = stacked([each.training for each in found]).reshape(len(keys), len(training_steps))
     return Comparison(
         pd.DataFrame(rows, columns=list(_COLUMNS)).astype(_COLUMNS),
-        plan.training_steps,
-        curves("training", len(plan.training_steps)),
-        steps,
-        curves("validation", len(steps)),
-        plan.telemetry_steps,
-        curves("telemetry", len(plan.telemetry_steps), len(TELEMETRY)),
+        training_steps,
+        np.where(np.isfinite(training), training, np.nan),
+        validation_steps,
+        validation,
+        telemetry_steps,
+        telemetry,
         details,
     )
+
+
+def _aligned(
+    curves: Sequence[np.ndarray], own: Sequence[np.ndarray], planned: Sequence[int] | np.ndarray, *fields: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the steps of all trials, and their curves at these steps, NaN where one has none."""
+    at = [steps if len(steps) or not len(planned) else np.asarray(planned) for steps in own]
+    steps = np.unique(np.concatenate(at)) if at else np.asarray(planned, int)
+    dtype = stacked(list(map(np.ravel, curves[:1]))).dtype if curves else np.float32
+    aligned = np.full((len(curves), len(steps), *fields), np.nan, np.result_type(np.float32, dtype))
+    for row, curve, mine in zip(aligned, curves, at, strict=True):
+        row[np.searchsorted(steps, mine)] = np.where(np.isfinite(curve), curve, np.nan)
+    return steps.astype(int), aligned
 
 
 _COLUMNS = {
@@ -296,4 +317,5 @@ _COLUMNS = {
     "diverged": bool,
     "steps_to_baseline": float,
     "compilation": str,
+    "error": str,
 }

@@ -22,6 +22,10 @@ class Key(NamedTuple):
     seed: int
 
 
+NO_STEPS = np.zeros(0, np.int64)
+NO_ERROR = np.array("")
+
+
 class Curves(NamedTuple):
     """The results of a trial; for many trials, with a leading axis of trials.
 
@@ -29,11 +33,17 @@ class Curves(NamedTuple):
         training: Training losses [window].
         validation: Metrics [validation point].
         telemetry: The fields of `trials.TELEMETRY` [measurement, field].
+        validation_steps: The steps of a trial that chose its own; otherwise empty, and they are the plan's.
+        telemetry_steps: Likewise.
+        error: The traceback of a trial that raised; otherwise "".
     """
 
     training: np.ndarray
     validation: np.ndarray
     telemetry: np.ndarray
+    validation_steps: np.ndarray = NO_STEPS
+    telemetry_steps: np.ndarray = NO_STEPS
+    error: np.ndarray = NO_ERROR
 
 
 class Identity(NamedTuple):
@@ -44,9 +54,10 @@ class Identity(NamedTuple):
 
 
 Results = dict[Key, Curves]
-KINDS = {"arm": "U", "rate": "f", "seed": "i", "study": "U", "program": "U"} | dict.fromkeys(
-    Curves._fields, "f"
-)
+_KEYS = {"arm": "U", "rate": "f", "seed": "i", "study": "U", "program": "U"}
+_MEASURED = dict.fromkeys(("training", "validation", "telemetry"), "f")
+_OWN = {"validation_steps": "i", "telemetry_steps": "i", "error": "U"}  # in files of trials that have them
+KINDS = _KEYS | _MEASURED | _OWN
 
 
 class Unusable(ValueError):
@@ -78,8 +89,11 @@ def pack(results: Results, identity: Callable[[Key], Identity] = lambda key: Ide
         "study": np.array([each.study for each in identities], np.str_),
         "program": np.array([each.program for each in identities], np.str_),
     }
-    for name in Curves._fields:
+    for name in _MEASURED:
         arrays[name] = stacked([getattr(curves, name) for curves in results.values()])
+    own = {name: np.array([getattr(curves, name) for curves in results.values()]) for name in _OWN}
+    if any(array.size and array.any() for array in own.values()):
+        arrays |= own
     file = io.BytesIO()
     np.savez(file, seal=np.array(digest_arrays(arrays)), **arrays)
     return file.getvalue()
@@ -102,19 +116,23 @@ def unpack(
         Unusable: If the content is damaged, foreign, impossible, or belongs to another study or arm.
     """
     arrays = read_arrays(data)
-    if arrays.keys() != KINDS.keys() | {"seal"}:
+    if arrays.keys() - _OWN.keys() != _KEYS.keys() | _MEASURED.keys() | {"seal"}:
         raise Unusable("is foreign or of another version")
     seal = arrays.pop("seal")
     if seal.shape or str(seal) != digest_arrays(arrays):
         raise Unusable("was changed after it was written")
     count = arrays["arm"].shape[:1]
     for name, array in arrays.items():
-        is_curve = name in Curves._fields
-        has_shape = array.shape[1:] == tuple(shapes[name]) if is_curve and shapes else True
+        is_curve = name not in _KEYS
+        has_shape = array.shape[1:] == tuple(shapes[name]) if name in _MEASURED and shapes else True
         if array.dtype.kind != KINDS[name] or array.shape[:1] != count or not has_shape:
             raise Unusable(f"holds {name!r} of dtype {array.dtype} and shape {array.shape}")
         if not is_curve and array.ndim != 1:
             raise Unusable(f"holds {name!r} of shape {array.shape}")
+    for name in ("validation", "telemetry"):
+        steps = arrays.get(f"{name}_steps")
+        if steps is not None and (steps.shape != arrays[name].shape[:2] or (np.diff(steps) <= 0).any()):
+            raise Unusable(f"holds {name!r} at impossible steps")
     if not (np.isfinite(arrays["rate"]) & (arrays["rate"] > 0)).all() or (arrays["seed"] < 0).any():
         raise Unusable("holds trials with impossible learning rates or seeds")
     keys = [Key(*key) for key in zip(*(arrays[name].tolist() for name in Key._fields), strict=True)]
@@ -123,8 +141,11 @@ def unpack(
     if identity is not None:
         for key, *found in zip(keys, arrays["study"].tolist(), arrays["program"].tolist(), strict=True):
             _check_identity(key, Identity(*found), identity(key))
-    curves = zip(*(arrays[name] for name in Curves._fields), strict=True)
-    return {key: Curves(*each) for key, each in zip(keys, curves, strict=True)}
+    fields = [name for name in Curves._fields if name in arrays]
+    curves = zip(*(arrays[name] for name in fields), strict=True)
+    return {
+        key: Curves(**dict(zip(fields, each, strict=True))) for key, each in zip(keys, curves, strict=True)
+    }
 
 
 def _check_identity(key: Key, found: Identity, expected: Identity | None) -> None:
@@ -134,6 +155,13 @@ def _check_identity(key: Key, found: Identity, expected: Identity | None) -> Non
         raise Unusable("holds trials of another study")
     if found.program != expected.program:
         raise Unusable(f"holds trials of a different arm named {key.arm!r}")
+
+
+def are_same(a: Curves, b: Curves) -> bool:
+    """Whether two results are equal, NaNs included."""
+    return all(
+        np.array_equal(x, y, equal_nan=x.dtype.kind == y.dtype.kind == "f") for x, y in zip(a, b, strict=True)
+    )
 
 
 def stacked(values: Sequence[np.ndarray]) -> np.ndarray:

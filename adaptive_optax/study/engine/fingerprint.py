@@ -18,7 +18,7 @@ import jaxlib.version
 import numpy as np
 
 from adaptive_optax.study.engine.chunks import digest, digest_arrays
-from adaptive_optax.study.engine.runner import ArmSpec
+from adaptive_optax.study.engine.trainers import ArmSpec
 from adaptive_optax.study.engine.trials import (
     TELEMETRY,
     Plan,

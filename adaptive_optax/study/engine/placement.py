@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
-from adaptive_optax.study.engine.runner import ArmSpec, agree
+from adaptive_optax.study.engine.jobs import call_on
+from adaptive_optax.study.engine.runner import agree
 from adaptive_optax.study.engine.store import Store
+from adaptive_optax.study.engine.trainers import ArmSpec
 from adaptive_optax.study.engine.trials import Placement, Plan, Program, program
 from adaptive_optax.study.task import Task
 
@@ -20,7 +23,7 @@ STEP_ADVANTAGE = 1.25  # one call per step is chosen only if it is this much fas
 
 def settle_placement(
     task: Task,
-    arms: dict[str, ArmSpec],
+    arms: Mapping[str, ArmSpec],
     plan: Plan,
     store: Store | None = None,
     *,
@@ -28,6 +31,7 @@ def settle_placement(
     example_rate: float,
     mode: str | None = None,
     chunk: int | None = None,
+    executor: Any = None,
 ) -> tuple[Placement, dict[str, float]]:
     """Decides how to place the trials; returns the placement, and seconds per step for each timed mode.
 
@@ -44,24 +48,24 @@ def settle_placement(
         example_rate: The rate used to time an arm that refuses a traced rate.
         mode: The mode to use; None chooses.
         chunk: Trials per call on each device; None chooses.
+        executor: Its workers train, so that one of them chooses; None if this process trains.
 
     Raises:
         ValueError: If the study was begun with a different mode or chunk.
     """
-    begun = store.placement(_is_placement) if store else None
+    is_possible = _is_placement if executor is None else _is_consistent
+    begun = store.placement(is_possible) if store else None
     if begun is None:
-        spec = min(arms.values(), key=lambda spec: spec.compilation != "once")
-        rate = None if spec.compilation == "once" else example_rate
-
-        def compiled(placement: Placement) -> Program:
-            return program(task, spec.function, plan, placement, spec.evaluate, rate)
-
-        placement, seconds = _choose(compiled, plan.steps, trials, mode, chunk)
-        agreed = agree([MODES.index(placement.mode), placement.width, placement.devices])
-        placement = Placement(MODES[int(agreed[0])], int(agreed[1]), int(agreed[2]))
+        choose = functools.partial(choose_placement, task, arms, plan, trials, example_rate, mode, chunk)
+        if executor is None:
+            placement, seconds = choose()
+            agreed = agree([MODES.index(placement.mode), placement.width, placement.devices])
+            placement = Placement(MODES[int(agreed[0])], int(agreed[1]), int(agreed[2]))
+        else:
+            placement, seconds = call_on(executor, choose)
         if store is None:
             return placement, seconds
-        begun = store.settle_placement({"layout": placement, "seconds a step": seconds}, _is_placement)
+        begun = store.settle_placement({"layout": placement, "seconds a step": seconds}, is_possible)
     placement = Placement(*begun["layout"])
     local = placement.width // placement.devices
     for name, asked, is_now in (("mode", mode, placement.mode), ("chunk", chunk, local)):
@@ -72,13 +76,17 @@ def settle_placement(
 
 def _is_placement(begun: Any) -> bool:
     """Whether a stored placement is valid for these devices."""
+    return _is_consistent(begun) and begun["layout"][2] <= len(jax.local_devices())
+
+
+def _is_consistent(begun: Any) -> bool:
+    """Whether a stored placement is valid for some devices."""
     try:
         (mode, width, devices), seconds = begun["layout"], begun["seconds a step"]
         return (
             mode in MODES
             and type(width) is type(devices) is int
-            and 1 <= devices <= len(jax.local_devices())
-            and devices <= width <= MOST_CHUNK * devices
+            and 1 <= devices <= width <= MOST_CHUNK * devices
             and width % devices == 0
             and (mode != "step" or width == devices)
             and all(name in MODES and type(value) is float for name, value in seconds.items())
@@ -86,6 +94,25 @@ def _is_placement(begun: Any) -> bool:
         )
     except (AttributeError, KeyError, TypeError, ValueError):  # has another structure altogether
         return False
+
+
+def choose_placement(
+    task: Task,
+    arms: Mapping[str, ArmSpec],
+    plan: Plan,
+    trials: int,
+    example_rate: float,
+    mode: str | None,
+    chunk: int | None,
+) -> tuple[Placement, dict[str, float]]:
+    """Chooses a placement on this process's devices; also returns the seconds per step of each timed mode."""
+    spec = min(arms.values(), key=lambda spec: spec.compilation != "once")
+    rate = None if spec.compilation == "once" else example_rate
+
+    def compiled(placement: Placement) -> Program:
+        return program(task, spec.function, plan, placement, spec.evaluate, rate)
+
+    return _choose(compiled, plan.steps, trials, mode, chunk)
 
 
 def _choose(

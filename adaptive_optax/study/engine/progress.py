@@ -6,15 +6,18 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from adaptive_optax._core.names import shortened
 from adaptive_optax.study.direction import MINIMIZE, Direction
+from adaptive_optax.study.engine.chunks import Key
+from adaptive_optax.study.statistics.paired import mean_and_error
 
 
 class TrialProgress:
-    """Shows the current arm, the number of finished trials, the best metric so far and the time left.
+    """Shows the current arm, the number of finished trials, the leading arm and the time left.
 
     Args:
         total: The number of trials known so far.
@@ -37,7 +40,8 @@ class TrialProgress:
             disable=not (console.is_terminal if show is None else show),
         )
         self._task = self._bar.add_task("starting", total=total, best="")
-        self._total, self._direction, self._best_cost = total, direction, float("inf")
+        self._total, self._direction = total, direction
+        self._metrics: dict[str, dict[tuple[str, float], list[float]]] = {}  # by phase, of each arm and rate
 
     def __enter__(self) -> TrialProgress:
         self._bar.start()
@@ -59,11 +63,16 @@ class TrialProgress:
         """Counts trials, or fractions of them, as done."""
         self._bar.advance(self._task, trials)
 
-    def seen(self, metric: float) -> None:
-        """Records a final metric."""
-        if (cost := self._direction.cost(metric)) < self._best_cost:
-            self._best_cost = cost
-            self._bar.update(self._task, best=f"best {metric:.4g}")
+    def seen(self, phase: str, key: Key, metric: float) -> None:
+        """Records a final metric, and shows which arm leads in this phase, with its standard error."""
+        found = self._metrics.setdefault(phase, {})
+        found.setdefault((key.arm, key.rate), []).append(float(metric))
+        means = {each: mean_and_error(np.array(values)) for each, values in found.items()}
+        (arm, rate), (mean, error) = min(
+            means.items(), key=lambda item: np.nan_to_num(self._direction.cost(item[1][0]), nan=np.inf)
+        )
+        spread = f" ± {error:.2g}" if np.isfinite(error) else ""
+        self._bar.update(self._task, best=f"{shortened(arm, 24)} at {rate:g} leads, {mean:.4g}{spread}")
 
     @contextlib.contextmanager
     def part(self, trials: int) -> Iterator[Callable[[float], None]]:

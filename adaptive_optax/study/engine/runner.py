@@ -2,31 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from adaptive_optax.study.engine.chunks import Curves, Key, Results, pack, unpack
+from adaptive_optax.study.engine.chunks import Key, Results, pack, unpack
+from adaptive_optax.study.engine.jobs import MOST_JOBS, POLL_SECONDS, Jobs, done_of
 from adaptive_optax.study.engine.progress import TrialProgress
 from adaptive_optax.study.engine.store import Store
-from adaptive_optax.study.engine.trials import Placement, Plan, as_trials, program
-from adaptive_optax.study.evaluation import Arm, Evaluate
-from adaptive_optax.study.task import Task
-
-POLL_SECONDS = 0.2  # how often to check whether another process has finished its chunk
-
-
-class ArmSpec(NamedTuple):
-    """An arm in the form that the runner needs."""
-
-    function: Arm
-    compilation: str  # "once", or "per rate" for an arm that refuses a traced rate
-    evaluate: Evaluate | None
-    stream: int  # 0 if trials are paired by their seed
+from adaptive_optax.study.engine.trainers import Trainer
 
 
 class Runner:
@@ -36,85 +25,123 @@ class Runner:
     `jax.distributed` the chunks are divided among the processes and the results exchanged.
 
     Args:
-        task: The task.
-        arms: The arms by name.
-        plan: Steps and validation points.
-        placement: How trials are placed on this process's devices.
+        trainer: Trains the trials.
         store: Where finished chunks are saved, or None.
         progress: Shows the progress of the trials.
-        base_seed: Part of every trial's key.
+        executor: Where the chunks are trained; None for this process.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        arms: dict[str, ArmSpec],
-        plan: Plan,
-        placement: Placement,
-        store: Store | None,
-        progress: TrialProgress,
-        base_seed: int = 0,
-    ):
-        self.task: Task = task
-        self.arms: dict[str, ArmSpec] = arms
-        self.plan: Plan = plan
-        self.placement: Placement = placement
+    def __init__(self, trainer: Trainer, store: Store | None, progress: TrialProgress, executor: Any = None):
+        self.trainer: Trainer = trainer
         self.store: Store | None = store
         self.progress: TrialProgress = progress
-        self.base_seed: int = base_seed
+        self.jobs: Jobs | None = (
+            None if executor is None else Jobs(executor, trainer, store.path if store else None)
+        )
         self.results: Results = store.read() if store else {}
         self._exchange()
+
+    def close(self) -> None:
+        """Removes what was written for the executor's workers."""
+        if self.jobs is not None:
+            self.jobs.close()
 
     def run(self, keys: Sequence[Key], phase: str) -> None:
         """Trains the trials that are not yet in `results`."""
         if self.store is not None:
             self.store.admit(keys)
-        chunks = [chunk for chunk in self._chunks(keys) if any(key not in self.results for key in chunk)]
-        waiting = chunks[jax.process_index() :: jax.process_count()]
-        while waiting:
-            before = len(waiting)
-            waiting = [chunk for chunk in waiting if not self._finish(chunk, phase)]
-            if len(waiting) == before:
-                time.sleep(POLL_SECONDS)
+        chunks = [chunk for chunk in self.trainer.chunks(keys) if self._missing(chunk)]
+        if self.jobs is not None:
+            self._send(chunks, phase, self.jobs)
+        else:
+            waiting = chunks[jax.process_index() :: jax.process_count()]
+            while waiting:
+                before = len(waiting)
+                waiting = [chunk for chunk in waiting if not self._finish(chunk, phase)]
+                if len(waiting) == before:
+                    time.sleep(POLL_SECONDS)
         self._exchange()
 
-    def _chunks(self, keys: Sequence[Key]) -> list[list[Key]]:
-        groups: dict[tuple[str, float | None], list[Key]] = {}
-        for key in keys:
-            rate = key.rate if self.arms[key.arm].compilation == "per rate" else None
-            groups.setdefault((key.arm, rate), []).append(key)
-        width = self.placement.width
-        return [group[i : i + width] for group in groups.values() for i in range(0, len(group), width)]
+    def _missing(self, chunk: Sequence[Key]) -> list[Key]:
+        return [key for key in chunk if key not in self.results]
 
     def _finish(self, chunk: list[Key], phase: str) -> bool:
         """Trains the missing trials of a chunk unless another process is; returns whether it is finished."""
-        if self.store is None:
-            self._train([key for key in chunk if key not in self.results], phase)
-            return True
-        with self.store.claim(chunk) as is_mine:
-            self.results |= self.store.read()
-            missing = [key for key in chunk if key not in self.results]
+        with self._claim(chunk) as is_mine:
+            missing = self._missing(chunk)
             if is_mine and missing:
-                self.store.write(self._train(missing, phase))
+                self.progress.describe(f"{chunk[0].arm} ({phase})")
+                with self.progress.part(len(missing)) as part:
+                    found = self.trainer.train(missing, part)
+                self._keep(found, phase)
             elif not missing:
                 self.progress.advance(len(chunk))
             return is_mine or not missing
 
-    def _train(self, keys: list[Key], phase: str) -> Results:
-        spec = self.arms[keys[0].arm]
-        rate = keys[0].rate if spec.compilation == "per rate" else None
-        self.progress.describe(f"{keys[0].arm} ({phase})")
-        compiled = program(self.task, spec.function, self.plan, self.placement, spec.evaluate, rate)
-        trials = as_trials(
-            [key.rate for key in keys], [key.seed for key in keys], spec.stream, self.base_seed
-        )
-        with self.progress.part(len(keys)) as part:
-            curves = compiled.run(trials, lambda step: part(step / self.plan.steps))
-        found = {key: Curves(*each) for key, each in zip(keys, zip(*curves, strict=True), strict=True)}
+    def _send(self, chunks: list[list[Key]], phase: str, jobs: Jobs) -> None:
+        """Trains chunks on the executor's workers; those that another process is training come last."""
+        running: dict[Any, tuple[list[Key], contextlib.ExitStack]] = {}
+        waiting, taken = list(chunks), []
+        try:
+            while waiting or taken or running:
+                while waiting and len(running) < MOST_JOBS:
+                    chunk, claim = waiting.pop(0), contextlib.ExitStack()
+                    is_mine = claim.enter_context(self._claim(chunk))
+                    missing = self._missing(chunk)
+                    if is_mine and missing:
+                        running[jobs.submit(missing)] = missing, claim
+                        continue
+                    claim.close()
+                    if missing:
+                        taken.append(chunk)
+                    else:
+                        self.progress.advance(len(chunk))
+                self.progress.describe(f"{phase}: {len(running)} jobs")
+                for future in list(done_of(running)):
+                    self._receive(future, running, jobs, phase)
+                if not running and not waiting:
+                    time.sleep(POLL_SECONDS * bool(taken))
+                    waiting, taken = taken, []
+        except BaseException:
+            for future in list(running):
+                future.cancel()
+                if future.done():  # what has finished is not lost with what failed
+                    with contextlib.suppress(BaseException):
+                        self._receive(future, running, jobs, phase)
+            raise
+        finally:
+            for _, claim in running.values():
+                claim.close()
+
+    def _receive(self, future: Any, running: dict[Any, Any], jobs: Jobs, phase: str) -> None:
+        keys, claim = running.pop(future)
+        with claim:
+            found = jobs.result(future, keys)
+            if not isinstance(found, dict):
+                running[found] = keys, claim.pop_all()
+                return
+            self._keep(found, phase)
+            self.progress.advance(len(keys))
+
+    def _claim(self, chunk: list[Key]) -> contextlib.AbstractContextManager[bool]:
+        """Claims a chunk, and reads what other processes have finished; yields whether it was free."""
+        if self.store is None:
+            return contextlib.nullcontext(True)
+        return self._claim_in(self.store, chunk)
+
+    @contextlib.contextmanager
+    def _claim_in(self, store: Store, chunk: list[Key]):
+        with store.claim(chunk) as is_mine:
+            self.results |= store.read()
+            yield is_mine
+
+    def _keep(self, found: Results, phase: str) -> None:
+        """Saves and shows the results of a chunk."""
+        if self.store is not None:
+            self.store.write(found)
         self.results |= found
-        for each in found.values():
-            self.progress.seen(each.validation[-1])
-        return found
+        for key, each in found.items():
+            self.progress.seen(phase, key, each.validation[-1])
 
     def _exchange(self) -> None:
         """Gives every process of a distributed study the results of all."""

@@ -25,9 +25,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import filelock
-import numpy as np
 
-from adaptive_optax.study.engine.chunks import Identity, Key, Results, Unusable, digest, pack, unpack
+from adaptive_optax.study.engine.chunks import (
+    Identity,
+    Key,
+    Results,
+    Unusable,
+    are_same,
+    digest,
+    pack,
+    unpack,
+)
 
 FORMAT = 2  # of the folder; increase it whenever the engine trains differently or the files change
 ANY_RATE = "any"  # replaces the rate, for an arm whose program takes it as an argument
@@ -311,8 +319,7 @@ class Store:
             raise Unusable(f"cannot be read ({error.strerror})") from error
         results = unpack(data, self._identity, self._description.get("record shapes"))
         for key, curves in results.items():
-            before = self._results.get(key, curves)
-            if not all(np.array_equal(a, b, equal_nan=True) for a, b in zip(before, curves, strict=True)):
+            if not are_same(self._results.get(key, curves), curves):
                 raise Unusable("contradicts trials that finished earlier")
         return results
 

@@ -228,6 +228,8 @@ def _coarse_metric(record: Record, verdict: Verdict) -> str:
 
 def metric_step(record: Record) -> float:
     """The weight of one validation sample if the metric counts samples, as an accuracy does; else NaN."""
+    if record.details.dataset is None:
+        return math.nan
     samples = record.details.dataset.validation
     columns = record.table[["initial_metric", "final_metric", "best_metric"]].to_numpy(float)
     seen = np.unique(columns[np.isfinite(columns)])

@@ -11,6 +11,7 @@ import warnings
 from typing import Any
 
 import matplotlib
+import numpy as np
 from markupsafe import Markup
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -35,6 +36,13 @@ PICTURES = {
     "effective_rates": plot_effective_rates,
 }
 
+
+def pictures_of(record: Record) -> list[str]:
+    """The names of the pictures that a record has something for: not every training function has telemetry."""
+    measured = np.isfinite(record.telemetry_curves).any()
+    return [name for name in PICTURES if measured or name != "effective_rates" or record.details.mode]
+
+
 # One picture of the report: 330 units wide with text of size 11, readable on a phone of 320 px.
 _WIDTH = 330 / 72
 _SVG: dict[Any, Any] = {
@@ -47,7 +55,7 @@ _SVG: dict[Any, Any] = {
 
 
 def plot(record: Record, *, theme: str = "light") -> Figure:
-    """Makes a figure with the four pictures, not registered with pyplot.
+    """Makes a figure with all pictures, not registered with pyplot.
 
     Args:
         record: What to draw.
@@ -57,14 +65,17 @@ def plot(record: Record, *, theme: str = "light") -> Figure:
     rivals = len(record.details.rivals)
     figure = Figure(figsize=(11.0, 2 * max(4.6, 1.4 + 0.52 * rivals)), layout="constrained")
     figure.set_facecolor(THEMES[theme].paper)
-    titles = (
-        "Tuning: every arm has its own best rate",
-        "Verdict: paired differences",
-        "Training at the best rates",
-        "Telemetry: effective learning rates",
-    )
-    for axes, draw, title in zip(figure.subplots(2, 2).flat, PICTURES.values(), titles, strict=True):
-        draw(record, axes, theme=theme)
+    titles = {
+        "rates": "Tuning: every arm has its own best rate",
+        "differences": "Verdict: paired differences",
+        "curves": "Training at the best rates",
+        "effective_rates": "Telemetry: effective learning rates",
+    }
+    shown = pictures_of(record)
+    rows = [[*PICTURES][:2], [shown[2], shown[-1]]]  # without telemetry, the curves fill their row
+    for name, axes in figure.subplot_mosaic(rows).items():
+        PICTURES[name](record, axes, theme=theme)
+        title = titles[name]
         heading = f"{title}\n{axes.get_title(loc='left')}"
         style = {"color": THEMES[theme].ink, "fontsize": "medium", "parse_math": False}
         axes.set_title(heading, loc="left", **style)

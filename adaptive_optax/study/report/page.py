@@ -22,7 +22,7 @@ from adaptive_optax.study.engine.store import write_atomically
 from adaptive_optax.study.judged import TRAINED
 from adaptive_optax.study.record import Record
 from adaptive_optax.study.report.advice import answer
-from adaptive_optax.study.report.figures import PICTURES, to_svg
+from adaptive_optax.study.report.figures import pictures_of, to_svg
 from adaptive_optax.study.report.findings import (
     MISSING,
     best_rate,
@@ -229,7 +229,7 @@ def _pictures(record: Record, judged: bool) -> list[_Picture]:
         ),
     }
     pictures = []
-    for picture in PICTURES:
+    for picture in pictures_of(record):
         title, caption = captions[picture]
         drawn = [(theme, to_svg(record, picture, theme=theme, description=title)) for theme in THEMES]
         pictures.append(_Picture(title, drawn, caption))
@@ -270,7 +270,8 @@ def _does_not_show(record: Record, verdicts: dict[str, Verdict]) -> list[str]:
     details, number = record.details, metric_format(record)
     limits = [
         "Whether the result holds for another task, model or length of training: this is one task, "
-        f"{details.parameters:,} parameters and {details.steps:,} steps.",
+        + (f"{details.parameters:,} parameters and " if details.parameters else "")
+        + f"{details.steps:,} steps.",
         "Whether it holds for other data: the rates were chosen on the validation set that judges them.",
         "Anything about rates between those tried, or about settings that were not tuned.",
     ]
@@ -289,6 +290,7 @@ def _does_not_show(record: Record, verdicts: dict[str, Verdict]) -> list[str]:
 
 
 _MODES = {
+    None: "one call of the training function per trial",
     "scan": "a whole trial in one compiled loop",
     "step": "one compiled step at a time",
     "vmap": "the trials of a chunk in parallel",
@@ -308,17 +310,21 @@ def _run(record: Record) -> dict[str, str]:
     details, table = record.details, record.table
     slow = dict.fromkeys(table["arm"][table["compilation"] == "per rate"])
     data = details.dataset
-    return {
+    at_a_time = f"; {details.chunk} trials at a time" if details.chunk else ""
+    sent = f", sent through {details.executor}" if details.executor else ""
+    rows = {
         "Baseline": details.baseline,
         "Metric": f"{details.metric_name}, {record.direction.better} is better",
         "Judged": _judged(record),
-        "Training": f"{details.steps:,} steps, batches of {details.batch_size:,}",
+        "Training": f"{details.steps:,} steps"
+        + (f", batches of {details.batch_size:,}" if details.batch_size else ""),
         "Seeds": f"{details.seeds} fresh, {details.tuning_seeds} for tuning",
-        "Data": f"{data.train:,} training and {data.validation:,} validation samples",
-        "Parameters": f"{details.parameters:,}",
-        "Execution": f"{_MODES.get(details.mode or '', details.mode)}; {details.chunk} trials at a time",
-        "Compiled": "once per arm" + (f"; once per rate: {', '.join(slow)}" if slow else ""),
+        "Data": data and f"{data.train:,} training and {data.validation:,} validation samples",
+        "Parameters": details.parameters and f"{details.parameters:,}",
+        "Execution": f"{_MODES.get(details.mode, details.mode)}{at_a_time}{sent}",
+        "Compiled": data and "once per arm" + (f"; once per rate: {', '.join(slow)}" if slow else ""),
         "Devices": ", ".join(f"{n} × {name}" for name, n in Counter(details.devices).items()),
         "Versions": ", ".join(f"{name} {version}" for name, version in details.versions.items()),
         "Time": duration(details.seconds),
     }
+    return {name: text for name, text in rows.items() if text}

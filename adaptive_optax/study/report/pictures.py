@@ -244,10 +244,12 @@ def plot_curves(record: Record, axes: Axes, *, theme: str = "light") -> None:
     check_choice("theme", theme, THEMES)
     colours, details = THEMES[theme], record.details
     steps, windows = np.asarray(record.validation_steps), np.asarray(record.training_steps)
-    width = -(-len(windows) // _MOST_WINDOWS)
+    width = max(1, -(-len(windows) // _MOST_WINDOWS))
     windows = windows[width - 1 :: width]
-    same = details.metric_name == "loss"
-    title = f"validation {shortened(details.metric_name, 20)}" + " (dotted: training)" * same
+    same = details.metric_name == "loss" or not len(windows)
+    title = f"validation {shortened(details.metric_name, 20)}" + " (dotted: training)" * (
+        same and len(windows) > 0
+    )
     dress(axes, colours, title + " (higher is better)" * record.direction.maximize, "step")
     set_step_axis(axes, steps)
     other = axes if same else axes.twinx()
@@ -258,22 +260,25 @@ def plot_curves(record: Record, axes: Axes, *, theme: str = "light") -> None:
         if not len(trials):
             continue
         curves = np.asarray(record.validation_curves)[trials]
-        training = column_means(np.asarray(record.training_curves)[trials])[0]
-        training = training[: len(windows) * width].reshape(-1, width).mean(axis=1)
-        mean, error = column_means(curves)
+        reported = np.isfinite(curves).any(axis=0)  # a training function may measure at steps of its own
+        mean, error = column_means(curves[:, reported], leave_out=record.details.mode is None)
         marks = {"markevery": (i % every, every), "markersize": 4.5, "linewidth": 1.4, "label": arm}
-        _draw_band(axes, steps, mean, error, style, **marks)
-        other.plot(windows, training, ":", color=style["color"], linewidth=0.9)
-        late = steps >= steps[-1] / 2
+        _draw_band(axes, steps[reported], mean, error, style, **marks)
+        late = steps[reported] >= steps[-1] / 2
         seen += [(mean - error)[late], (mean + error)[late]]
-        fitted.append(training[windows >= steps[-1] / 2])
+        if len(windows):
+            training = column_means(np.asarray(record.training_curves)[trials])[0]
+            training = training[: len(windows) * width].reshape(-1, width).mean(axis=1)
+            other.plot(windows, training, ":", color=style["color"], linewidth=0.9)
+            fitted.append(training[windows >= steps[-1] / 2])
     if not seen:
         other.set_yticks([])
         draw_placeholder(axes, colours)
         return
-    (low, high), (least, most) = _ends(seen), _ends(fitted)
+    low, high = _ends(seen)
+    least, most = _ends(fitted) if fitted else (low, high)
     if same:
-        set_range(axes, _extended(low, high, least), high, log=least > 0)
+        set_range(axes, _extended(low, high, least), high, log=least > 0 and not record.direction.maximize)
         return
     set_range(axes, low, high, log=not record.direction.maximize)
     set_range(other, least, most)
@@ -329,7 +334,7 @@ def plot_effective_rates(record: Record, axes: Axes, *, theme: str = "light") ->
         draw_placeholder(axes, colours)
         return
     values = np.concatenate([values, *scheduled])
-    set_step_axis(axes, np.asarray(record.training_steps))
+    set_step_axis(axes, np.asarray([record.details.steps]))
     set_range(axes, values.min(), values.max())
     if values.min() <= 0:
         axes.axhline(0, color=colours.muted, linewidth=0.9, zorder=1.5, gid="zero")

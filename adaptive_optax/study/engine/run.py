@@ -1,0 +1,156 @@
+"""A trial of the user's own training function: what the function is told, and what it reports."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+from adaptive_optax.study.engine.chunks import Curves
+from adaptive_optax.study.engine.trials import TELEMETRY
+
+Train = Callable[["Run"], Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """One trial, as the user's own training function sees it.
+
+    `compare` calls `train(run)` once per trial. The function trains as `arm`, `learning_rate`, `seed` and
+    `steps` say, reports the metric as often as it likes, and returns the final one.
+
+    Attributes:
+        arm: The arm's name.
+        learning_rate: The peak learning rate.
+        seed: Determines everything random: the initial parameters, the order of the batches, dropout. Trials
+            of different arms with the same seed must differ in nothing but the arm, since they are paired.
+        steps: The number of training steps.
+
+    >>> import optax
+    >>> from adaptive_optax import study
+    >>> run = study.Run("adam", 0.1, 0, 100, build=lambda learning_rate, steps: optax.adam(learning_rate))
+    >>> state = run.transformation.init({"w": 1.0})
+    >>> run.report(50, 0.7)
+    """
+
+    arm: str
+    learning_rate: float
+    seed: int
+    steps: int
+    build: Callable[[float, int], Any] = dataclasses.field(repr=False)
+    _on_report: Callable[[float], None] = dataclasses.field(default=lambda fraction: None, repr=False)
+    _metrics: dict[int, float] = dataclasses.field(default_factory=dict, init=False, repr=False)
+    _telemetry: dict[int, list[float]] = dataclasses.field(default_factory=dict, init=False, repr=False)
+
+    @functools.cached_property
+    def transformation(self) -> Any:
+        """What the arm built for this trial: `arm(learning_rate, steps)`.
+
+        An optax transformation for the standard arms; for the user's own, whatever they return.
+        """
+        return self.build(self.learning_rate, self.steps)
+
+    def report(self, step: int, metric: Any, telemetry: Any = None) -> None:
+        """Reports the metric after a number of training steps.
+
+        The last report is the final metric, unless the function returns one.
+
+        Args:
+            step: The number of steps taken, at least 0 and not before the last report's; 0 is before
+                training. A second report at the same step replaces the first.
+            metric: The metric, a scalar of any library. A NaN or an infinity says that the trial diverged.
+            telemetry: What `get_telemetry(opt_state)` returns for a whole tree, or a mapping with some of the
+                names learning_rate, effective_learning_rate, update_to_weight and snr. Reported by some
+                trial, effective learning rates join the pictures.
+
+        Raises:
+            ValueError: If an argument is not as described.
+        """
+        at = _step(step)
+        if self._metrics and at < max(self._metrics):
+            raise ValueError(f"step must not be before the last report's, {max(self._metrics)}, got {at}.")
+        self._metrics[at] = _number("metric", metric)
+        if telemetry is not None:
+            self._telemetry[at] = _measured(telemetry)
+        self._on_report(min(at / self.steps, 1.0))
+
+
+def run_trial(train: Train, run: Run) -> Curves:
+    """Calls a training function; a trial that raises has diverged, and its results keep the traceback."""
+    error = ""
+    try:
+        returned = train(run)
+        if isinstance(returned, Iterator):
+            returned = _consume(returned, run)
+        if returned is not None:
+            end = max([run.steps, *run._metrics])
+            run.report(end, returned)
+        elif not run._metrics:
+            raise ValueError("train must return the final metric or report it, but did neither.")
+    except (Exception, SystemExit) as raised:
+        frames = raised.__traceback__ and raised.__traceback__.tb_next  # without this function's own
+        error = "".join(traceback.format_exception(type(raised), raised, frames))
+        run._metrics[max([run.steps, *run._metrics])] = float("nan")
+    return Curves(
+        training=np.zeros(0, np.float32),
+        validation=np.array([*run._metrics.values()], float),
+        telemetry=np.array([*run._telemetry.values()], np.float32).reshape(-1, len(TELEMETRY)),
+        validation_steps=np.array([*run._metrics], np.int64),
+        telemetry_steps=np.array([*run._telemetry], np.int64),
+        error=np.array(error),
+    )
+
+
+def _consume(metrics: Iterator[Any], run: Run) -> Any:
+    """Reports what a generator yields: (step, metric), or metrics alone, evenly spaced up to the last step."""
+    alone: list[Any] = []
+    while True:
+        try:
+            found = next(metrics)
+        except StopIteration as end:
+            final = end.value
+            break
+        if isinstance(found, tuple):
+            if len(found) != 2 or alone:
+                raise ValueError("train must yield metrics alone, or (step, metric) each time.")
+            run.report(*found)
+        else:
+            if not alone and run._metrics:
+                raise ValueError("train must yield metrics alone, or (step, metric) each time.")
+            alone.append(_number("metric", found))
+            run._on_report(0.0)
+    for i, metric in enumerate(alone, start=1):
+        run.report(round(i * run.steps / len(alone)), metric)
+    return final
+
+
+def _step(step: Any) -> int:
+    try:
+        found = operator.index(np.asarray(step).item() if not isinstance(step, int) else step)
+    except (TypeError, ValueError):
+        found = -1
+    if found < 0:
+        raise ValueError(f"step must be an integer of at least 0, got {step!r}.")
+    return found
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)  # NumPy cannot convert a tensor that requires gradients
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be a number, got {value!r}.") from error
+
+
+def _measured(telemetry: Any) -> list[float]:
+    found = telemetry if isinstance(telemetry, Mapping) else getattr(telemetry, "_asdict", dict)()
+    if not any(name in found for name in TELEMETRY):
+        raise ValueError(
+            f"telemetry must be what get_telemetry returns, or map some of {', '.join(TELEMETRY)} to numbers, "
+            f"got {type(telemetry).__name__}."
+        )
+    return [_number(name, found[name]) if name in found else float("nan") for name in TELEMETRY]
