@@ -19,8 +19,8 @@ from adaptive_optax.study.engine import store as stores
 from adaptive_optax.study.engine import trials
 from adaptive_optax.study.engine.chunks import Curves, Identity, Key, pack
 from adaptive_optax.study.engine.fingerprint import describe_arm, describe_study, stream_of
-from adaptive_optax.study.engine.trainers import ArmSpec
 from adaptive_optax.study.engine.store import ANY_RATE, ArmPrograms, Look, Store, check_folder
+from adaptive_optax.study.engine.trainers import ArmSpec
 from adaptive_optax.study.engine.trials import Plan
 
 # ---- A folder without a study ----

@@ -19,7 +19,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from adaptive_optax._core.checks import check_bool, check_choice, check_integer, check_name, check_scalar
@@ -357,5 +356,6 @@ def _refuse_given(for_tasks: Mapping[str, Any]) -> None:
         default = parameters[name].default
         if value is not default and value != default:
             raise ValueError(
-                f"{name} must be left out for a training function, which decides about it itself, got {value!r}."
+                f"{name} must be left out for a training function, which decides about it itself, "
+                f"got {value!r}."
             )

@@ -7,10 +7,9 @@ trains the trials.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import functools
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
