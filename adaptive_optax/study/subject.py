@@ -203,7 +203,8 @@ class FunctionSubject:
         for name, arm in arms.items():
             if not callable(arm):
                 raise ValueError(
-                    f"arm {name!r} must be a function of (learning_rate, total_steps), got {type(arm).__name__}."
+                    f"arm {name!r} must be a function of (learning_rate, total_steps), "
+                    f"got {type(arm).__name__}."
                 )
         self.maximize: bool = maximize
         self.plan: Plan = Plan(steps, ())

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from adaptive_optax.study.engine.chunks import digest, digest_arrays
@@ -52,7 +53,7 @@ class _Digests:
     def _parts(self, value: Any) -> list[str]:
         """The names and digests of what a value holds."""
         if isinstance(value, np.ndarray | np.generic | jax.Array):
-            numbers = value.dtype.kind != "O" and not jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended)
+            numbers = value.dtype.kind != "O" and not jnp.issubdtype(value.dtype, jax.dtypes.extended)
             return [digest_arrays({"": np.asarray(value)}) if numbers else str(value.shape)]
         if isinstance(value, types.FunctionType):
             parts = [f"{value.__module__}.{value.__qualname__}"]

@@ -85,6 +85,7 @@ class Jobs:
         if isinstance(found, bytes):
             return unpack(found)
         worker, parcel = found, self._parcel
+        assert parcel is not None
         last = self._informing.get(worker)
         if last is None or last.done():  # otherwise the content may still arrive
             parcel = parcel._replace(content=self._content)

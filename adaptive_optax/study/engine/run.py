@@ -107,7 +107,7 @@ def run_trial(train: Train, run: Run) -> Curves:
 
 
 def _consume(metrics: Iterator[Any], run: Run) -> Any:
-    """Reports what a generator yields: (step, metric), or metrics alone, evenly spaced up to the last step."""
+    """Reports what a generator yields: (step, metric); or metrics alone, as if evenly spaced over the steps."""
     alone: list[Any] = []
     while True:
         try:
@@ -150,7 +150,7 @@ def _measured(telemetry: Any) -> list[float]:
     found = telemetry if isinstance(telemetry, Mapping) else getattr(telemetry, "_asdict", dict)()
     if not any(name in found for name in TELEMETRY):
         raise ValueError(
-            f"telemetry must be what get_telemetry returns, or map some of {', '.join(TELEMETRY)} to numbers, "
-            f"got {type(telemetry).__name__}."
+            f"telemetry must be what get_telemetry returns, or map some of {', '.join(TELEMETRY)} to "
+            f"numbers, got {type(telemetry).__name__}."
         )
     return [_number(name, found[name]) if name in found else float("nan") for name in TELEMETRY]

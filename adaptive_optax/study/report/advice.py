@@ -210,8 +210,8 @@ def _without(command: Sequence[str], option: str) -> list[str]:
 
 def _coarse_metric(record: Record, verdict: Verdict) -> str:
     """Warns if one validation sample weighs as much as the difference or the margin."""
-    step = metric_step(record)
-    if math.isnan(step):
+    step, data = metric_step(record), record.details.dataset
+    if data is None or math.isnan(step):
         return ""
     margin, effect = equivalence_margin(record), abs(verdict.effect)
     heavier = [f"the margin of equivalence ({margin:.3g})"] * (step >= 0.999 * margin)
@@ -220,7 +220,7 @@ def _coarse_metric(record: Record, verdict: Verdict) -> str:
     if not heavier:
         return ""
     return (
-        f"One of the {record.details.dataset.validation:,} validation samples changes the metric by "
+        f"One of the {data.validation:,} validation samples changes the metric by "
         f"{step:.3g}, at least as much as {' and '.join(heavier)}. A larger validation set, "
         "or a metric that does not count samples, would resolve more."
     )

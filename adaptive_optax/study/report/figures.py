@@ -38,7 +38,7 @@ PICTURES = {
 
 
 def pictures_of(record: Record) -> list[str]:
-    """The names of the pictures that a record has something for: not every training function has telemetry."""
+    """The names of the pictures that have something to show: a training function may report no telemetry."""
     measured = np.isfinite(record.telemetry_curves).any()
     return [name for name in PICTURES if measured or name != "effective_rates" or record.details.mode]
 
@@ -72,7 +72,7 @@ def plot(record: Record, *, theme: str = "light") -> Figure:
         "effective_rates": "Telemetry: effective learning rates",
     }
     shown = pictures_of(record)
-    rows = [[*PICTURES][:2], [shown[2], shown[-1]]]  # without telemetry, the curves fill their row
+    rows: Any = [[*PICTURES][:2], [shown[2], shown[-1]]]  # without telemetry, the curves fill their row
     for name, axes in figure.subplot_mosaic(rows).items():
         PICTURES[name](record, axes, theme=theme)
         title = titles[name]
