@@ -1,0 +1,379 @@
+"""Comparing arms with the user's own training function: what it is told, what it may return, how it may fail."""
+
+import concurrent.futures
+import functools
+import multiprocessing
+import threading
+
+import numpy as np
+import optax
+import own_script
+import pandas as pd
+import pytest
+from own_script import ARMS, constant, linear, train
+
+import adaptive_optax as ao
+from adaptive_optax import study
+from adaptive_optax.study.engine.code import digest_code
+
+SETTINGS = {"learning_rates": [0.1, 0.3], "steps": 40, "seeds": 5, "tuning_seeds": 2, "growth": 0}
+
+
+def compare(function, arms=ARMS, **settings):
+    return study.compare(function, arms, **SETTINGS | settings)
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    """The comparison of the script's arms, in this process."""
+    return compare(train)
+
+
+# ---- What the function is told, and what it says ----
+
+
+def test_a_run_tells_arm_rate_seed_and_steps():
+    seen = []
+
+    def function(run):
+        seen.append((run.arm, run.learning_rate, run.seed, run.steps, run.transformation.peak))
+        return 1.0 + 0.01 * run.seed
+
+    compare(function)
+    tuning = {(arm, rate, seed, 40, rate) for arm in ARMS for rate in (0.1, 0.3) for seed in (0, 1)}
+    fresh = {(arm, 0.1, seed, 40, 0.1) for arm in ARMS for seed in range(1000, 1005)}
+    assert set(seen) == tuning | fresh and len(seen) == len(tuning) + len(fresh)
+
+
+def test_another_base_seed_gives_other_seeds_and_the_same_ones_again():
+    def seeds(base_seed):
+        seen = []
+        compare(lambda run: seen.append(run.seed) or 1.0 + run.seed % 7, base_seed=base_seed)
+        return seen
+
+    first = seeds(1)
+    assert first == seeds(1) != seeds(2)
+    assert all(0 <= seed < 2**32 for seed in first)
+    assert not set(first) & set(seeds(0))
+
+
+def test_reports_are_the_curve_and_the_return_value_is_its_end(undisturbed):
+    np.testing.assert_array_equal(undisturbed.validation_steps, [0, 10, 20, 30, 40])
+    assert np.isfinite(undisturbed.validation_curves).all()
+    row = undisturbed.table.iloc[0]
+    run = study.Run(row["arm"], row["learning_rate"], row["seed"], 40, ARMS[row["arm"]])
+    assert row["final_metric"] == undisturbed.validation_curves[0, -1] == train(run)
+    assert row["initial_metric"] == undisturbed.validation_curves[0, 0]
+    assert undisturbed.training_curves.shape[1] == undisturbed.telemetry_curves.shape[1] == 0
+
+
+def test_arms_may_report_at_steps_of_their_own():
+    def function(run):
+        for step in (10, 20) if run.arm == "linear" else (15,):
+            run.report(step, run.seed + step)
+        return 1.0 + run.seed
+
+    found = compare(function)
+    np.testing.assert_array_equal(found.validation_steps, [10, 15, 20, 40])
+    of_linear = (found.table["arm"] == "linear").to_numpy()
+    reported = np.isfinite(found.validation_curves)
+    assert (reported == np.where(of_linear[:, None], [1, 0, 1, 1], [0, 1, 0, 1])).all()
+    assert found.table["initial_metric"].isna().all()
+    found.plot()
+
+
+@pytest.mark.parametrize("how", ["returned", "reported", "generated", "generated with steps", "generated end"])
+def test_the_final_metric_may_be_returned_reported_or_generated(how, undisturbed):
+    def metrics(run):
+        random, x = np.random.default_rng(run.seed), 0.0
+        for _ in range(4):
+            x += run.learning_rate + random.normal()
+            yield x**2
+
+    def function(run):
+        found = list(metrics(run))
+        if how == "returned":
+            return found[-1]
+        for i, metric in enumerate(found, start=1):
+            run.report(10 * i, metric)
+
+    def generated(run):
+        for i, metric in enumerate(metrics(run), start=1):
+            if how == "generated with steps":
+                yield 10 * i, np.float32(metric)
+            elif how == "generated end" and i == 4:
+                return metric
+            else:
+                yield metric
+
+    expected = [list(metrics(study.Run("", 0.1, seed, 40, None)))[-1] for seed in range(1000, 1005)]
+    found = compare(generated if how.startswith("generated") else function)
+    judged = found.table.query("phase == 'verdict' and arm == 'linear' and learning_rate == 0.1")
+    if len(judged):
+        np.testing.assert_allclose(judged["final_metric"], expected, rtol=1e-6)
+    last = {"returned": [40], "generated end": [13, 27, 40]}.get(how, [10, 20, 30, 40])
+    np.testing.assert_array_equal(found.validation_steps, last)
+
+
+def test_telemetry_that_is_reported_is_in_the_record_and_its_picture():
+    tx = ao.telemetry(ao.adam(0.1))
+    params = {"w": np.ones(3, np.float32)}
+    _, state = tx.update(params, tx.init(params), params)
+
+    def function(run):
+        run.report(1, 2.0, telemetry=ao.get_telemetry(state))
+        run.report(9, 2.0, telemetry={"effective_learning_rate": 0.5, "learning_rate": run.learning_rate})
+        return 1.0 + run.seed
+
+    found = compare(function)
+    np.testing.assert_array_equal(found.telemetry_steps, [1, 9])
+    seen = found.telemetry_curves
+    np.testing.assert_allclose(seen[:, 0, 0], 0.1, rtol=1e-6)
+    np.testing.assert_array_equal(seen[:, 1, 1], 0.5)
+    assert np.isnan(seen[:, 1, 2:]).all()
+    assert len(found.plot().axes) == 4 and len(compare(train).plot().axes) == 3
+
+
+def test_it_is_judged_saved_and_shown_as_a_task_is(undisturbed, tmp_path):
+    verdict = undisturbed.verdict()
+    assert verdict.baseline == "constant" and verdict.seeds == 5
+    assert verdict == study.judge(undisturbed.table, baseline="constant", look=1)["linear"]
+    undisturbed.save(tmp_path / "saved.npz")
+    undisturbed.to_csv(tmp_path / "trials.csv")
+    again = study.load(tmp_path / "saved.npz")
+    pd.testing.assert_frame_equal(again.table, undisturbed.table)
+    assert again.details == undisturbed.details
+    undisturbed.to_html(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "Effective learning rates" not in page and "None" not in page
+    assert "one call of the training function per trial" in page
+    undisturbed.print_summary()
+
+
+def test_higher_is_better_where_maximize_says_so():
+    def function(run):
+        return run.learning_rate + (0.1 if run.arm == "linear" else 0.0) + 0.001 * (run.seed % 5)
+
+    found = compare(function, maximize=True)
+    assert found.details.best_rates == {"constant": 0.3, "linear": 0.3}
+    assert found.details.maximize
+    assert compare(function).details.best_rates == {"constant": 0.1, "linear": 0.1}
+
+
+def test_standard_arms_are_built_for_it():
+    def function(run):
+        assert isinstance(run.transformation, optax.GradientTransformation)
+        assert run.transformation is run.transformation
+        return 1.0 + run.seed
+
+    found = compare(function, ["adam:constant", "sgd:cosine"])
+    assert (found.table["error"] == "").all()
+
+
+# ---- What fails ----
+
+
+def test_a_trial_that_raises_is_an_outcome_with_its_traceback():
+    def function(run):
+        run.report(0, 5.0)
+        if run.seed == 1001 and run.arm == "linear":
+            run.report(7, 3.0)
+            raise FloatingPointError("went wrong")
+        return 1.0 + run.seed / 1000
+
+    found = compare(function)
+    failed = found.table[found.table["error"] != ""]
+    assert failed[["arm", "seed", "diverged", "best_metric"]].values.tolist() == [["linear", 1001, True, 3.0]]
+    text = failed["error"].iloc[0]
+    assert text.startswith("Traceback") and "FloatingPointError: went wrong" in text
+    assert "in function" in text and "run_trial" not in text
+    assert found.verdicts["linear"].diverged == (1, 0)
+
+
+def test_an_arm_whose_every_trial_raises_ends_the_study_and_shows_the_first():
+    def function(run):
+        if run.arm == "linear":
+            raise KeyError(f"no {run.learning_rate}")
+        return 1.0
+
+    with pytest.raises(RuntimeError, match=r"all 4 trials of arm 'linear' raised; the first:(?s:.*)no 0.1") as error:
+        compare(function)
+    assert len(error.value.comparison.table) == 8  # nothing that was computed is lost
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (lambda run: None, "train must return the final metric or report it"),
+        (lambda run: "high", "metric must be a number, got 'high'"),
+        (lambda run: run.report(-1, 0.0), "step must be an integer of at least 0, got -1"),
+        (lambda run: run.report(1.5, 0.0), "step must be an integer"),
+        (lambda run: (run.report(5, 0.0), run.report(4, 0.0)), "step must not be before the last report's, 5"),
+        (lambda run: run.report(1, [1.0, 2.0]), "metric must be a number"),
+        (lambda run: run.report(1, 1.0, telemetry=3), "telemetry must be what get_telemetry returns"),
+        (lambda run: iter([(1, 2.0), 3.0]), "train must yield metrics alone, or"),
+        (lambda run: iter([3.0, (1, 2.0)]), "train must yield metrics alone, or"),
+        (lambda run: iter([(1, 2.0, 3.0)]), "train must yield metrics alone, or"),
+        (lambda run: iter([]), "train must return the final metric or report it"),
+        (lambda run: exit("done"), "SystemExit: done"),
+    ],
+)
+def test_a_mistaken_function_is_told_what_is_wrong(wrong, message):
+    with pytest.raises(RuntimeError, match="trials of arm 'constant' raised") as error:
+        compare(wrong)
+    assert message in str(error.value)
+
+
+def test_what_is_not_finite_has_diverged():
+    def function(run):
+        run.report(0, 4.0)
+        return np.nan if run.learning_rate == 0.3 else 1.0 + run.seed
+
+    found = compare(function)
+    assert found.details.best_rates == {"constant": 0.1, "linear": 0.1}
+    assert (found.table["diverged"] == (found.table["learning_rate"] == 0.3)).all()
+    assert (found.table["error"] == "").all()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"validation_points": 5}, "validation_points must be left out for a training function"),
+        ({"evaluate": lambda params, state: params}, "evaluate must be left out"),
+        ({"mode": "scan"}, "mode must be left out"),
+        ({"chunk": 2}, "chunk must be left out"),
+        ({"paired_batches": False}, "paired_batches must be left out"),
+        ({"arms": {"a": constant, "b": 3}}, "arm 'b' must be a function of"),
+        ({"maximize": "yes"}, "maximize must be True or False"),
+        ({"executor": 3}, "executor must be a concurrent.futures.Executor, or None to train here, got int"),
+        ({"function": 3}, "task must be a study.Task or a function train"),
+    ],
+)
+def test_what_has_no_meaning_is_refused_before_anything_is_trained(settings, message):
+    def function(run):
+        raise AssertionError("it was called")
+
+    with pytest.raises(ValueError, match=message):
+        compare(settings.pop("function", function), **settings)
+
+
+# ---- The folder ----
+
+
+def test_a_folder_resumes_and_adds_seeds(tmp_path, undisturbed):
+    calls = []
+    with pytest.raises(KeyboardInterrupt):
+        study.compare(functools.partial(_counted, calls=calls, most=11), ARMS, **SETTINGS, out=tmp_path)
+    assert len(calls) == 11
+    found = study.compare(functools.partial(_counted, calls=calls, most=99), ARMS, **SETTINGS, out=tmp_path)
+    assert len(calls) == len(undisturbed.table)
+    pd.testing.assert_frame_equal(found.table, undisturbed.table)
+    np.testing.assert_array_equal(found.validation_curves, undisturbed.validation_curves)
+    more = study.compare(
+        functools.partial(_counted, calls=calls, most=99), ARMS, **SETTINGS | {"seeds": 7}, out=tmp_path
+    )
+    assert len(calls) == len(undisturbed.table) + 4 and more.details.looks == (5, 7)
+
+
+def _counted(run, calls, most):
+    if len(calls) >= most:
+        raise KeyboardInterrupt
+    calls.append(run)
+    return train(run)
+
+
+def test_a_trial_that_raised_is_not_trained_again(tmp_path):
+    def function(run, calls):
+        calls.append(run)
+        if run.seed == 1000:
+            raise RuntimeError("once")
+        return 1.0 + run.seed
+
+    first, second = [], []
+    found = compare(functools.partial(function, calls=first), out=tmp_path)
+    again = compare(functools.partial(function, calls=second), out=tmp_path)
+    assert len(first) == len(found.table) and not second
+    pd.testing.assert_frame_equal(again.table, found.table)
+
+
+def test_a_changed_function_or_arm_is_refused(tmp_path):
+    compare(lambda run: 1.0 + run.seed, out=tmp_path)
+    with pytest.raises(ValueError, match="holds another study; changed: train code"):
+        compare(lambda run: 2.0 + run.seed, out=tmp_path)
+    with pytest.raises(ValueError, match="changed: arm 'linear' code"):
+        compare(lambda run: 1.0 + run.seed, ARMS | {"linear": constant}, out=tmp_path)
+    with pytest.raises(ValueError, match="changed: steps"):
+        compare(lambda run: 1.0 + run.seed, out=tmp_path, steps=50)
+    with pytest.raises(ValueError, match="changed: maximize"):
+        compare(lambda run: 1.0 + run.seed, out=tmp_path, maximize=True)
+
+
+def _scaled(factor):
+    return lambda x: factor * x
+
+
+def test_code_is_recognized_by_what_it_does():
+    def with_default(x, power=2):
+        return x**power
+
+    same = [_scaled(2.0), _scaled(2.0)]
+    assert digest_code(same[0]) == digest_code(same[1]) != digest_code(_scaled(3.0))
+    assert digest_code(functools.partial(_scaled, 1)) != digest_code(functools.partial(_scaled, 2))
+    before = digest_code(with_default)
+    with_default.__defaults__ = (3,)
+    assert digest_code(with_default) != before
+    arrays = [_scaled(np.arange(3)), _scaled(np.arange(3)), _scaled(np.ones(3))]
+    assert digest_code(arrays[0]) == digest_code(arrays[1]) != digest_code(arrays[2])
+
+
+def test_code_includes_what_it_uses_of_its_own_module(monkeypatch):
+    before = digest_code(train), digest_code(constant)
+    monkeypatch.setattr(own_script, "Rate", type("Rate", (), {"__module__": own_script.__name__}))
+    assert digest_code(train) == before[0]  # it does not use it
+    assert digest_code(constant) != before[1]
+
+
+# ---- Executors ----
+
+
+@pytest.fixture(scope="module")
+def spawned():
+    """A pool of two processes."""
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(2, mp_context=context) as executor:
+        yield executor
+
+
+def test_a_process_pool_gives_what_this_process_gives(spawned, undisturbed):
+    found = compare(train, executor=spawned)
+    pd.testing.assert_frame_equal(found.table, undisturbed.table)
+    np.testing.assert_array_equal(found.validation_curves, undisturbed.validation_curves)
+    assert found.details.executor == "ProcessPoolExecutor"
+
+
+def test_threads_give_it_too_and_need_no_pickling(undisturbed):
+    lock = threading.Lock()
+
+    def function(run):
+        with lock:
+            return train(run)
+
+    with concurrent.futures.ThreadPoolExecutor(2) as executor:
+        found = compare(function, executor=executor)
+    pd.testing.assert_frame_equal(found.table, undisturbed.table)
+
+
+def test_what_cannot_travel_is_named(spawned):
+    lock = threading.Lock()
+    with pytest.raises(ValueError, match="executor: train cannot be sent to another process: .*lock"):
+        compare(lambda run: lock and 1.0, executor=spawned)
+    arms = ARMS | {"locked": lambda rate, steps: lock}
+    with pytest.raises(ValueError, match="executor: arm 'locked' cannot be sent"):
+        compare(train, arms, executor=spawned)
+
+
+def test_a_forked_pool_is_refused():
+    context = multiprocessing.get_context("fork")
+    with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as executor:
+        with pytest.raises(ValueError, match="executor must not fork this process"):
+            compare(train, executor=executor)
