@@ -10,7 +10,7 @@ import optax
 import own_script
 import pandas as pd
 import pytest
-from own_script import ARMS, constant, linear, train
+from own_script import ARMS, constant, train
 
 import adaptive_optax as ao
 from adaptive_optax import study
@@ -82,7 +82,9 @@ def test_arms_may_report_at_steps_of_their_own():
     found.plot()
 
 
-@pytest.mark.parametrize("how", ["returned", "reported", "generated", "generated with steps", "generated end"])
+@pytest.mark.parametrize(
+    "how", ["returned", "reported", "generated", "generated with steps", "generated end"]
+)
 def test_the_final_metric_may_be_returned_reported_or_generated(how, undisturbed):
     def metrics(run):
         random, x = np.random.default_rng(run.seed), 0.0
@@ -196,7 +198,9 @@ def test_an_arm_whose_every_trial_raises_ends_the_study_and_shows_the_first():
             raise KeyError(f"no {run.learning_rate}")
         return 1.0
 
-    with pytest.raises(RuntimeError, match=r"all 4 trials of arm 'linear' raised; the first:(?s:.*)no 0.1") as error:
+    with pytest.raises(
+        RuntimeError, match=r"all 4 trials of arm 'linear' raised; the first:(?s:.*)no 0.1"
+    ) as error:
         compare(function)
     assert len(error.value.comparison.table) == 8  # nothing that was computed is lost
 
@@ -208,7 +212,10 @@ def test_an_arm_whose_every_trial_raises_ends_the_study_and_shows_the_first():
         (lambda run: "high", "metric must be a number, got 'high'"),
         (lambda run: run.report(-1, 0.0), "step must be an integer of at least 0, got -1"),
         (lambda run: run.report(1.5, 0.0), "step must be an integer"),
-        (lambda run: (run.report(5, 0.0), run.report(4, 0.0)), "step must not be before the last report's, 5"),
+        (
+            lambda run: (run.report(5, 0.0), run.report(4, 0.0)),
+            "step must not be before the last report's, 5",
+        ),
         (lambda run: run.report(1, [1.0, 2.0]), "metric must be a number"),
         (lambda run: run.report(1, 1.0, telemetry=3), "telemetry must be what get_telemetry returns"),
         (lambda run: iter([(1, 2.0), 3.0]), "train must yield metrics alone, or"),

@@ -143,9 +143,8 @@ def unpack(
             _check_identity(key, Identity(*found), identity(key))
     fields = [name for name in Curves._fields if name in arrays]
     curves = zip(*(arrays[name] for name in fields), strict=True)
-    return {
-        key: Curves(**dict(zip(fields, each, strict=True))) for key, each in zip(keys, curves, strict=True)
-    }
+    named = (dict(zip(fields, each, strict=True)) for each in curves)
+    return {key: Curves(**each) for key, each in zip(keys, named, strict=True)}
 
 
 def _check_identity(key: Key, found: Identity, expected: Identity | None) -> None:

@@ -44,10 +44,8 @@ class _Digests:
         if id(value) not in self.found:
             kind = f"{type(value).__module__}.{type(value).__qualname__}"
             self.found[id(value)] = value, kind  # if it is met inside itself
-            self.found[id(value)] = (
-                value,
-                digest(kind.encode(), *(part.encode() for part in self._parts(value))),
-            )
+            parts = [kind, *self._parts(value)]
+            self.found[id(value)] = value, digest(*(part.encode() for part in parts))
         return self.found[id(value)][1]
 
     def _parts(self, value: Any) -> list[str]:
