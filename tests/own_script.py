@@ -1,11 +1,15 @@
-"""A training function without a framework, as a user's own script has it: SGD on a noisy quadratic, in NumPy."""
+"""A training function without a framework, as in a user's own script: SGD on a noisy quadratic, in NumPy."""
 
 import functools
 import os
 import signal
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
+import optax
+
+from adaptive_optax import study
 
 
 class Rate:
@@ -27,6 +31,7 @@ def linear(learning_rate, steps):
 
 
 ARMS = {"constant": constant, "linear": linear}
+calls = []  # of functions that count theirs here
 
 
 def train(run):
@@ -54,3 +59,25 @@ def dies_once(run, folder):
 
 def dying(folder):
     return functools.partial(dies_once, folder=folder)
+
+
+def task():
+    """A task whose functions are in this module."""
+    data = {"x": np.linspace(-1, 1, 64, dtype=np.float32)}
+    return study.Task(_init, _loss, data, data, batch_size=8, name="slope")
+
+
+def _init(key):
+    return jnp.zeros(())
+
+
+def _loss(slope, batch, key):
+    return jnp.mean((slope * batch["x"] - 2 * batch["x"]) ** 2) + 0.1
+
+
+def sgd(learning_rate, steps):
+    return optax.sgd(learning_rate)
+
+
+def slower(learning_rate, steps):
+    return optax.sgd(learning_rate / 2)

@@ -1,9 +1,11 @@
-"""Comparing arms with the user's own training function: what it is told, what it may return, how it may fail."""
+"""Comparing arms with the user's own training function: what it is told, may return, and how it may fail."""
 
 import concurrent.futures
 import functools
 import multiprocessing
+import os
 import threading
+from pathlib import Path
 
 import numpy as np
 import optax
@@ -14,6 +16,7 @@ from own_script import ARMS, constant, train
 
 import adaptive_optax as ao
 from adaptive_optax import study
+from adaptive_optax.study.engine import jobs
 from adaptive_optax.study.engine.code import digest_code
 
 SETTINGS = {"learning_rates": [0.1, 0.3], "steps": 40, "seeds": 5, "tuning_seeds": 2, "growth": 0}
@@ -82,9 +85,7 @@ def test_arms_may_report_at_steps_of_their_own():
     found.plot()
 
 
-@pytest.mark.parametrize(
-    "how", ["returned", "reported", "generated", "generated with steps", "generated end"]
-)
+@pytest.mark.parametrize("how", ["returned", "reported", "generated", "with steps", "with an end"])
 def test_the_final_metric_may_be_returned_reported_or_generated(how, undisturbed):
     def metrics(run):
         random, x = np.random.default_rng(run.seed), 0.0
@@ -101,19 +102,19 @@ def test_the_final_metric_may_be_returned_reported_or_generated(how, undisturbed
 
     def generated(run):
         for i, metric in enumerate(metrics(run), start=1):
-            if how == "generated with steps":
+            if how == "with steps":
                 yield 10 * i, np.float32(metric)
-            elif how == "generated end" and i == 4:
+            elif how == "with an end" and i == 4:
                 return metric
             else:
                 yield metric
 
     expected = [list(metrics(study.Run("", 0.1, seed, 40, None)))[-1] for seed in range(1000, 1005)]
-    found = compare(generated if how.startswith("generated") else function)
+    found = compare(function if how.endswith("ed") and how != "generated" else generated)
     judged = found.table.query("phase == 'verdict' and arm == 'linear' and learning_rate == 0.1")
     if len(judged):
         np.testing.assert_allclose(judged["final_metric"], expected, rtol=1e-6)
-    last = {"returned": [40], "generated end": [13, 27, 40]}.get(how, [10, 20, 30, 40])
+    last = {"returned": [40], "with an end": [13, 27, 40]}.get(how, [10, 20, 30, 40])
     np.testing.assert_array_equal(found.validation_steps, last)
 
 
@@ -214,7 +215,7 @@ def test_an_arm_whose_every_trial_raises_ends_the_study_and_shows_the_first():
         (lambda run: run.report(1.5, 0.0), "step must be an integer"),
         (
             lambda run: (run.report(5, 0.0), run.report(4, 0.0)),
-            "step must not be before the last report's, 5",
+            "step must not be before the last",
         ),
         (lambda run: run.report(1, [1.0, 2.0]), "metric must be a number"),
         (lambda run: run.report(1, 1.0, telemetry=3), "telemetry must be what get_telemetry returns"),
@@ -267,39 +268,38 @@ def test_what_has_no_meaning_is_refused_before_anything_is_trained(settings, mes
 # ---- The folder ----
 
 
-def test_a_folder_resumes_and_adds_seeds(tmp_path, undisturbed):
+def test_a_folder_resumes_and_adds_seeds(tmp_path, undisturbed, monkeypatch):
+    def function(run):
+        if len(own_script.calls) == own_script.most:
+            raise KeyboardInterrupt
+        own_script.calls.append(run)
+        return own_script.train(run)
+
     calls = []
+    monkeypatch.setattr(own_script, "calls", calls)
+    monkeypatch.setattr(own_script, "most", 11, raising=False)
     with pytest.raises(KeyboardInterrupt):
-        study.compare(functools.partial(_counted, calls=calls, most=11), ARMS, **SETTINGS, out=tmp_path)
+        compare(function, out=tmp_path)
     assert len(calls) == 11
-    found = study.compare(functools.partial(_counted, calls=calls, most=99), ARMS, **SETTINGS, out=tmp_path)
+    own_script.most = 99
+    found = compare(function, out=tmp_path)
     assert len(calls) == len(undisturbed.table)
     pd.testing.assert_frame_equal(found.table, undisturbed.table)
     np.testing.assert_array_equal(found.validation_curves, undisturbed.validation_curves)
-    more = study.compare(
-        functools.partial(_counted, calls=calls, most=99), ARMS, **SETTINGS | {"seeds": 7}, out=tmp_path
-    )
+    more = compare(function, out=tmp_path, seeds=7)
     assert len(calls) == len(undisturbed.table) + 4 and more.details.looks == (5, 7)
 
 
-def _counted(run, calls, most):
-    if len(calls) >= most:
-        raise KeyboardInterrupt
-    calls.append(run)
-    return train(run)
-
-
-def test_a_trial_that_raised_is_not_trained_again(tmp_path):
-    def function(run, calls):
-        calls.append(run)
+def test_a_trial_that_raised_is_not_trained_again(tmp_path, monkeypatch):
+    def function(run):
+        own_script.calls.append(run)
         if run.seed == 1000:
             raise RuntimeError("once")
         return 1.0 + run.seed
 
-    first, second = [], []
-    found = compare(functools.partial(function, calls=first), out=tmp_path)
-    again = compare(functools.partial(function, calls=second), out=tmp_path)
-    assert len(first) == len(found.table) and not second
+    monkeypatch.setattr(own_script, "calls", [])
+    found, again = compare(function, out=tmp_path), compare(function, out=tmp_path)
+    assert len(own_script.calls) == len(found.table)
     pd.testing.assert_frame_equal(again.table, found.table)
 
 
@@ -384,3 +384,111 @@ def test_a_forked_pool_is_refused():
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as executor:
         with pytest.raises(ValueError, match="executor must not fork this process"):
             compare(train, executor=executor)
+
+
+def test_a_study_of_a_task_can_be_sent_a_chunk_a_job(spawned):
+    task = own_script.task()
+    settings = SETTINGS | {"learning_rates": [0.03, 0.1], "steps": 20}
+    arms = {"constant": own_script.sgd, "slower": own_script.slower}
+    expected = study.compare(task, arms, **settings, mode="scan", chunk=2)
+    found = study.compare(task, arms, **settings, mode="scan", chunk=2, executor=spawned)
+    pd.testing.assert_frame_equal(found.table, expected.table)
+    np.testing.assert_array_equal(found.training_curves, expected.training_curves)
+    chosen = study.compare(task, arms, **settings, executor=spawned)  # a worker chooses the placement
+    assert chosen.details.mode in ("scan", "step") and chosen.details.seconds_per_step
+    np.testing.assert_allclose(chosen.table["final_metric"], expected.table["final_metric"], rtol=1e-5)
+
+
+class Elsewhere:
+    """An executor whose workers see no files of this process, and may turn named tuples into tuples."""
+
+    def __init__(self, workers=2):
+        self.pool = concurrent.futures.ThreadPoolExecutor(1)
+        self.loaded = [{} for _ in range(workers)]
+        self.jobs, self.sent = 0, 0
+
+    def submit(self, function, *arguments):
+        parcel, keys = arguments
+        self.sent += parcel.content is not None
+        worker = self.jobs % len(self.loaded)
+        self.jobs += 1
+        return self.pool.submit(self.run, worker, function, (parcel[0], "nowhere", parcel[2]), keys)
+
+    def run(self, worker, function, parcel, keys):
+        before, name = dict(jobs._LOADED), jobs.socket.gethostname
+        jobs._LOADED.clear()
+        jobs._LOADED.update(self.loaded[worker])
+        jobs.socket.gethostname = lambda: f"machine{worker}"
+        try:
+            return function(parcel, [tuple(key) for key in keys])
+        finally:
+            self.loaded[worker] = dict(jobs._LOADED)
+            jobs._LOADED.clear()
+            jobs._LOADED.update(before)
+            jobs.socket.gethostname = name
+
+
+def test_data_travel_to_a_worker_once(undisturbed):
+    data = np.zeros(100_000)
+
+    def function(run):
+        return train(run) + data.sum()
+
+    executor = Elsewhere()
+    found = compare(function, executor=executor)
+    pd.testing.assert_frame_equal(found.table, undisturbed.table)
+    assert executor.sent == 2
+    assert executor.jobs >= len(found.table)
+
+
+def test_a_worker_that_cannot_load_the_function_says_so(spawned, monkeypatch, tmp_path):
+    (tmp_path / "only_here.py").write_text("def train(run):\n    return 1.0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    import only_here
+
+    with pytest.raises(RuntimeError, match="a worker could not load what trains.*only_here"):
+        compare(only_here.train, executor=spawned)
+
+
+def test_a_job_that_fails_keeps_what_has_finished(tmp_path):
+    class Breaks(concurrent.futures.ThreadPoolExecutor):
+        def submit(self, function, *arguments):
+            self.count = getattr(self, "count", 0) + 1
+            if self.count == 6:
+                raise RuntimeError("no more jobs")
+            return super().submit(function, *arguments)
+
+    with Breaks(1) as executor, pytest.raises(RuntimeError, match="no more jobs") as error:
+        compare(train, executor=executor, out=tmp_path)
+    kept = error.value.comparison.table
+    again = compare(train, out=tmp_path)
+    assert len(kept) <= 5 and len(again.table) == 18
+
+
+def test_a_dask_worker_that_is_killed_is_replaced(undisturbed, tmp_path):
+    distributed = pytest.importorskip("distributed")
+    quiet = {"dashboard_address": None, "silence_logs": 50}
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, **quiet) as cluster:
+        with distributed.Client(cluster) as client:
+            found = compare(own_script.dying(str(tmp_path)), executor=client.get_executor())
+    assert (tmp_path / "died").exists()
+    pd.testing.assert_frame_equal(found.table, undisturbed.table)
+    np.testing.assert_array_equal(found.validation_curves, undisturbed.validation_curves)
+
+
+def test_submitit_runs_it_as_jobs_of_a_scheduler(undisturbed, tmp_path, monkeypatch):
+    submitit = pytest.importorskip("submitit")
+    folders = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(folders))
+    executor, submitted = submitit.LocalExecutor(folder=tmp_path), []
+    executor.update_parameters(timeout_min=5)
+    monkeypatch.setattr(
+        executor,
+        "submit",
+        lambda *call, submit=executor.submit: submitted.append(submit(*call)) or submitted[-1],
+    )
+    found = compare(train, executor=executor, learning_rates=[0.1], tuning_seeds=1)
+    assert found.table["final_metric"].isin(undisturbed.table["final_metric"]).all()
+    assert found.details.executor == "LocalExecutor"
+    for job in submitted:  # it leaves them to be collected as running processes
+        job._process.wait()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import os
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -65,6 +66,8 @@ class _Digests:
             return [value.co_code.hex(), *map(self.of, (value.co_consts, *names))]
         if isinstance(value, types.ModuleType):
             return [value.__name__]
+        if isinstance(value, os.PathLike):
+            return [str(os.fspath(value))]
         if isinstance(value, type):
             parts = [f"{value.__module__}.{value.__qualname__}"]
             if value.__module__ == self.module:

@@ -107,7 +107,7 @@ def run_trial(train: Train, run: Run) -> Curves:
 
 
 def _consume(metrics: Iterator[Any], run: Run) -> Any:
-    """Reports what a generator yields: (step, metric); or metrics alone, as if evenly spaced over the steps."""
+    """Reports what a generator yields: (step, metric); or metrics alone, as if evenly spaced."""
     alone: list[Any] = []
     while True:
         try:

@@ -493,7 +493,7 @@ def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
     for name in [*before, *(name for name in now if name not in before)]:
         old, new = before.get(name), now.get(name)
         if old != new and name != "record shapes":  # which follow from other entries
-            hashes = all(value is None or name.endswith(("program", "data")) for value in (old, new))
+            hashes = all(value is None or name.endswith(("program", "data", "code")) for value in (old, new))
             is_long = len(repr((old, new))) > 100
             changes.append(name if hashes or is_long else f"{name} (was {old}, is {new})")
     return changes
