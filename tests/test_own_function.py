@@ -17,7 +17,12 @@ from own_script import ARMS, constant, train
 import adaptive_optax as ao
 from adaptive_optax import study
 from adaptive_optax.study.engine import jobs
+from adaptive_optax.study.engine.chunks import Key
 from adaptive_optax.study.engine.code import digest_code
+from adaptive_optax.study.engine.jobs import check_executor
+from adaptive_optax.study.engine.progress import TrialProgress
+from adaptive_optax.study.engine.runner import Runner
+from adaptive_optax.study.engine.trainers import FunctionTrainer
 
 SETTINGS = {"learning_rates": [0.1, 0.3], "steps": 40, "seeds": 5, "tuning_seeds": 2, "growth": 0}
 
@@ -482,13 +487,13 @@ def test_submitit_runs_it_as_jobs_of_a_scheduler(undisturbed, tmp_path, monkeypa
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(folders))
     executor, submitted = submitit.LocalExecutor(folder=tmp_path), []
     executor.update_parameters(timeout_min=5)
-    monkeypatch.setattr(
-        executor,
-        "submit",
-        lambda *call, submit=executor.submit: submitted.append(submit(*call)) or submitted[-1],
-    )
-    found = compare(train, executor=executor, learning_rates=[0.1], tuning_seeds=1)
-    assert found.table["final_metric"].isin(undisturbed.table["final_metric"]).all()
-    assert found.details.executor == "LocalExecutor"
+    submit = executor.submit
+    monkeypatch.setattr(executor, "submit", lambda *call: submitted.append(submit(*call)) or submitted[-1])
+    check_executor(executor)
+    runner = Runner(FunctionTrainer(train, ARMS, 40), None, TrialProgress(2, False), executor)
+    runner.run(keys := [Key("constant", 0.1, 1000), Key("linear", 0.1, 1000)], "verdict")
+    runner.close()
+    expected = undisturbed.table.query("seed == 1000")["final_metric"]
+    assert [runner.results[key].validation[-1] for key in keys] == expected.tolist()
     for job in submitted:  # it leaves them to be collected as running processes
         job._process.wait()
