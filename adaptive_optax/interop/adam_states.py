@@ -25,7 +25,7 @@ from adaptive_optax.transforms.adam_bound import scalars_after
 from adaptive_optax.transforms.learning_rate import LEARNING_RATE_STATES
 from adaptive_optax.transforms.weight_decay import AddDecoupledWeightDecayState
 
-_OPTAX = (optax.ScaleByAdamState, optax.ScaleByAmsgradState)
+OPTAX_ADAM = (optax.ScaleByAdamState, optax.ScaleByAmsgradState)
 _SCHEDULED = (
     InjectHyperparamsState,
     optax.ScaleByScheduleState,
@@ -93,7 +93,7 @@ def from_optax(
         >>> int(state[0].count)
         2
     """
-    found = states_of(_OPTAX, opt_state)
+    found = states_of(OPTAX_ADAM, opt_state)
     if not found:
         raise ValueError(
             f"from_optax: opt_state must hold a state of optax's Adam, got a {type(opt_state).__name__}."
@@ -147,7 +147,7 @@ def to_optax(
     if params is None:
         raise ValueError("to_optax needs params= with tx=, to initialise the state of tx.")
     target = tx.init(params)
-    slots = states_of(_OPTAX, target)
+    slots = states_of(OPTAX_ADAM, target)
     if len(slots) != len(found):
         raise ValueError(f"to_optax: opt_state has {len(found)} Adam states, the state of tx {len(slots)}.")
     states = iter([_as_optax(state) for state in found])
@@ -159,7 +159,7 @@ def to_optax(
             raise ValueError("to_optax: amsgrad must be the same in opt_state and tx.")
         return jax.tree.map(lambda old, new: jnp.asarray(new, old.dtype), slot, state)
 
-    target = replace_states(_OPTAX, target, fill)
+    target = replace_states(OPTAX_ADAM, target, fill)
     return _scheduled_from(target, unwrapped(found[0].count))
 
 

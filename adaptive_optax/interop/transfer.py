@@ -14,8 +14,9 @@ import optax
 
 from adaptive_optax._core.checks import check_transformation
 from adaptive_optax._core.paths import paths_and_leaves
-from adaptive_optax._core.states import children, unwrapped, with_children
+from adaptive_optax._core.states import children, states_of, unwrapped, with_children
 from adaptive_optax._core.trees import OptState, Params
+from adaptive_optax.interop.adam_states import OPTAX_ADAM, from_optax, to_optax
 from adaptive_optax.interop.state_nodes import (
     Node,
     holds_states,
@@ -30,6 +31,7 @@ from adaptive_optax.moments.formats import dense, encode_like
 from adaptive_optax.moments.granularity import regrouped
 from adaptive_optax.moments.storage import Role
 from adaptive_optax.monitoring.telemetry import TelemetryState
+from adaptive_optax.transforms.adam import ScaleByAdamState, scale_by_adam
 
 
 class TransferRow(NamedTuple):
@@ -115,6 +117,37 @@ def transfer_state(
     transfer = _Transfer(list(nodes(old_state, "")), shapes, rows=[], used=set())
     state = transfer.rebuilt(new_tx.init(params), "")
     return _without_sharing(state), TransferTable([*transfer.rows, *transfer.dropped()])
+
+
+def carry_moments(old_state: OptState, new_state: OptState, params: Params) -> OptState:
+    """Takes over the moments of a state, with their counts and weights; everything else stays as it is.
+
+    A state of optax's Adam also fills one of this library's, and the reverse.
+
+    Args:
+        old_state: The state of a run under way.
+        new_state: The initial state of the transformation that goes on, with concrete values.
+        params: The parameters.
+
+    Returns:
+        The new state. Leaves that were not filled are the same objects as before.
+    """
+    shapes = {path: np.shape(x) for path, x in paths_and_leaves(params)}
+    states = [old_state]
+    if states_of(OPTAX_ADAM, old_state):
+        states.append(from_optax(old_state, scale_by_adam(), params, trusted=True))
+    elif states_of(ScaleByAdamState, old_state) and states_of(OPTAX_ADAM, new_state):
+        states.append(to_optax(old_state))
+    old = [node for state in states for node in nodes(state, "") if _is_like_parameters(node, shapes)]
+    return _Transfer(old, shapes, rows=[], used=set()).rebuilt(new_state, "")
+
+
+def _is_like_parameters(node: Node, shapes: dict[str, tuple[int, ...]]) -> bool:
+    """Whether a state declares moments, or is optax's and has a tree like the parameters."""
+    if moments_declared_by(type(node.state)):
+        return True
+    foreign = type(node.state).__module__.partition(".")[0] == "optax"
+    return foreign and any(leaves.keys() >= shapes.keys() for leaves in node.fields.values())
 
 
 def _without_sharing(state: Any) -> Any:

@@ -40,6 +40,7 @@ from adaptive_optax.study.range_test import RangeTest as RangeTest
 from adaptive_optax.study.range_test import lr_range_test as lr_range_test
 from adaptive_optax.study.result import Comparison as Comparison
 from adaptive_optax.study.result import load as load
+from adaptive_optax.study.start import Start as Start
 from adaptive_optax.study.statistics.judge import judge as judge
 from adaptive_optax.study.statistics.ramp import suggest as suggest
 from adaptive_optax.study.statistics.verdict import Verdict as Verdict

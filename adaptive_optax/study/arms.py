@@ -22,6 +22,7 @@ from adaptive_optax._core.paths import paths_and_leaves
 from adaptive_optax.study.engine.trials import Plan, Trials, make_trial
 from adaptive_optax.study.evaluation import AVERAGE_IF_KEPT, Arm, Evaluate
 from adaptive_optax.study.origin import described
+from adaptive_optax.study.start import Origin
 from adaptive_optax.study.task import Task
 from adaptive_optax.transforms.averaging import average_parameters
 
@@ -124,7 +125,15 @@ def arm(name: str) -> NamedArm:
     return NamedArm(optimizer, schedule, bool(suffix))
 
 
-def check_arm(name: str, arm: Arm, task: Task, plan: Plan, evaluate: Evaluate | None, rate: float) -> str:
+def check_arm(
+    name: str,
+    arm: Arm,
+    task: Task,
+    plan: Plan,
+    evaluate: Evaluate | None,
+    rate: float,
+    origin: Origin | None = None,
+) -> str:
     """Traces one step of an arm; returns "once", or "per rate" if the arm refuses a traced rate.
 
     Raises:
@@ -136,7 +145,7 @@ def check_arm(name: str, arm: Arm, task: Task, plan: Plan, evaluate: Evaluate | 
             f"arm {name!r} must be a function of (learning_rate, total_steps), got {type(arm).__name__}."
         )
     try:
-        compilation, before, after = _trace_arm(task, arm, plan, evaluate, rate)
+        compilation, before, after = _trace_arm(task, arm, plan, evaluate, rate, origin)
     except Exception as error:
         raise ValueError(f"arm {name!r} cannot be run: {described(error)}") from error
     was, is_now = dict(paths_and_leaves(before)), dict(paths_and_leaves(after))
@@ -152,7 +161,7 @@ def check_arm(name: str, arm: Arm, task: Task, plan: Plan, evaluate: Evaluate | 
 
 
 def _trace_arm(
-    task: Task, arm: Arm, plan: Plan, evaluate: Evaluate | None, rate: float
+    task: Task, arm: Arm, plan: Plan, evaluate: Evaluate | None, rate: float, origin: Origin | None
 ) -> tuple[str, Any, Any]:
     """Traces one step; returns how the arm compiles, and the state before and after."""
 
@@ -162,7 +171,7 @@ def _trace_arm(
             raise TypeError(f"it must return an optax transformation, got {type(tx).__name__}")
         functions = make_trial(task, arm, plan, evaluate)
         trial = Trials(rate, *(jnp.uint32(0) for _ in range(3)))
-        before = functions.start(trial)
+        before = functions.start(trial, origin)
         samples = functions.order(trial, 0)
         after = functions.step(before, trial, jnp.int32(0), samples, train)
         return before, after, functions.metric(after, train, validation)

@@ -36,6 +36,7 @@ from adaptive_optax.study.engine.store import Look, Store
 from adaptive_optax.study.engine.trials import one_study
 from adaptive_optax.study.evaluation import Arm, Evaluate
 from adaptive_optax.study.result import FIRST_FRESH_SEED, Comparison, collect
+from adaptive_optax.study.start import Start
 from adaptive_optax.study.statistics.tuning import Grid, tuning_means
 from adaptive_optax.study.subject import FunctionSubject, TaskSubject
 from adaptive_optax.study.task import Task
@@ -57,7 +58,7 @@ def compare(
     out: str | os.PathLike[str] | None = None,
     evaluate: Evaluate | Mapping[str, Evaluate | None] | None = None,
     validation_points: int | Sequence[int] = 20,
-    growth: int = 3,
+    growth: int | None = None,
     base_seed: int = 0,
     paired_batches: bool = True,
     mode: str | None = None,
@@ -65,6 +66,7 @@ def compare(
     progress: bool | None = None,
     maximize: bool | None = None,
     executor: Any = None,
+    start: Start | None = None,
 ) -> Comparison:
     r"""Measures which of several ways to train is better on a task, each at its own best learning rate.
 
@@ -108,7 +110,7 @@ def compare(
         validation_points: How often to compute the metric, evenly spaced, or the steps at which to compute
             it. It is always computed before the first and after the last step.
         growth: How many rates may be added on either side of an arm's grid while its best rate is on that
-            edge.
+            edge; None for 3, or for 0 with `start`.
         base_seed: Part of all seeds; a different one repeats the study with different random numbers.
         paired_batches: False gives every arm its own order of batches, so that even identical arms differ.
             This checks the procedure itself, which must then find no difference.
@@ -121,7 +123,10 @@ def compare(
             A job is a chunk of a task's trials, or one call of a training function. None trains in this
             process. Needs cloudpickle (the extra "cluster").
 
-    `evaluate`, `validation_points`, `paired_batches`, `mode` and `chunk` are for tasks alone.
+        start: A run under way, from which every arm goes on for `steps` steps, with its parameters and
+            moments, on the same batches for equal seeds; schedules begin now. `decay_now` asks the question.
+
+    `evaluate`, `validation_points`, `paired_batches`, `mode`, `chunk` and `start` are for tasks alone.
 
     Returns:
         The comparison. Diverged trials are outcomes too. They are counted, and judged by the worse of their
@@ -159,6 +164,7 @@ def compare(
     check_integer("seeds", seeds, f"[5, {MOST_SEEDS}]")
     check_integer("steps", steps, f"[1, {MOST_STEPS}]")
     check_integer("tuning_seeds", tuning_seeds, f"[1, {FIRST_FRESH_SEED}]")
+    growth = (3 if start is None else 0) if growth is None else growth
     check_integer("growth", growth, "[0, 100]")
     check_integer("base_seed", base_seed, f"[0, {2**32 - 1}]")
     # Convert to Python integers, since they are written as JSON.
@@ -175,6 +181,7 @@ def compare(
         "paired_batches": paired_batches,
         "mode": mode,
         "chunk": chunk,
+        "start": start,
     }
     if isinstance(task, Task):
         if maximize is not None:
@@ -253,7 +260,11 @@ def compare(
                 wanted = keys({name: grid.extend(means[name]) for name, grid in tuned.items()}, tuning)
                 bar.extend(len(wanted))
             best = {name: grid.best(means[name]) for name, grid in tuned.items()}
-            on_edge = {name: grid.on_edge(means[name]) for name, grid in tuned.items()}
+            # A run under way has its rate; one that is tried alone is not the best of several.
+            on_edge = {
+                name: grid.on_edge(means[name]) and not (start is not None and len(grid.rates) == 1)
+                for name, grid in tuned.items()
+            }
             details = dataclasses.replace(details, best_rates=best, on_edge=on_edge)
             runner.run(keys({name: [rate] for name, rate in best.items()}, fresh), "verdict")
             looks = store.look(Look(seeds, baseline, best)) if store else [Look(seeds, baseline, best)]

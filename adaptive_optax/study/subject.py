@@ -27,6 +27,7 @@ from adaptive_optax.study.engine.trainers import ArmSpec, FunctionTrainer, TaskT
 from adaptive_optax.study.engine.trials import Plan
 from adaptive_optax.study.evaluation import AVERAGE_IF_KEPT, Evaluate, check_evaluate, evaluate_of
 from adaptive_optax.study.judged import TRAINED, Judged, describe_judged
+from adaptive_optax.study.start import Start, check_start, origin_of
 from adaptive_optax.study.task import Task
 
 MOST_POINTS = 100_000
@@ -95,6 +96,7 @@ class TaskSubject:
         paired_batches: bool,
         mode: str | None,
         chunk: int | None,
+        start: Start | None,
     ):
         check_bool("paired_batches", paired_batches)
         if mode is not None:
@@ -107,15 +109,18 @@ class TaskSubject:
         self._mode, self._chunk, self._base_seed = mode, chunk, base_seed
         self._paired_batches, self._rates = paired_batches, {name: grids[name][0] for name in arms}
         evaluates = _check_evaluate(evaluate, arms)
-        self.specs: dict[str, ArmSpec] = {
-            name: ArmSpec(
-                function,
-                check_arm(name, function, self.task, self.plan, evaluates[name], self._rates[name]),
-                evaluates[name],
-                0 if paired_batches else stream_of(name),
-            )
-            for name, function in arms.items()
-        }
+        self._start = start
+        if start is not None:
+            check_start(start, self.task)
+        self.specs: dict[str, ArmSpec] = {}
+        for name, function in arms.items():
+            given = function, self.task, self.plan, evaluates[name], self._rates[name]
+            compilation, origin = check_arm(name, *given), None
+            if start is not None:
+                origin = origin_of(start, function(self._rates[name], steps).init(start.params))
+                compilation = check_arm(name, *given, origin)
+            stream = 0 if paired_batches else stream_of(name)
+            self.specs[name] = ArmSpec(function, compilation, evaluates[name], stream, origin)
 
     @property
     def name(self) -> str:
@@ -151,7 +156,7 @@ class TaskSubject:
 
         return Store(
             out,
-            describe_study(self.task, self.plan, self._base_seed, self._paired_batches),
+            describe_study(self.task, self.plan, self._base_seed, self._paired_batches, self._start),
             {name: programs(name, spec) for name, spec in self.specs.items()},
         )
 

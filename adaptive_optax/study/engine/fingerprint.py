@@ -27,6 +27,7 @@ from adaptive_optax.study.engine.trials import (
     jax_settings,
     make_trial,
 )
+from adaptive_optax.study.start import Start
 from adaptive_optax.study.task import Task
 
 # These change no results: where to dump, and the number of CPU devices, which "device" already records.
@@ -34,7 +35,9 @@ _HARMLESS_FLAGS = re.compile(r"--xla_(dump_|force_host_platform_device_count)")
 _CALLBACK = re.compile(r"custom_call @\w*python\w*callback.* -> (?!\(\))")  # a callback whose result is used
 
 
-def describe_study(task: Task, plan: Plan, base_seed: int, paired_batches: bool) -> dict[str, Any]:
+def describe_study(
+    task: Task, plan: Plan, base_seed: int, paired_batches: bool, start: Start | None = None
+) -> dict[str, Any]:
     """Describes, in JSON-compatible values, what trials of a study share and what affects their results.
 
     Raises:
@@ -48,7 +51,9 @@ def describe_study(task: Task, plan: Plan, base_seed: int, paired_batches: bool)
     init = _lowered(task.start, key)
     loss = _lowered(differentiated, params, model_state, batch, key)
     metric = _lowered(task.validation_metric, params, model_state, validation)
+    began = None if start is None else (start.params, start.model_state, start.opt_state)
     return {
+        **({} if began is None else {"start data": _data(began)}),
         "training data": _data(task.train),
         "validation data": _data(task.validation),
         "batch size": task.batch_size,
@@ -90,12 +95,14 @@ def describe_arm(name: str, task: Task, spec: ArmSpec, plan: Plan, rate: float |
     train, validation = (jax.tree.map(_abstract, data) for data in (task.train, task.validation))
     index = jax.ShapeDtypeStruct((), np.int32)
 
-    def whole(trial, begin, end, train):
-        return functions.advance(functions.start(trial), trial, begin, end, train)
+    origin = jax.tree.map(_abstract, spec.origin)
+
+    def whole(trial, origin, begin, end, train):
+        return functions.advance(functions.start(trial, origin), trial, begin, end, train)
 
     try:
-        state = jax.eval_shape(functions.start, trial)
-        program = _lowered(whole, trial, index, index, train)
+        state = jax.eval_shape(functions.start, trial, origin)
+        program = _lowered(whole, trial, origin, index, index, train)
         evaluation = _lowered(functions.metric, state, train, validation)
     except Exception as error:
         at = "" if rate is None else f" at learning rate {rate}"

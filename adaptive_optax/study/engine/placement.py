@@ -110,7 +110,7 @@ def choose_placement(
     rate = None if spec.compilation == "once" else example_rate
 
     def compiled(placement: Placement) -> Program:
-        return program(task, spec.function, plan, placement, spec.evaluate, rate)
+        return program(task, spec.function, plan, placement, spec.evaluate, rate, spec.origin)
 
     return _choose(compiled, plan.steps, trials, mode, chunk)
 

@@ -15,6 +15,7 @@ from adaptive_optax.study.engine.chunks import Curves, Key, Results
 from adaptive_optax.study.engine.run import Run, Train, run_trial
 from adaptive_optax.study.engine.trials import Placement, Plan, as_trials, program
 from adaptive_optax.study.evaluation import Arm, Evaluate
+from adaptive_optax.study.start import Origin
 from adaptive_optax.study.task import Task
 
 OnProgress = Callable[[float], None]  # of a chunk, from 0 to 1
@@ -27,6 +28,7 @@ class ArmSpec(NamedTuple):
     compilation: str  # "once", or "per rate" for an arm that refuses a traced rate
     evaluate: Evaluate | None
     stream: int  # 0 if trials are paired by their seed
+    origin: Origin | None = None  # what trials begin with; None for the task's initial parameters
 
 
 class Trainer(Protocol):
@@ -70,7 +72,9 @@ class TaskTrainer:
     def train(self, keys: Sequence[Key], on_progress: OnProgress) -> Results:
         """Trains trials of one program."""
         spec, rate = self.arms[keys[0].arm], self._compiled_rate(keys[0])
-        compiled = program(self.task, spec.function, self.plan, self.placement, spec.evaluate, rate)
+        compiled = program(
+            self.task, spec.function, self.plan, self.placement, spec.evaluate, rate, spec.origin
+        )
         trials = as_trials(
             [key.rate for key in keys], [key.seed for key in keys], spec.stream, self.base_seed
         )

@@ -30,6 +30,7 @@ from adaptive_optax._core.undefined import lowest_unless, or_nan
 from adaptive_optax.monitoring.telemetry import measure
 from adaptive_optax.study.engine.chunks import Curves
 from adaptive_optax.study.evaluation import Arm, Evaluate, evaluated
+from adaptive_optax.study.start import Origin, with_carried
 from adaptive_optax.study.task import Task
 
 TRAINING_POINTS = 100  # windows over which the training loss is averaged
@@ -137,9 +138,11 @@ def make_trial(task: Task, arm: Arm, plan: Plan, evaluate: Evaluate | None) -> T
         order, loss = jax.random.split(jax.random.fold_in(rest, trial.stream))
         return initial, order, loss
 
-    def start(trial):
-        params, model_state = task.start(keys(trial)[0])
+    def start(trial, origin=None):
+        params, model_state = task.start(keys(trial)[0]) if origin is None else origin[:2]
         opt_state = arm(trial.rate, plan.steps).init(params)
+        if origin is not None:
+            opt_state = with_carried(opt_state, origin)
         seen = jnp.zeros((len(plan.telemetry_steps), len(TELEMETRY)), jnp.float32)
         return _State(params, model_state, opt_state, jnp.zeros(len(ends), real), seen)
 
@@ -219,10 +222,17 @@ class Program:
         plan: Steps and validation points.
         placement: How the trials are placed on the devices.
         evaluate: Returns what is judged; None for the trained parameters.
+        origin: What trials begin with; None for the task's initial parameters.
     """
 
     def __init__(
-        self, task: Task, arm: Arm, plan: Plan, placement: Placement, evaluate: Evaluate | None = None
+        self,
+        task: Task,
+        arm: Arm,
+        plan: Plan,
+        placement: Placement,
+        evaluate: Evaluate | None = None,
+        origin: Origin | None = None,
     ):
         self.plan: Plan = plan
         self.placement: Placement = placement
@@ -244,7 +254,12 @@ class Program:
             lambda x: jax.ShapeDtypeStruct((placement.width,), x.dtype, sharding=self._split),
             as_trials([0.0], [0]),
         )
-        self._start = compiled(each(functions.start), split, split, trials)
+
+        def start(trials, origin):
+            return each(lambda trial: functions.start(trial, origin))(trials)
+
+        self._origin = jax.device_put(origin, self._whole)
+        self._start = compiled(start, (split, whole), split, trials, self._origin)
         states = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._split), self._start.out_info
         )
@@ -315,7 +330,7 @@ class Program:
         """
         count = len(trials.rate)
         placed, active, home = self._place(trials)
-        states, metrics, begin = self._start(placed), [], 0
+        states, metrics, begin = self._start(placed, self._origin), [], 0
         for end in self.plan.validation_steps:
             states, metric = self._advance(states, placed, active, begin, end)
             if metrics:  # wait for the previous point, so that the devices always have work
@@ -333,7 +348,7 @@ class Program:
         """Times `steps` steps of a full chunk, and one evaluation."""
         width = self.placement.width
         trials, active, _ = self._place(as_trials(np.full(width, 1e-6), np.arange(width)))
-        states = jax.block_until_ready(self._start(trials))
+        states = jax.block_until_ready(self._start(trials, self._origin))
         began = time.perf_counter()
         jax.block_until_ready(self._advance(states, trials, active, 0, steps))
         return time.perf_counter() - began
@@ -414,7 +429,7 @@ def at_rate(arm: Arm, rate: float | None) -> Arm:
 
 
 class _ByIdentity:
-    """Compares functions by identity: functions that compare equal may do different things."""
+    """Compares values by identity: functions that compare equal may do different things."""
 
     def __init__(self, function: Any):
         self.function = function
@@ -433,16 +448,23 @@ def program(
     placement: Placement,
     evaluate: Evaluate | None,
     rate: float | None = None,
+    origin: Origin | None = None,
 ) -> Program:
     """Compiles an arm, or finds it already compiled for this task object; with `rate`, for that rate only."""
-    return _program(task, _ByIdentity(arm), plan, placement, _ByIdentity(evaluate), rate)
+    return _program(task, _ByIdentity(arm), plan, placement, _ByIdentity(evaluate), rate, _ByIdentity(origin))
 
 
 @functools.lru_cache(maxsize=32)
 def _program(
-    task: Task, arm: _ByIdentity, plan: Plan, placement: Placement, evaluate: _ByIdentity, rate: float | None
+    task: Task,
+    arm: _ByIdentity,
+    plan: Plan,
+    placement: Placement,
+    evaluate: _ByIdentity,
+    rate: float | None,
+    origin: _ByIdentity,
 ) -> Program:
-    return Program(task, at_rate(arm.function, rate), plan, placement, evaluate.function)
+    return Program(task, at_rate(arm.function, rate), plan, placement, evaluate.function, origin.function)
 
 
 @contextlib.contextmanager

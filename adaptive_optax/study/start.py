@@ -1,0 +1,106 @@
+"""A run under way, from which arms go on: should the learning rate decay now?
+
+Arms go on with the run's parameters and its optimizer's moments; their schedules and averages begin now.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from adaptive_optax._core.checks import check_integer
+from adaptive_optax._core.paths import paths_and_leaves
+from adaptive_optax.interop.transfer import carry_moments
+from adaptive_optax.study.task import ModelState, Params, Task
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Start:
+    """A checkpoint of a run under way.
+
+    Attributes:
+        params: The parameters, as the task's `init` returns them.
+        opt_state: The optimizer's state. Arms take over its moments with their counts, at any depth of chains
+            and wrappers: this library's, optax's (Adam's also as this library's), and those declared with
+            `carries_moments`. Everything else begins now: schedules, averages, accumulated gradients.
+        model_state: The model state, if the task has one.
+        step: The steps taken so far, for reports.
+
+    Raises:
+        ValueError: If `step` is not an integer of at least 0.
+
+    Examples:
+        >>> import adaptive_optax as ao, jax.numpy as jnp
+        >>> from adaptive_optax import study
+        >>> params = jnp.ones(3)
+        >>> start = study.Start(params, ao.adam(1e-3).init(params), step=0)
+    """
+
+    params: Params
+    opt_state: Any
+    model_state: ModelState = None
+    step: int = 0
+
+    def __post_init__(self) -> None:
+        check_integer("step", self.step, "[0, inf)")
+
+
+class Origin(NamedTuple):
+    """What the trials of an arm begin with.
+
+    Attributes:
+        params: The parameters.
+        model_state: The model state.
+        carried: The leaves of the arm's state that come from the run, by their number.
+    """
+
+    params: Params
+    model_state: ModelState
+    carried: dict[int, Any]
+
+
+def check_start(start: Any, task: Task) -> None:
+    """Refuses a start that does not fit the task.
+
+    Raises:
+        ValueError: If a leaf of the parameters or of the model state has another path, shape or dtype than in
+            the task.
+    """
+    if not isinstance(start, Start):
+        raise ValueError(f"start must be a study.Start, got {type(start).__name__}.")
+    expected = jax.eval_shape(task.start, jax.random.key(0))
+    for name, wanted in zip(("params", "model_state"), expected, strict=True):
+        has, needs = (_shapes(tree) for tree in (getattr(start, name), wanted))
+        for path in [*needs, *has]:
+            if has.get(path) != needs.get(path):
+                raise ValueError(
+                    f"start.{name} must be as in the task: {path!r} is {needs.get(path, 'nothing')} there, "
+                    f"got {has.get(path, 'nothing')}."
+                )
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    return {path: f"{jnp.result_type(x)}{list(np.shape(x))}" for path, x in paths_and_leaves(tree)}
+
+
+def origin_of(start: Start, opt_state: Any) -> Origin:
+    """Returns what the trials of an arm begin with.
+
+    Args:
+        start: The run.
+        opt_state: The arm's initial state, with concrete values.
+    """
+    before = jax.tree.leaves(opt_state)
+    after = jax.tree.leaves(carry_moments(start.opt_state, opt_state, start.params))
+    carried = {i: x for i, (x, old) in enumerate(zip(after, before, strict=True)) if x is not old}
+    return Origin(start.params, start.model_state, carried)
+
+
+def with_carried(opt_state: Any, origin: Origin) -> Any:
+    """Returns an arm's initial state with the leaves that come from the run."""
+    leaves, structure = jax.tree.flatten(opt_state)
+    return structure.unflatten(origin.carried.get(i, leaf) for i, leaf in enumerate(leaves))

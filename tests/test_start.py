@@ -1,0 +1,169 @@
+"""Going on from a run under way: what is taken over, what begins now, and what decaying now gains."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from quadratic import quadratic_task
+
+import adaptive_optax as ao
+from adaptive_optax import study
+from adaptive_optax.interop.transfer import carry_moments
+
+PARAMS = {"a": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.ones(3)}
+GRADIENTS = jax.tree.map(lambda x: jnp.cos(3 * x) + 0.5, PARAMS)
+
+
+def after(tx, steps=3):
+    """The state of a transformation after some steps."""
+    state = tx.init(PARAMS)
+    for i in range(steps):
+        _, state = tx.update(jax.tree.map(lambda g, i=i: g * (i + 1), GRADIENTS), state, PARAMS)
+    return state
+
+
+def same(a, b):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), a, b)
+
+
+# ---- What is taken over ----
+
+
+@pytest.mark.parametrize(
+    ("run", "arm"),
+    [
+        (ao.adam(1e-3), ao.adam(optax.linear_schedule(1e-3, 0, 10))),
+        (ao.adamw(1e-3, nu_storage="bfloat16"), ao.adamw(ao.warmup_cosine(1e-3, 10), nu_storage="bfloat16")),
+        (optax.adam(1e-3), optax.adamw(optax.linear_schedule(1e-3, 0, 10))),
+        (ao.rmsprop(1e-3), ao.rmsprop(optax.linear_schedule(1e-3, 0, 10))),
+        (ao.sgd(0.1, momentum=0.9), ao.sgd(optax.linear_schedule(1e-3, 0, 10), momentum=0.9)),
+        (optax.sgd(0.1, momentum=0.9), optax.sgd(optax.linear_schedule(1e-3, 0, 10), momentum=0.9)),
+        (optax.chain(ao.clip_by_global_norm(1.0), ao.adam(1e-3)), ao.telemetry(ao.adam(1e-3))),
+    ],
+)
+def test_moments_go_on_and_schedules_begin(run, arm):
+    state = carry_moments(after(run), arm.init(PARAMS), PARAMS)
+    continued, _ = run.update(GRADIENTS, after(run), PARAMS)
+    updates, _ = arm.update(GRADIENTS, state, PARAMS)
+    # The same direction; the rates of the first steps may differ.
+    cosine = sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.vdot(a, b), continued, updates)))
+    norms = optax.tree.norm(continued) * optax.tree.norm(updates)
+    if norms > 0:
+        assert cosine / norms > 0.99999
+    fresh = arm.init(PARAMS)
+    counts = [x for path, x in jax.tree.leaves_with_path(fresh) if "count" in str(path[-1])]
+    assert all(int(x) == 0 for x in counts)
+
+
+@pytest.mark.parametrize(
+    ("run", "arm"), [(optax.adamw(1e-3), ao.adam(1e-3)), (ao.adam(1e-3), optax.adam(1e-3))]
+)
+def test_adam_of_either_library_goes_on_in_the_other(run, arm):
+    state = carry_moments(after(run), arm.init(PARAMS), PARAMS)
+    updates, _ = arm.update(GRADIENTS, state, PARAMS)
+    expected, _ = optax.adam(1e-3).update(GRADIENTS, after(optax.adam(1e-3)), PARAMS)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), updates, expected)
+
+
+def test_a_schedule_of_the_run_does_not_go_on():
+    run = ao.adam(optax.linear_schedule(1.0, 0.0, 4))
+    arm = ao.adam(optax.linear_schedule(0.5, 0.0, 10))
+    state = carry_moments(after(run), arm.init(PARAMS), PARAMS)
+    assert float(ao.get_hyperparams(state)["learning_rate"]) == 0.5
+    assert int(state[0].count) == 3
+
+
+def test_an_average_begins_now():
+    run = optax.chain(ao.adam(1e-3), ao.average_parameters())
+    moved = jax.tree.map(lambda x: x + 5, PARAMS)
+    state = carry_moments(after(run), run.init(moved), moved)
+    same(ao.averaged_parameters(moved, state), moved)
+
+
+# ---- In a study ----
+
+CURVATURE, NOISE, RATE, STEPS, DIMENSIONS = 1.0, 1.0, 0.2, 8, 16
+TASK = quadratic_task(CURVATURE, NOISE, DIMENSIONS)
+ARMS = ["sgd:constant", "sgd:linear"]
+SETTINGS = {"learning_rates": [RATE], "steps": STEPS, "seeds": 24, "tuning_seeds": 1, "margin": 1e-3}
+
+
+def expected_square(start, rates):
+    """The mean square of the coordinates after steps with these rates, from where the run is."""
+    for rate in rates:
+        start = (1 - rate * CURVATURE) ** 2 * start + rate**2 * NOISE
+    return start
+
+
+def fork(value, **settings):
+    params = jnp.full(DIMENSIONS, value)
+    start = study.Start(params, ao.sgd(RATE).init(params), step=100)
+    return study.compare(TASK, ARMS, start=start, **SETTINGS | settings)
+
+
+@pytest.mark.parametrize(("value", "decision"), [(6.0, "worse"), ((RATE / 1.8) ** 0.5, "better")])
+def test_the_gain_of_decaying_now_is_the_closed_forms(value, decision):
+    found = fork(value)
+    linear = [RATE * (1 - i / STEPS) for i in range(STEPS)]
+    ends = [expected_square(value**2, rates) for rates in (STEPS * [RATE], linear)]
+    verdict = found.verdict()
+    gain = CURVATURE / 2 * (ends[1] - ends[0])
+    assert verdict.decision == decision
+    half = (verdict.interval_95[1] - verdict.interval_95[0]) / 2
+    assert abs(verdict.effect - gain) < 1.5 * half
+    assert found.details.best_rates == dict.fromkeys(ARMS, RATE) and not any(found.details.on_edge.values())
+    initial = CURVATURE / 2 * value**2
+    np.testing.assert_allclose(found.table["initial_metric"], initial, rtol=1e-5)
+
+
+def test_arms_go_on_from_the_same_place_as_the_run_itself():
+    tx = ao.adam(0.05)
+    params = TASK.init(jax.random.key(3))
+    state = tx.init(params)
+    for i in range(5):
+        gradient = jax.grad(TASK.loss)(params, None, jax.random.key(i))
+        updates, state = tx.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+    arms = {"same": lambda rate, steps: ao.adam(rate), "optax's": lambda rate, steps: optax.adam(rate)}
+    settings = SETTINGS | {"seeds": 5, "steps": 10, "learning_rates": [0.05]}
+    from_run = study.compare(TASK, arms, start=study.Start(params, state), **settings)
+    fresh = study.compare(TASK, arms, start=study.Start(params, ()), **settings)
+    ours, theirs = (from_run.table.query(f'arm == "{name}"')["final_metric"].to_numpy() for name in arms)
+    np.testing.assert_allclose(ours, theirs, rtol=1e-4)
+    assert np.abs(from_run.table["final_metric"] - fresh.table["final_metric"]).min() > 1e-6
+
+
+def test_a_resumed_fork_is_recognized_by_where_it_began(tmp_path):
+    first = fork(2.0, seeds=5, out=tmp_path)
+    again = fork(2.0, seeds=5, out=tmp_path)
+    assert first.table.equals(again.table)
+    with pytest.raises(ValueError, match="holds another study; changed: .*start data"):
+        fork(3.0, seeds=5, out=tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (3, "start must be a study.Start, got int"),
+        (
+            study.Start(jnp.ones(4), ()),
+            r"start.params must be as in the task: '' is float32\[16\] there, got float32\[4\]",
+        ),
+        (
+            study.Start(jnp.ones(16), (), {"x": jnp.ones(2)}),
+            "start.model_state must be as in the task: 'x' is nothing",
+        ),
+        (study.Start(jnp.ones(16, jnp.bfloat16), ()), "got bfloat16"),
+    ],
+)
+def test_a_start_that_does_not_fit_is_refused(start, message):
+    with pytest.raises(ValueError, match=message):
+        study.compare(TASK, ARMS, start=start, **SETTINGS)
+
+
+def test_a_step_is_a_count():
+    with pytest.raises(ValueError, match="step must be"):
+        study.Start(jnp.ones(3), (), step=-1)
