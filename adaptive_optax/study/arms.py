@@ -31,6 +31,10 @@ SCHEDULES: dict[str, Callable[[Any, int], Any]] = {
     "exponential": lambda peak, steps: schedules.exponential_decay(peak, steps, 0.01),
     "step": lambda peak, steps: schedules.step_decay(peak, 0.8, max(1, steps // 8)),
     "linear": lambda peak, steps: optax.linear_schedule(peak, 0.0, steps),
+    "1-sqrt": lambda peak, steps: schedules.warmup_stable_decay(
+        peak, steps, warmup_steps=0, decay_steps=steps, shape="1-sqrt"
+    ),
+    "halved": lambda peak, steps: peak / 2,
     "cosine": lambda peak, steps: schedules.warmup_cosine(peak, steps),
     "warmup_cosine": lambda peak, steps: schedules.warmup_cosine(peak, steps, warmup_steps=steps // 10),
     "warmup_stable_decay": lambda peak, steps: schedules.warmup_stable_decay(
@@ -96,6 +100,8 @@ def arm(name: str) -> NamedArm:
     | exponential | smoothly down to 1 % of the peak |
     | step | times 0.8 every T/8 steps, down to 21 % |
     | linear, cosine | down to 0 |
+    | 1-sqrt | down to 0, as one minus the root of the share of steps |
+    | halved | half the peak throughout: what a run under way may change to |
     | warmup_cosine | up for T/10, then down to 0 |
     | warmup_stable_decay | up for T/10, constant, down over the last T/5 |
     | inverse_sqrt | up for T/10, then proportional to 1/sqrt(step) |

@@ -79,7 +79,7 @@ def plot(record: Record, *, theme: str = "light") -> Figure:
         heading = f"{title}\n{axes.get_title(loc='left')}"
         style = {"color": THEMES[theme].ink, "fontsize": "medium", "parse_math": False}
         axes.set_title(heading, loc="left", **style)
-    _add_legend(figure, record, theme)
+    add_legend(figure, record, theme)
     return figure
 
 
@@ -96,7 +96,7 @@ def plot_one(record: Record, picture: str, *, theme: str = "light") -> Figure:
     figure = Figure(figsize=(6.4, 6.0), layout="constrained", facecolor=THEMES[theme].paper)
     PICTURES[picture](record, figure.subplots(), theme=theme)
     if picture != "differences":  # it names the arms itself
-        _add_legend(figure, record, theme)
+        add_legend(figure, record, theme)
     return figure
 
 
@@ -124,7 +124,7 @@ def to_svg(record: Record, picture: str, *, theme: str = "light", description: s
         figure = Figure(figsize=(_WIDTH, height / 72), layout="constrained")
         PICTURES[picture](record, figure.subplots(), theme=theme)
         if picture != "differences":
-            rows = _add_legend(figure, record, theme)
+            rows = add_legend(figure, record, theme)
             figure.set_figheight((height + 16 * rows) / 72)
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     svg = buffer.getvalue()
@@ -140,7 +140,7 @@ def to_svg(record: Record, picture: str, *, theme: str = "light", description: s
     return Markup(re.sub(r"<svg[^>]*>", lambda _: head, svg, count=1).strip())
 
 
-def _add_legend(figure: Figure, record: Record, theme: str) -> int:
+def add_legend(figure: Figure, record: Record, theme: str) -> int:
     """Adds a legend of the arms below, in as many columns as fit; returns the number of rows."""
     styles = arm_styles(record, theme)
     handles = [Line2D([], [], markersize=5, **style) for style in styles.values()]

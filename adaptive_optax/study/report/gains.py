@@ -1,0 +1,58 @@
+"""The picture of `decay_now`: what every arm gains, against the step at which it began."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from adaptive_optax._core.checks import check_choice
+from adaptive_optax._core.drawing import THEMES, dress, set_range
+from adaptive_optax.study.record import Record
+from adaptive_optax.study.report.figures import add_legend
+from adaptive_optax.study.report.pictures import arm_styles
+
+
+def plot_gains(steps: Sequence[int], records: Sequence[Record], *, theme: str = "light") -> Figure:
+    """Makes a figure of gains with their intervals, not registered with pyplot.
+
+    Args:
+        steps: Where the run was continued.
+        records: A comparison for each step.
+        theme: "light" or "dark".
+    """
+    check_choice("theme", theme, THEMES)
+    colours, last = THEMES[theme], records[-1]
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained", facecolor=colours.paper)
+    axes = figure.subplots()
+    better = "above 0 is better" if last.direction.maximize else "below 0 is better"
+    dress(axes, colours, f"gain in {last.details.metric_name} over the constant rate", "step of the run")
+    styles = arm_styles(last, theme)
+    span = (max(steps) - min(steps)) or 1
+    seen = [np.zeros(1)]
+    rivals = last.details.rivals
+    for i, arm in enumerate(rivals):
+        verdicts = [record.verdicts[arm] for record in records]
+        effect = np.array([verdict.effect for verdict in verdicts])
+        low, high = np.array([verdict.interval for verdict in verdicts]).T
+        shifted = np.array(steps) + 0.02 * span * (i - (len(rivals) - 1) / 2)  # so that bars do not hide bars
+        axes.errorbar(
+            shifted,
+            effect,
+            yerr=[effect - low, high - effect],
+            **styles[arm],
+            markersize=5,
+            capsize=2,
+            linewidth=1.2,
+        )
+        seen += [low, high]
+    axes.axhline(0, color=styles[last.details.baseline]["color"], linewidth=1)
+    values = np.concatenate(seen)
+    values = values[np.isfinite(values)]
+    set_range(axes, float(values.min()), float(values.max()), log=False)
+    axes.set_xticks(list(steps), [f"{step:,}" for step in steps])
+    axes.set_xlim(min(steps) - 0.1 * span, max(steps) + 0.1 * span)
+    axes.set_xlabel(f"step of the run at which the arms began ({better})", color=colours.muted)
+    add_legend(figure, last, theme)
+    return figure
