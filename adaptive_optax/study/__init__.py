@@ -46,6 +46,8 @@ from adaptive_optax.study.start import Start as Start
 from adaptive_optax.study.statistics.judge import judge as judge
 from adaptive_optax.study.statistics.ramp import suggest as suggest
 from adaptive_optax.study.statistics.verdict import Verdict as Verdict
+from adaptive_optax.study.status import Status as Status
+from adaptive_optax.study.status import read_status as read_status
 from adaptive_optax.study.task import Batch as Batch
 from adaptive_optax.study.task import ModelState as ModelState
 from adaptive_optax.study.task import Params as Params

@@ -18,7 +18,14 @@ from adaptive_optax._core.checks import check_integer
 from adaptive_optax.study.arms import OPTIMIZERS, SCHEDULES
 from adaptive_optax.study.comparison import compare
 from adaptive_optax.study.engine.store import check_folder
-from adaptive_optax.study.loading import load_arm, load_arms, load_task
+from adaptive_optax.study.loading import (
+    load_arm,
+    load_arms,
+    load_function,
+    load_starts,
+    load_subject,
+    load_task,
+)
 from adaptive_optax.study.origin import described
 from adaptive_optax.study.report.findings import judge_all
 from adaptive_optax.study.report.page import print_summary
@@ -41,7 +48,8 @@ TaskArgument = Annotated[
     typer.Argument(
         metavar="MODULE:TASK",
         help="A study.Task, or a function without arguments that makes one: 'package.module:task' or "
-        "'path/to/file.py:task'. Built in: adaptive_optax.study.tasks:localization and :text.",
+        "'path/to/file.py:task'. Built in: adaptive_optax.study.tasks:localization and :text. compare also "
+        "takes a training function of your own, train(run).",
         show_default=False,
     ),
 ]
@@ -116,9 +124,7 @@ def compare_command(
     with _plain_errors(show_traceback):
         rates = _numbers("learning-rates", learning_rates)
         _split_cpu(cpu_devices)
-        loaded = load_task(task)
-        if maximize is not None:
-            loaded = dataclasses.replace(loaded, maximize=maximize)
+        loaded = load_subject(task)
         sources = load_arms(arms)
         try:
             comparison = compare(
@@ -133,6 +139,7 @@ def compare_command(
                 base_seed=base_seed,
                 mode=mode,
                 chunk=chunk,
+                maximize=maximize,
             )
         except KeyboardInterrupt as error:
             _report_saved_trials(vars(error).get("comparison"), out, console)
@@ -210,6 +217,94 @@ def lr_find_command(
                 console.print(f"Picture: {picture}", markup=False)
             if lost:
                 raise typer.Exit(FAILED)
+
+
+@app.command("decay-now")
+def decay_now_command(
+    start: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODULE:START",
+            help="Where a run is: a study.Start, several (checkpoints of one run), or a function without "
+            "arguments that returns them.",
+            show_default=False,
+        ),
+    ],
+    task: Annotated[
+        str | None,
+        typer.Option(help="MODULE:TASK.", show_default="task, in the same module"),
+    ] = None,
+    steps: Annotated[int, typer.Option(help="The steps that are left.")] = 1000,
+    learning_rate: Annotated[
+        float | None, typer.Option(help="The run's rate now.", show_default="read from the optimizer's state")
+    ] = None,
+    optimizer: Annotated[
+        str,
+        typer.Option(
+            help=f"The run's optimizer: {', '.join(OPTIMIZERS)}; or 'package.module:function', a function of "
+            "a learning rate or schedule."
+        ),
+    ] = "adam",
+    seeds: Annotated[int, typer.Option(help="Orders of the batches to try, at least 5.")] = 8,
+    margin: Annotated[
+        float | None,
+        typer.Option(
+            help="Differences below this count as equivalent, in the metric's units.",
+            show_default="1 % of the metric",
+        ),
+    ] = None,
+    out: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder for reports, picture and finished trials; run again to resume.", show_default=False
+        ),
+    ] = None,
+    cpu_devices: CpuDevices = 0,
+    show_traceback: Traceback = False,
+) -> None:
+    """Says whether a run under way should decay its learning rate now, and what waiting would cost."""
+    from adaptive_optax.study.decay_now import decay_now
+
+    console = Console(highlight=False)
+    with _plain_errors(show_traceback):
+        folder = None if out is None else check_folder("--out", out)
+        _split_cpu(cpu_devices)
+        starts = load_starts(start)
+        loaded = load_task(f"{start.rpartition(':')[0]}:task" if task is None else task)
+        made_by = optimizer if optimizer in OPTIMIZERS else load_function("--optimizer", optimizer)
+        found = decay_now(
+            loaded, starts, steps=steps, learning_rate=learning_rate, optimizer=made_by, seeds=seeds,
+            margin=margin, out=folder,
+        )  # fmt: skip
+        console.print(found.sentence, markup=False)
+        print_summary(found.comparisons[-1], console)
+        if folder is not None:
+            picture = folder / "decay_now.png"
+            files: dict[Path, Callable[[Path], object]] = {
+                folder / "decay_now.csv": lambda path: found.table.to_csv(path, index=False),
+                picture: lambda path: found.plot().savefig(path, dpi=150),
+            }
+            for step, comparison in zip(found.steps, found.comparisons, strict=True):
+                files[folder / f"report_{step}.html"] = comparison.to_html
+            lost = _write(files, show_traceback)
+            if picture not in lost:
+                console.print(f"\nPicture: {picture}", markup=False)
+            if lost:
+                raise typer.Exit(FAILED)
+
+
+@app.command("status")
+def status_command(
+    folder: Annotated[
+        str, typer.Argument(metavar="DIR", help="The folder given as --out, or out=.", show_default=False)
+    ],
+    show_traceback: Traceback = False,
+) -> None:
+    """Shows how far a study has come that runs elsewhere: in another process, or on a cluster."""
+    from adaptive_optax.study.status import read_status
+
+    with _plain_errors(show_traceback):
+        read_status(folder).print(Console(highlight=False))
 
 
 def main() -> None:

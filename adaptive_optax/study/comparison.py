@@ -235,26 +235,34 @@ def compare(
         best = {name: [rate] for name, rate in details.best_rates.items()}
         return keys({name: grid.rates for name, grid in tuned.items()}, tuning) + keys(best, fresh)
 
-    def so_far() -> Comparison:
-        """The comparison of the finished trials."""
-        now = dataclasses.replace(
+    def known() -> Details:
+        """The details by now."""
+        return dataclasses.replace(
             details,
             grid={name: tuple(grid.rates) for name, grid in tuned.items()},
             grown={name: tuple(grid.grown) for name, grid in tuned.items()},
             seconds=round(time.perf_counter() - began, 3),
         )
-        return collect(runner.results if runner else {}, asked_for(), subject, now)
+
+    def so_far() -> Comparison:
+        """The comparison of the finished trials."""
+        return collect(runner.results if runner else {}, asked_for(), subject, known())
+
+    def train(wanted: list[Key], phase: str, runner: Runner) -> None:
+        if store is not None:
+            store.save_details(known().as_json())
+        runner.run(wanted, phase)
 
     total = sum(len(grid) * tuning_seeds for grid in grids.values()) + len(arms) * seeds
     with one_study(), TrialProgress(total, progress, direction) as bar:
         try:
             most = max(seeds, *(len(grid) * tuning_seeds for grid in grids.values()))
-            trainer, known = subject.trainer(store, executor, trials=most)
-            details = dataclasses.replace(details, **known)
+            trainer, chosen = subject.trainer(store, executor, trials=most)
+            details = dataclasses.replace(details, **chosen)
             runner = Runner(trainer, store, bar, executor)
             wanted, means = keys(grids, tuning), {}
             while wanted:
-                runner.run(wanted, "tuning")
+                train(wanted, "tuning", runner)
                 _refuse_broken(runner.results, arms)
                 means = tuning_means(so_far().table, direction)
                 wanted = keys({name: grid.extend(means[name]) for name, grid in tuned.items()}, tuning)
@@ -266,7 +274,7 @@ def compare(
                 for name, grid in tuned.items()
             }
             details = dataclasses.replace(details, best_rates=best, on_edge=on_edge)
-            runner.run(keys({name: [rate] for name, rate in best.items()}, fresh), "verdict")
+            train(keys({name: [rate] for name, rate in best.items()}, fresh), "verdict", runner)
             looks = store.look(Look(seeds, baseline, best)) if store else [Look(seeds, baseline, best)]
         except BaseException as error:
             partial = so_far()
@@ -278,6 +286,8 @@ def compare(
             if runner is not None:
                 runner.close()
     details = dataclasses.replace(details, looks=tuple(look.seeds for look in looks))
+    if store is not None:
+        store.save_details(known().as_json())
     return so_far()
 
 

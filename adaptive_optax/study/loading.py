@@ -5,15 +5,19 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, cast
 
 from adaptive_optax.study.arms import OPTIMIZERS, arm
+from adaptive_optax.study.engine.run import Train
 from adaptive_optax.study.evaluation import Arm
 from adaptive_optax.study.origin import described
+from adaptive_optax.study.start import Start
 from adaptive_optax.study.task import Task
 
 
@@ -23,7 +27,54 @@ def load_task(name: str) -> Task:
     Raises:
         ValueError: If there is no such task. For an error in the user's code, the message has file and line.
     """
+    return _as_task(name, _load("MODULE:TASK must name a module and a task", name))
+
+
+def load_subject(name: str) -> Task | Train:
+    """Loads `MODULE:TASK`, or `MODULE:TRAIN`: a training function, which takes one argument, the run.
+
+    Raises:
+        ValueError: As `load_task`.
+    """
     found = _load("MODULE:TASK must name a module and a task", name)
+    if callable(found) and not isinstance(found, Task) and _takes_a_run(found):
+        return found
+    return _as_task(name, found)
+
+
+def load_starts(name: str) -> list[Start]:
+    """Loads `MODULE:START`: a start, several, or a function without arguments that returns them.
+
+    Raises:
+        ValueError: If there is none. For an error in the user's code, the message has file and line.
+    """
+    found = _load("MODULE:START must name a module and a start", name)
+    if callable(found) and not isinstance(found, Start):
+        try:
+            found = found()
+        except (Exception, SystemExit) as error:
+            raise ValueError(
+                f"{name} must return starts when called without arguments: {described(error)}."
+            ) from error
+    starts = [found] if isinstance(found, Start) else found
+    if not (isinstance(starts, list | tuple) and starts and all(isinstance(each, Start) for each in starts)):
+        raise ValueError(
+            f"{name} must be a study.Start, several, or return them, got {type(found).__name__}."
+        )
+    return list(starts)
+
+
+def _takes_a_run(function: Any) -> bool:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # written in C
+        return False
+    needed = [p for p in parameters if p.default is p.empty]
+    return any(p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in needed)
+
+
+def _as_task(name: str, found: Any) -> Task:
+    """A task, made by a function if it is one."""
     if callable(found) and not isinstance(found, Task):
         try:
             found = found()
@@ -89,6 +140,18 @@ def load_arm(text: str) -> LoadedArm:
             f"{spec} must be an arm, a function of (learning_rate, total_steps), got {type(found).__name__}."
         )
     return LoadedArm(given or spec.rpartition(":")[2], cast(Arm, found), spec)
+
+
+def load_function(option: str, name: str) -> Callable[..., Any]:
+    """Loads `MODULE:FUNCTION`.
+
+    Raises:
+        ValueError: If there is none; the message names the option.
+    """
+    found = _load(f"{option} must name a module and a function", name)
+    if not callable(found):
+        raise ValueError(f"{option} must name a function, got {type(found).__name__} at {name!r}.")
+    return found
 
 
 def _load(what: str, name: str) -> Any:

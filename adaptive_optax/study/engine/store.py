@@ -2,6 +2,7 @@
 
     study.json      the study's identity: what its trials share, and digests of every arm's programs
     looks.json      the looks so far, in order
+    details.json    what was asked for and chosen so far, for `adaptive-optax status`; nothing else reads it
     layout.json     the placement: how trials are distributed over the devices
     trials/*.npz    one file per finished chunk
     locks/*         held by the process that runs a chunk, released by the system if it dies
@@ -38,6 +39,7 @@ from adaptive_optax.study.engine.chunks import (
 )
 
 FORMAT = 2  # of the folder; increase it whenever the engine trains differently or the files change
+DETAILS = "details.json"
 ANY_RATE = "any"  # replaces the rate, for an arm whose program takes it as an argument
 
 
@@ -217,6 +219,10 @@ class Store:
             if before is None:
                 self._save("layout.json", placement)
             return before or placement
+
+    def save_details(self, details: dict[str, Any]) -> None:
+        """Saves what is asked for and what has been chosen, for those who watch."""
+        self._save(DETAILS, details)
 
     def look(self, look: Look) -> list[Look]:
         """Records what a verdict is drawn from; returns the looks up to the first equal one, in order."""

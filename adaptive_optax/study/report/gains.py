@@ -6,9 +6,10 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 
 from adaptive_optax._core.checks import check_choice
-from adaptive_optax._core.drawing import THEMES, dress, set_range
+from adaptive_optax._core.drawing import THEMES, dress, plain, set_range
 from adaptive_optax.study.record import Record
 from adaptive_optax.study.report.figures import add_legend
 from adaptive_optax.study.report.pictures import arm_styles
@@ -51,6 +52,11 @@ def plot_gains(steps: Sequence[int], records: Sequence[Record], *, theme: str = 
     values = np.concatenate(seen)
     values = values[np.isfinite(values)]
     set_range(axes, float(values.min()), float(values.max()), log=False)
+    now = np.array([verdict.interval for verdict in last.verdicts.values()])
+    resolved = float(np.nanmax(np.abs(now))) if np.isfinite(now).any() else 0.0
+    if np.abs(values).max() > 10 * resolved > 0:  # early on, decaying loses far more than it gains later
+        axes.set_yscale("symlog", linthresh=2 * resolved, linscale=2.0)
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
     axes.set_xticks(list(steps), [f"{step:,}" for step in steps])
     axes.set_xlim(min(steps) - 0.1 * span, max(steps) + 0.1 * span)
     axes.set_xlabel(f"step of the run at which the arms began ({better})", color=colours.muted)

@@ -1,0 +1,153 @@
+"""How far a study has come that runs elsewhere, read from its folder without disturbing it."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import filelock
+import numpy as np
+import pandas as pd
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from adaptive_optax._core.names import shortened, visible
+from adaptive_optax.study.details import Details
+from adaptive_optax.study.engine.chunks import Results, Unusable, unpack
+from adaptive_optax.study.engine.store import DETAILS
+from adaptive_optax.study.report.findings import duration
+from adaptive_optax.study.result import FIRST_FRESH_SEED
+from adaptive_optax.study.statistics.paired import mean_and_error
+
+
+class Status(NamedTuple):
+    """How far a study has come.
+
+    Attributes:
+        details: What was asked for, and what tuning has chosen so far.
+        table: One row per arm: finished and wanted trials of tuning and of the verdict, the leading rate, the
+            mean final metric there with its standard error, and failed trials.
+        running: Chunks that processes are training now.
+        seconds_since: Seconds since the last trial finished; NaN if none has.
+    """
+
+    details: Details
+    table: pd.DataFrame
+    running: int
+    seconds_since: float
+
+    @property
+    def finished(self) -> int:
+        """The number of finished trials."""
+        return int(self.table[["tuned", "judged"]].to_numpy().sum())
+
+    @property
+    def wanted(self) -> int:
+        """The number of trials that are known to be wanted; grids may still grow."""
+        return int(self.table[["to_tune", "to_judge"]].to_numpy().sum())
+
+    def print(self, console: Console | None = None) -> None:
+        """Prints the state of every arm."""
+        console = Console(highlight=False) if console is None else console
+        details = self.details
+        judged = f"judged with {details.looks[-1]} seeds" if details.looks else "no verdict yet"
+        console.print(
+            Text(visible(f"{details.task}: {self.finished} of {self.wanted} trials, {judged}"), "bold")
+        )
+        if np.isfinite(self.seconds_since):
+            ago = duration(self.seconds_since)
+            console.print(f"{self.running} chunks are running; the last trial finished {ago} ago.")
+        table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+        table.add_column("arm", overflow="fold")
+        for name in ("tuning", "fresh", "rate", "metric", "failed"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for arm, row in self.table.to_dict("index").items():
+            error = f" ± {row['standard_error']:.2g}" if np.isfinite(row["standard_error"]) else ""
+            known = np.isfinite(row["final_metric"])
+            table.add_row(
+                Text(shortened(str(arm), 60)),
+                f"{row['tuned']}/{row['to_tune']}",
+                f"{row['judged']}/{row['to_judge']}",
+                f"{row['learning_rate']:g}" if known else "-",
+                f"{row['final_metric']:.4g}{error}" if known else "-",
+                str(row["failed"]),
+            )
+        console.print(table)
+
+
+def read_status(path: str | os.PathLike[str]) -> Status:
+    """Reads how far the study in a folder has come.
+
+    Args:
+        path: The folder that was given as `out`.
+
+    Raises:
+        ValueError: If it is not a folder of `compare`, or its study was begun by an earlier version.
+    """
+    folder = Path(path)
+    try:
+        details = Details.from_json(json.loads((folder / DETAILS).read_text()))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"path must be a folder that compare saves to, got {str(path)!r}: {DETAILS} cannot be read."
+        ) from error
+    results, newest = _finished(folder)
+    rows = {arm: _row(details, arm, results) for arm in details.arms}
+    since = time.time() - newest if newest else float("nan")
+    return Status(details, pd.DataFrame.from_dict(rows, orient="index"), _running(folder), since)
+
+
+def _finished(folder: Path) -> tuple[Results, float]:
+    """The finished trials, and when the last one was written; damaged files are left to the study."""
+    results, newest = {}, 0.0
+    for file in folder.glob("trials/*.npz"):
+        try:
+            results |= unpack(file.read_bytes())
+            newest = max(newest, file.stat().st_mtime)
+        except (OSError, Unusable):
+            continue
+    return results, newest
+
+
+def _running(folder: Path) -> int:
+    """The number of chunks whose locks are held."""
+    held = 0
+    for file in folder.glob("locks/*"):
+        if file.name != "study":
+            lock = filelock.FileLock(file)
+            try:
+                lock.acquire(timeout=0)
+                lock.release()
+            except filelock.Timeout:
+                held += 1
+    return held
+
+
+def _row(details: Details, arm: str, results: Results) -> dict[str, object]:
+    direction, grid = details.direction, details.grid.get(arm, ())
+    found = {key: float(curves.validation[-1]) for key, curves in results.items() if key.arm == arm}
+    tuned = {key: x for key, x in found.items() if key.seed < FIRST_FRESH_SEED and key.rate in grid}
+    chosen = details.best_rates.get(arm)
+    fresh = {key: x for key, x in found.items() if key.seed >= FIRST_FRESH_SEED and key.rate == chosen}
+    by_rate: dict[float, list[float]] = {}
+    for key, x in (fresh or tuned).items():
+        by_rate.setdefault(key.rate, []).append(x)
+    means = {rate: mean_and_error(np.array(values)) for rate, values in by_rate.items()}
+    measured = [rate for rate, (mean, _) in means.items() if np.isfinite(mean)]
+    best = min(measured, key=lambda rate: direction.cost(means[rate][0])) if measured else float("nan")
+    mean, error = means.get(best, (float("nan"), float("nan")))
+    return {
+        "tuned": len(tuned),
+        "to_tune": len(grid) * details.tuning_seeds,
+        "judged": len(fresh),
+        "to_judge": details.seeds,
+        "learning_rate": best,
+        "final_metric": mean,
+        "standard_error": error,
+        "failed": sum(bool(str(results[key].error)) for key in [*tuned, *fresh]),
+    }
