@@ -74,7 +74,7 @@ class DecayNow:
             columns = ["arm", "final_metric", "standard_error", "effect", "low", "high", "decision"]
             rows.append(summary[columns].rename(columns={"effect": "gain"}).assign(step=step))
         table = pd.concat(rows, ignore_index=True)
-        return table[["step", *table.columns.drop("step")]]
+        return pd.DataFrame(table, columns=["step", *table.columns.drop("step")])
 
     def best(self, at: int = -1) -> Verdict:
         """The verdict on the arm with the best mean final metric among those that decay or average.
@@ -258,12 +258,13 @@ def _arms(optimizer: Any) -> dict[str, Arm]:
             f"optimizer must name one of {', '.join(OPTIMIZERS)}, or be a function of a learning rate, "
             f"got {optimizer!r}."
         )
+    build: Callable[[Any], optax.GradientTransformation] = optimizer
 
     def scheduled(learning_rate: jax.Array, steps: int, schedule: str) -> optax.GradientTransformation:
-        return optimizer(SCHEDULES[schedule](learning_rate, steps))
+        return build(SCHEDULES[schedule](learning_rate, steps))
 
     def averaged(learning_rate: jax.Array, steps: int) -> optax.GradientTransformation:
-        return optax.chain(optimizer(learning_rate), average_parameters())
+        return optax.chain(build(learning_rate), average_parameters())
 
     arms: dict[str, Arm] = {name: functools.partial(scheduled, schedule=name) for name in (CONSTANT, *DECAYS)}
     return arms | {AVERAGED: averaged}
