@@ -167,3 +167,70 @@ def test_a_start_that_does_not_fit_is_refused(start, message):
 def test_a_step_is_a_count():
     with pytest.raises(ValueError, match="step must be"):
         study.Start(jnp.ones(3), (), step=-1)
+
+
+# ---- decay_now ----
+
+
+def checkpoints(steps, optimizer=ao.sgd, rate=0.2):
+    """A run of the task, far from its minimum at first, at some of its steps."""
+    tx, params = optimizer(rate), 6 * jnp.ones(DIMENSIONS)
+    state, found = tx.init(params), []
+    for i in range(max(steps) + 1):
+        if i in steps:
+            found.append(study.Start(params, state, step=i))
+        updates, state = tx.update(jax.grad(TASK.loss)(params, None, jax.random.key(i)), state, params)
+        params = optax.apply_updates(params, updates)
+    return found
+
+
+@pytest.fixture(scope="module")
+def found():
+    """Decaying at the beginning of a run, and at its noise floor."""
+    return study.decay_now(TASK, checkpoints((40, 0)), steps=STEPS, optimizer="sgd", seeds=16, margin=1e-3)
+
+
+def test_it_says_whether_to_decay_now_and_what_waiting_costs(found):
+    assert found.steps == (0, 40)
+    assert found.comparisons[0].verdicts["linear"].decision == "worse"
+    assert found.best().decision == "better" and found.best(0).decision == "worse"
+    assert found.sentence.startswith("Decay now: from step 40, ")
+    assert "waiting lost nothing" in found.sentence
+    assert repr(found) == found.sentence
+
+
+def test_its_table_and_picture_show_every_checkpoint(found):
+    table = found.table
+    assert list(table.columns[:3]) == ["step", "arm", "final_metric"] and len(table) == 10
+    verdict = found.comparisons[1].verdicts["1-sqrt"]
+    row = table[(table["step"] == 40) & (table["arm"] == "1-sqrt")].iloc[0]
+    assert (row["gain"], row["low"], row["high"]) == (verdict.effect, *verdict.interval)
+    axes = found.plot().axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "40"]
+    assert axes.get_yscale() == "symlog"  # the loss at the beginning would hide the gain at the end
+
+
+def test_the_rate_is_read_from_the_state_and_the_optimizer_may_be_ones_own(tmp_path):
+    start = checkpoints((2,), ao.adam, 0.05)
+    settings = {"steps": 4, "seeds": 5, "margin": 1.0, "out": tmp_path}
+    one = study.decay_now(TASK, start, optimizer=lambda rate: ao.adam(rate), **settings)
+    assert set(one.comparisons[0].details.best_rates.values()) == {float(np.float32(0.05))}
+    assert (tmp_path / "step_2" / "study.json").exists()
+    assert "waiting" not in one.sentence
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"start": []}, "start must be a study.Start, or several"),
+        ({"start": [3]}, "start must be a study.Start, or several"),
+        ({"start": 2 * checkpoints((0,))}, r"start must have checkpoints of different steps, got \[0, 0\]"),
+        ({"start": study.Start(jnp.ones(16), ())}, "learning_rate must be given: .* got none"),
+        ({"optimizer": "adamax"}, "optimizer must be one of"),
+        ({"optimizer": 3}, "optimizer must name one of"),
+        ({"learning_rate": -1.0}, "learning_rates must be one or more positive"),
+    ],
+)
+def test_mistaken_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        study.decay_now(TASK, **{"start": checkpoints((0,)), "steps": 4, "margin": 1.0} | arguments)

@@ -12,7 +12,7 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import numpy as np
@@ -203,9 +203,10 @@ def decay_now(
         >>> found.best().decision
         'better'
     """
-    starts = sorted([start] if isinstance(start, Start) else list(start), key=lambda each: each.step)
+    starts = [start] if isinstance(start, Start) else list(start)
     if not starts or not all(isinstance(each, Start) for each in starts):
         raise ValueError(f"start must be a study.Start, or several, got {start!r}.")
+    starts = sorted(starts, key=lambda each: each.step)
     numbers = [int(each.step) for each in starts]
     if len(set(numbers)) < len(numbers):
         raise ValueError(f"start must have checkpoints of different steps, got {numbers}.")
@@ -236,11 +237,12 @@ def decay_now(
 
 def _current_rate(start: Start) -> float:
     """The learning rate in a state."""
-    rates = [
-        float(np.asarray(value))
-        for name, value in get_hyperparams(start.opt_state).items()
-        if name.rpartition("/")[2] == "learning_rate"
-    ]
+    try:
+        known = get_hyperparams(start.opt_state)
+    except ValueError:  # there are none in it
+        known = {}
+    named = [value for name, value in known.items() if name.rpartition("/")[2] == "learning_rate"]
+    rates = [float(np.asarray(value)) for value in named]
     if len(rates) != 1 or not rates[0] > 0:
         found = "none" if not rates else ", ".join(f"{rate:g}" for rate in rates)
         raise ValueError(
@@ -258,7 +260,7 @@ def _arms(optimizer: Any) -> dict[str, Arm]:
             f"optimizer must name one of {', '.join(OPTIMIZERS)}, or be a function of a learning rate, "
             f"got {optimizer!r}."
         )
-    build: Callable[[Any], optax.GradientTransformation] = optimizer
+    build = cast(Callable[[Any], optax.GradientTransformation], optimizer)
 
     def scheduled(learning_rate: jax.Array, steps: int, schedule: str) -> optax.GradientTransformation:
         return build(SCHEDULES[schedule](learning_rate, steps))
