@@ -72,7 +72,8 @@ class DecayNow:
         for step, comparison in zip(self.steps, self.comparisons, strict=True):
             summary = comparison.summary.reset_index()
             columns = ["arm", "final_metric", "standard_error", "effect", "low", "high", "decision"]
-            rows.append(summary[columns].rename(columns={"effect": "gain"}).assign(step=step))
+            chosen = pd.DataFrame(summary, columns=columns)
+            rows.append(chosen.rename(columns={"effect": "gain"}).assign(step=step))
         table = pd.concat(rows, ignore_index=True)
         return pd.DataFrame(table, columns=["step", *table.columns.drop("step")])
 
