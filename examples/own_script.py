@@ -1,6 +1,6 @@
 """A verdict on one's own training script: should its learning rate decay?
 
-`train` below is a plain training loop, as people write it: a small network on scikit-learn's digits, with batches
+`train` below is a plain training loop: a small network on the digits of scikit-learn, with batches
 split over all devices (a mesh inside the function is its own business). The lines marked with > are all that
 a study asks of it: take what differs between trials from `run`, report the metric, return the final one.
 
