@@ -49,7 +49,10 @@ def test_it_shows_arm_trials_best_and_time_in_a_terminal(screen):
     assert "two (verdict)" in text
     trials = len(comparison.table)
     assert f"{trials}/{trials} trials" in text
-    assert f"best {comparison.table['final_metric'].min():.4g}" in text
+    assert "trials of 4 steps; the first took" in text
+    assert "s per step: about" in " ".join(text.split())
+    leader = comparison.summary["final_metric"].idxmin()
+    assert f"leading: {leader} {comparison.summary['final_metric'].min():.4g} ± " in text
     assert "left" in text
 
 

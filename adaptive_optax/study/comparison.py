@@ -254,7 +254,7 @@ def compare(
         runner.run(wanted, phase)
 
     total = sum(len(grid) * tuning_seeds for grid in grids.values()) + len(arms) * seeds
-    with one_study(), TrialProgress(total, progress, direction) as bar:
+    with one_study(), TrialProgress(total, progress, direction, steps) as bar:
         try:
             most = max(seeds, *(len(grid) * tuning_seeds for grid in grids.values()))
             trainer, chosen = subject.trainer(store, executor, trials=most)

@@ -19,8 +19,8 @@ from rich.text import Text
 from adaptive_optax._core.names import shortened, visible
 from adaptive_optax.study.details import Details
 from adaptive_optax.study.engine.chunks import Results, Unusable, unpack
+from adaptive_optax.study.engine.progress import duration
 from adaptive_optax.study.engine.store import DETAILS
-from adaptive_optax.study.report.findings import duration
 from adaptive_optax.study.result import FIRST_FRESH_SEED
 from adaptive_optax.study.statistics.paired import mean_and_error
 

@@ -3,35 +3,49 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from adaptive_optax._core.names import shortened
 from adaptive_optax.study.direction import MINIMIZE, Direction
 from adaptive_optax.study.engine.chunks import Key
 from adaptive_optax.study.statistics.paired import mean_and_error
 
+SHOWN = 3  # leading arms
+
+
+class _Bar(Progress):
+    """A progress bar with a line below."""
+
+    below: str = ""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        yield self.make_tasks_table(self.tasks)
+        if self.below:
+            yield Text(self.below, style="dim", no_wrap=True, overflow="ellipsis")
+
 
 class TrialProgress:
-    """Shows the current arm, the number of finished trials, the leading arm and the time left.
+    """Shows what is running, the number of finished trials, the time left, the cost and the leading arms.
 
     Args:
         total: The number of trials known so far.
         show: Whether to show anything; None shows it if the output is a terminal.
         direction: Which metrics are better.
+        steps: Training steps per trial, for the estimate of the cost; 0 for no estimate.
     """
 
-    def __init__(self, total: int, show: bool | None = None, direction: Direction = MINIMIZE):
+    def __init__(self, total: int, show: bool | None = None, direction: Direction = MINIMIZE, steps: int = 0):
         console = Console(stderr=True)
-        self._bar = Progress(
+        self._bar = _Bar(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             TextColumn("{task.completed:.0f}/{task.total:.0f} trials"),
-            TextColumn("{task.fields[best]}", markup=False),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -39,9 +53,9 @@ class TrialProgress:
             expand=True,
             disable=not (console.is_terminal if show is None else show),
         )
-        self._task = self._bar.add_task("starting", total=total, best="")
-        self._total, self._direction = total, direction
-        self._metrics: dict[str, dict[tuple[str, float], list[float]]] = {}  # by phase, of each arm and rate
+        self._task = self._bar.add_task("starting", total=total)
+        self._total, self._direction, self._steps = total, direction, steps
+        self._metrics: dict[str, dict[str, dict[float, list[float]]]] = {}  # by phase, arm and rate
 
     def __enter__(self) -> TrialProgress:
         self._bar.start()
@@ -63,16 +77,33 @@ class TrialProgress:
         """Counts trials, or fractions of them, as done."""
         self._bar.advance(self._task, trials)
 
+    def took(self, seconds: float, trials: int) -> None:
+        """Says, after the first chunk, what the study will cost."""
+        if self._steps and not self._bar.disable:
+            each = seconds / trials
+            self._bar.print(
+                f"{self._total} trials of {self._steps:,} steps; the first took {duration(each)} with "
+                f"compiling, {each / self._steps:.2g} s per step: about {duration(each * self._total)} of computing.",
+                markup=False,
+                highlight=False,
+            )
+            self._steps = 0
+
     def seen(self, phase: str, key: Key, metric: float) -> None:
-        """Records a final metric, and shows which arm leads in this phase, with its standard error."""
-        found = self._metrics.setdefault(phase, {})
-        found.setdefault((key.arm, key.rate), []).append(float(metric))
-        means = {each: mean_and_error(np.array(values)) for each, values in found.items()}
-        (arm, rate), (mean, error) = min(
-            means.items(), key=lambda item: np.nan_to_num(self._direction.cost(item[1][0]), nan=np.inf)
-        )
-        spread = f" ± {error:.2g}" if np.isfinite(error) else ""
-        self._bar.update(self._task, best=f"{shortened(arm, 24)} at {rate:g} leads, {mean:.4g}{spread}")
+        """Records a final metric, and shows the leading arms of this phase with their standard errors."""
+        arms = self._metrics.setdefault(phase, {})
+        arms.setdefault(key.arm, {}).setdefault(key.rate, []).append(float(metric))
+        leaders = []
+        for arm, rates in arms.items():
+            means = [(*mean_and_error(np.array(values)), rate) for rate, values in rates.items()]
+            if means := [each for each in means if np.isfinite(each[0])]:
+                leaders.append((arm, *min(means, key=lambda each: self._direction.cost(each[0]))))
+        leaders.sort(key=lambda each: self._direction.cost(each[1]))
+        shown = [
+            f"{shortened(arm, 24)} {mean:.4g}{f' ± {error:.2g}' if np.isfinite(error) else ''} at {rate:g}"
+            for arm, mean, error, rate in leaders[:SHOWN]
+        ]
+        self._bar.below = f"leading: {'; '.join(shown)}" if shown else ""
 
     @contextlib.contextmanager
     def part(self, trials: int) -> Iterator[Callable[[float], None]]:
@@ -85,3 +116,14 @@ class TrialProgress:
             shown = fraction
 
         yield reached
+
+
+def duration(seconds: float) -> str:
+    """Formats a duration in at most two units."""
+    if seconds < 10:
+        return f"{seconds:.2g} s"
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

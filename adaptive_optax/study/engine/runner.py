@@ -71,8 +71,10 @@ class Runner:
             missing = self._missing(chunk)
             if is_mine and missing:
                 self.progress.describe(f"{chunk[0].arm} ({phase})")
+                began = time.perf_counter()
                 with self.progress.part(len(missing)) as part:
                     found = self.trainer.train(missing, part)
+                self.progress.took(time.perf_counter() - began, len(missing))
                 self._keep(found, phase)
             elif not missing:
                 self.progress.advance(len(chunk))
@@ -81,6 +83,7 @@ class Runner:
     def _send(self, chunks: list[list[Key]], phase: str, jobs: Jobs) -> None:
         """Trains chunks on the executor's workers; those that another process is training come last."""
         running: dict[Any, tuple[list[Key], contextlib.ExitStack]] = {}
+        began = time.perf_counter()
         waiting, taken = list(chunks), []
         try:
             while waiting or taken or running:
@@ -98,7 +101,9 @@ class Runner:
                         self.progress.advance(len(chunk))
                 self.progress.describe(f"{phase}: {len(running)} jobs")
                 for future in list(done_of(running)):
+                    trials = len(running[future][0])
                     self._receive(future, running, jobs, phase)
+                    self.progress.took(time.perf_counter() - began, trials)
                 if not running and not waiting:
                     time.sleep(POLL_SECONDS * bool(taken))
                     waiting, taken = taken, []

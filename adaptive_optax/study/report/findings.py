@@ -197,15 +197,6 @@ def probability(value: float) -> str:
     return "<0.001" if value < 0.001 else written(value, ".3f" if value < 0.1 else ".2f")
 
 
-def duration(seconds: float) -> str:
-    """Formats a duration in at most two units."""
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
-
-
 def decision(verdict: Verdict) -> str:
     """Formats a decision, with its reason if it has one."""
     return f"{verdict.decision} ({verdict.reason})" if verdict.reason else verdict.decision

@@ -18,6 +18,7 @@ from rich.text import Text
 
 from adaptive_optax._core.drawing import MINUS, THEMES
 from adaptive_optax._core.names import shortened, visible
+from adaptive_optax.study.engine.progress import duration
 from adaptive_optax.study.engine.store import write_atomically
 from adaptive_optax.study.judged import TRAINED
 from adaptive_optax.study.record import Record
@@ -28,7 +29,6 @@ from adaptive_optax.study.report.findings import (
     best_rate,
     decision,
     diverged_trials,
-    duration,
     equivalence_margin,
     final_metrics,
     interval,
