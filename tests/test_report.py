@@ -78,6 +78,7 @@ def make(arms=ARMS, *, seeds=8, lost=(), shift=0.0, margin=None, spread=0.008, l
             "best_step": int(steps[np.nanargmin(curve)]), "initial_metric": 2.3 + shift, "diverged": diverged,
             "steps_to_baseline": reached if phase == "verdict" else np.nan,
             "compilation": "per rate" if arm == "adamw:one_cycle" else "once",
+            "error": "",
         })  # fmt: skip
         validation.append(curve + shift)
         training.append(train + shift)
