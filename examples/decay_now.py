@@ -53,7 +53,9 @@ def checkpoints(task: study.Task, steps: list[int]) -> list[study.Start]:
 
 def main() -> None:
     """Trains, forks, and says whether to decay."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description="Asks at three checkpoints of a run whether it should decay."
+    )
     parser.add_argument("--at", default="50,400,1200", help="the checkpoints' steps")
     parser.add_argument("--steps", type=int, default=200, help="the steps that are left")
     parser.add_argument("--seeds", type=int, default=8)

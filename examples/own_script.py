@@ -18,6 +18,7 @@ import argparse
 import concurrent.futures
 import multiprocessing
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +29,7 @@ from sklearn.datasets import load_digits
 from adaptive_optax import study
 
 
-def digits() -> tuple[tuple[np.ndarray, np.ndarray], tuple[np.ndarray, np.ndarray]]:
+def digits() -> tuple[Any, Any]:
     """Images in [0, 1] and their labels, for training and for validation."""
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(labels))
@@ -81,7 +82,9 @@ def train(run: study.Run) -> float:  # > before: train(tx, seed, steps)
 
 def main() -> None:
     """Compares a constant rate with two that decay."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(
+        description="Compares a constant rate with two that decay, in a script of one's own."
+    )
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--workers", type=int, default=0, help="processes; 0 trains in this one")

@@ -81,9 +81,10 @@ class TrialProgress:
         """Says, after the first chunk, what the study will cost."""
         if self._steps and not self._bar.disable:
             each = seconds / trials
+            cost = duration(each * self._total)
             self._bar.print(
                 f"{self._total} trials of {self._steps:,} steps; the first took {duration(each)} with "
-                f"compiling, {each / self._steps:.2g} s per step: about {duration(each * self._total)} of computing.",
+                f"compiling, {each / self._steps:.2g} s per step: about {cost} of computing.",
                 markup=False,
                 highlight=False,
             )
