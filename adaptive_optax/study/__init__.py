@@ -24,8 +24,8 @@ from adaptive_optax.study import _requirements as _requirements
 from adaptive_optax.study.arms import NamedArm as NamedArm
 from adaptive_optax.study.arms import arm as arm
 from adaptive_optax.study.comparison import compare as compare
-from adaptive_optax.study.decay_now import DecayNow as DecayNow
-from adaptive_optax.study.decay_now import decay_now as decay_now
+from adaptive_optax.study.decay import DecayNow as DecayNow
+from adaptive_optax.study.decay import decay_now as decay_now
 from adaptive_optax.study.details import Details as Details
 from adaptive_optax.study.details import Samples as Samples
 from adaptive_optax.study.direction import Direction as Direction

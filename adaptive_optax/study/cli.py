@@ -263,7 +263,7 @@ def decay_now_command(
     show_traceback: Traceback = False,
 ) -> None:
     """Says whether a run under way should decay its learning rate now, and what waiting would cost."""
-    from adaptive_optax.study.decay_now import decay_now
+    from adaptive_optax.study.decay import decay_now
 
     console = Console(highlight=False)
     with _plain_errors(show_traceback):
