@@ -51,8 +51,8 @@ def checkpoints(task: study.Task, steps: list[int]) -> list[study.Start]:
     return found
 
 
-def main() -> None:
-    """Trains, forks, and says whether to decay."""
+def command_line() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description="Asks at three checkpoints of a run whether it should decay."
     )
@@ -60,7 +60,12 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=200, help="the steps that are left")
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--out", type=Path, default=Path("decay_now_out"))
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Trains, forks, and says whether to decay."""
+    options = command_line().parse_args()
 
     task = tasks.localization()
     starts = checkpoints(task, [int(step) for step in options.at.split(",")])

@@ -80,8 +80,8 @@ def train(run: study.Run) -> float:  # > before: train(tx, seed, steps)
     return float(error_rate(params))  # > before: return params
 
 
-def main() -> None:
-    """Compares a constant rate with two that decay."""
+def command_line() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(
         description="Compares a constant rate with two that decay, in a script of one's own."
     )
@@ -89,7 +89,12 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=8)
     parser.add_argument("--workers", type=int, default=0, help="processes; 0 trains in this one")
     parser.add_argument("--out", type=Path, help="keeps finished trials and writes report.html")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Compares a constant rate with two that decay."""
+    options = command_line().parse_args()
 
     executor = None
     if options.workers:

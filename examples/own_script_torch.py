@@ -68,12 +68,17 @@ def error_rate(model: Any, images: Any, labels: Any) -> float:
         return (model(images[1200:]).argmax(1) != labels[1200:]).float().mean().item()
 
 
-def main() -> None:
-    """Compares one-cycle with a constant rate."""
+def command_line() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description="Compares one-cycle with a constant rate, in PyTorch.")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=8)
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    """Compares one-cycle with a constant rate."""
+    options = command_line().parse_args()
     comparison = study.compare(
         train,
         {"constant": constant, "one_cycle": one_cycle},

@@ -15,7 +15,14 @@ from adaptive_optax.study.cli import app as study_app
 from benchmarks.__main__ import app as benchmarks_app
 
 ROOT = Path(__file__).parents[1]
-PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/extending.md"]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "docs/extending.md",
+    "docs/own_script.md",
+    "docs/decay_now.md",
+]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 STUDIES = sorted((ROOT / "docs").rglob("summary.json"))
 

@@ -15,7 +15,7 @@ from adaptive_optax.study.engine.chunks import Curves
 from adaptive_optax.study.engine.trials import TELEMETRY
 
 Train = Callable[["Run"], Any]
-"""A training function: `train(run)` trains one trial, and returns its final metric or None if it reported it."""
+"""A training function: `train(run)` trains one trial, and returns its final metric unless it reported it."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

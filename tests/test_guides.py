@@ -1,0 +1,29 @@
+"""The guides' code runs, and finds what the guides say."""
+
+import re
+from pathlib import Path
+
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def code_of(page, number=0):
+    return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)[number]
+
+
+def run(page, number=0):
+    names = {"__name__": page}
+    exec(compile(code_of(page, number), page, "exec"), names)
+    return names
+
+
+def test_a_script_of_ones_own_gets_a_verdict(capsys):
+    names = run("own_script.md")
+    assert names["comparison"].verdict().decision == "better"
+    assert capsys.readouterr().out.startswith("linear is better than constant")
+
+
+def test_a_run_under_way_is_told_whether_to_decay(capsys):
+    names = run("decay_now.md")
+    assert names["found"].steps == (0, 300)
+    assert names["found"].best(0).decision == "worse" and names["found"].best().decision == "better"
+    assert capsys.readouterr().out.startswith("Decay now: from step 300")
