@@ -4,6 +4,7 @@ import concurrent.futures
 import functools
 import multiprocessing
 import os
+import shutil
 import threading
 from pathlib import Path
 
@@ -451,6 +452,7 @@ def test_a_worker_that_cannot_load_the_function_says_so(spawned, monkeypatch, tm
     monkeypatch.syspath_prepend(tmp_path)
     import only_here
 
+    shutil.rmtree(tmp_path)  # a worker that starts now has this path too
     with pytest.raises(RuntimeError, match="a worker could not load what trains.*only_here"):
         compare(only_here.train, executor=spawned)
 

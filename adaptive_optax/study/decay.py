@@ -26,7 +26,6 @@ from adaptive_optax.study.arms import arm as named_arm
 from adaptive_optax.study.comparison import compare
 from adaptive_optax.study.direction import Direction
 from adaptive_optax.study.evaluation import Arm
-from adaptive_optax.study.report.findings import final_metrics, interval, metric_format
 from adaptive_optax.study.result import Comparison
 from adaptive_optax.study.start import Start
 from adaptive_optax.study.statistics.paired import mean_and_error
@@ -83,6 +82,8 @@ class DecayNow:
         Args:
             at: Which checkpoint; the last by default.
         """
+        from adaptive_optax.study.report.findings import final_metrics  # as in `plot`
+
         comparison = self.comparisons[at]
         metrics = final_metrics(comparison)
 
@@ -95,6 +96,8 @@ class DecayNow:
     @property
     def sentence(self) -> str:
         """Whether to decay now, by how much that helps, and whether waiting would lose it."""
+        from adaptive_optax.study.report.findings import interval, metric_format  # as in `plot`
+
         comparison, verdict = self.comparisons[-1], self.best()
         number, remaining = metric_format(comparison), comparison.details.steps
         change = "lower" if verdict.effect < 0 else "higher"
@@ -113,6 +116,8 @@ class DecayNow:
 
     def _waiting(self) -> str:
         """Compares where the decay ends if it begins at the first and at the last checkpoint."""
+        from adaptive_optax.study.report.findings import final_metrics, metric_format  # as in `plot`
+
         if len(self.steps) < 2:
             return ""
         arm = self.best().arm

@@ -27,7 +27,7 @@ NO_ERROR = np.array("")
 
 
 class Curves(NamedTuple):
-    """The results of a trial; for many trials, with a leading axis of trials.
+    """The results of a trial.
 
     Attributes:
         training: Training losses [window].

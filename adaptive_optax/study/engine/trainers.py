@@ -79,7 +79,7 @@ class TaskTrainer:
             [key.rate for key in keys], [key.seed for key in keys], spec.stream, self.base_seed
         )
         curves = compiled.run(trials, lambda step: on_progress(step / self.plan.steps))
-        return {key: Curves(*each) for key, each in zip(keys, zip(*curves[:3], strict=True), strict=True)}
+        return {key: Curves(*each) for key, each in zip(keys, zip(*curves, strict=True), strict=True)}
 
     def _compiled_rate(self, key: Key) -> float | None:
         return key.rate if self.arms[key.arm].compilation == "per rate" else None

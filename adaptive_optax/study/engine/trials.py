@@ -28,7 +28,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from adaptive_optax._core.undefined import lowest_unless, or_nan
 from adaptive_optax.monitoring.telemetry import measure
-from adaptive_optax.study.engine.chunks import Curves
 from adaptive_optax.study.evaluation import Arm, Evaluate, evaluated
 from adaptive_optax.study.start import Origin, with_carried
 from adaptive_optax.study.task import Task
@@ -98,6 +97,20 @@ class Trials(NamedTuple):
     seed: np.ndarray
     stream: np.ndarray
     base_seed: np.ndarray
+
+
+class ChunkCurves(NamedTuple):
+    """What is measured of the trials of a chunk, with a leading axis of trials.
+
+    Attributes:
+        training: Training losses [trial, window].
+        validation: Metrics [trial, validation point].
+        telemetry: The fields of `TELEMETRY` [trial, measurement, field].
+    """
+
+    training: np.ndarray
+    validation: np.ndarray
+    telemetry: np.ndarray
 
 
 # ---- One trial ----
@@ -258,10 +271,11 @@ class Program:
         def start(trials, origin):
             return each(lambda trial: functions.start(trial, origin))(trials)
 
-        self._origin = jax.device_put(origin, self._whole)
-        self._start = compiled(start, (split, whole), split, trials, self._origin)
+        origin = jax.device_put(origin, self._whole)
+        begin = compiled(start, (split, whole), split, trials, origin)
+        self._start = lambda trials: begin(trials, origin)
         states = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._split), self._start.out_info
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=self._split), begin.out_info
         )
 
         def measured(states, train, validation):
@@ -321,7 +335,7 @@ class Program:
             return 0
         return sizes.argument_size_in_bytes + sizes.output_size_in_bytes + sizes.temp_size_in_bytes
 
-    def run(self, trials: Trials, on_point: Callable[[int], None] = lambda step: None) -> Curves:
+    def run(self, trials: Trials, on_point: Callable[[int], None] = lambda step: None) -> ChunkCurves:
         """Trains up to `placement.width` trials.
 
         Args:
@@ -330,7 +344,7 @@ class Program:
         """
         count = len(trials.rate)
         placed, active, home = self._place(trials)
-        states, metrics, begin = self._start(placed, self._origin), [], 0
+        states, metrics, begin = self._start(placed), [], 0
         for end in self.plan.validation_steps:
             states, metric = self._advance(states, placed, active, begin, end)
             if metrics:  # wait for the previous point, so that the devices always have work
@@ -342,13 +356,13 @@ class Program:
         seen = or_nan(seen)
         on_point(begin)
         metrics = np.stack([np.asarray(metric)[home][:count] for metric in metrics], axis=1)
-        return Curves(training, metrics, seen)
+        return ChunkCurves(training, metrics, seen)
 
     def seconds(self, steps: int) -> float:
         """Times `steps` steps of a full chunk, and one evaluation."""
         width = self.placement.width
         trials, active, _ = self._place(as_trials(np.full(width, 1e-6), np.arange(width)))
-        states = jax.block_until_ready(self._start(trials, self._origin))
+        states = jax.block_until_ready(self._start(trials))
         began = time.perf_counter()
         jax.block_until_ready(self._advance(states, trials, active, 0, steps))
         return time.perf_counter() - began
