@@ -8,14 +8,17 @@ import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
+from optax import contrib
 from quadratic import constant, quadratic_task
 
 import adaptive_optax as ao
 from adaptive_optax import study
-from adaptive_optax.study.comparison import _check_arms, _check_evaluate
+from adaptive_optax.study.arms import AVERAGES, OPTIMIZERS, SCHEDULE_FREE, SCHEDULES, SHORT_NAMES, WARMED
+from adaptive_optax.study.comparison import _check_arms, _check_rates
 from adaptive_optax.study.engine.trials import Placement, Plan, Program, as_trials
 from adaptive_optax.study.evaluation import evaluated
 from adaptive_optax.study.judged import TRAINED, describe_judged
+from adaptive_optax.study.subject import _check_evaluate
 
 NOISY = {"learning_rates": [0.3], "steps": 40, "seeds": 5, "tuning_seeds": 1, "growth": 0}
 NOISY |= {"margin": 1e-3, "mode": "scan", "chunk": 1, "progress": False}
@@ -466,3 +469,151 @@ def test_equal_names_give_equal_arms_which_compile_once():
     assert study.arm("adam:cosine") == study.arm("adam:cosine") != study.arm("adam:cosine:averaged")
     assert study.arm("adam:cosine:averaged").__name__ == "adam:cosine:averaged"
     assert study.recompute_batch_statistics() == study.recompute_batch_statistics(batches=32)
+
+
+# ---- Rivals of a schedule ----
+
+GRADIENTS = np.random.default_rng(1).normal(size=(50, 2, 3))
+RIVALS = {
+    "schedule_free:sgd": lambda rate, steps: contrib.schedule_free_sgd(rate, steps // 10),
+    "schedule_free:adam": lambda rate, steps: contrib.schedule_free_adamw(rate, steps // 10),
+    "schedule_free:adamw": lambda rate, steps: contrib.schedule_free_adamw(
+        rate, steps // 10, weight_decay=1e-4
+    ),
+    "prodigy": lambda rate, steps: contrib.prodigy(rate),
+    "prodigy:cosine": lambda rate, steps: contrib.prodigy(optax.cosine_decay_schedule(rate, steps)),
+    "prodigy:warmup_cosine": lambda rate, steps: contrib.prodigy(
+        optax.warmup_cosine_decay_schedule(0.0, rate, steps // 10, steps), safeguard_warmup=True
+    ),
+    "dadapt_adamw": lambda rate, steps: contrib.dadapt_adamw(rate),
+    "dadapt_adamw:linear": lambda rate, steps: contrib.dadapt_adamw(optax.linear_schedule(rate, 0.0, steps)),
+}
+
+
+def iterates(tx, steps):
+    """The parameters after every step on a noisy bowl, without compilation, and the last state."""
+    params = {"w": jnp.ones((2, 3)), "b": jnp.full(2, -2.0)}
+    state, found = tx.init(params), []
+    for noise in GRADIENTS[:steps]:
+        gradient = {"w": params["w"] + noise, "b": params["b"] + noise[:, 0]}
+        updates, state = tx.update(gradient, state, params)
+        params = optax.apply_updates(params, updates)
+        found.append(np.concatenate([np.ravel(x) for x in params.values()]))
+    return np.array(found), params, state
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_rivals_are_those_of_optax_contrib(name, x64):
+    rate = 1.0 if study.arm(name).learning_rates else 0.1
+    ours, _, _ = iterates(study.arm(name)(rate, 50), 50)
+    np.testing.assert_allclose(ours, iterates(RIVALS[name](rate, 50), 50)[0], rtol=1e-9)
+    assert np.ptp(ours, axis=0).min() > 1e-5
+
+
+def test_schedule_free_is_judged_at_the_average_of_its_fast_iterates():
+    """After one step of warm-up all weights are equal: the point is the mean of z."""
+    arm = study.arm("schedule_free:sgd")
+    tx, params = arm(0.1, 10), jnp.array([1.0, -2.0])
+    state, fast = tx.init(params), []
+    for noise in GRADIENTS[:20, 0, :2]:
+        updates, state = tx.update(params + noise, state, params)
+        params = optax.apply_updates(params, updates)
+        fast.append(state.z)
+    np.testing.assert_allclose(arm.evaluate(params, state), np.mean(fast, axis=0), rtol=1e-5)
+    assert np.abs(arm.evaluate(params, state) - params).max() > 1e-3
+
+
+def test_batch_statistics_are_those_of_the_schedule_free_point():
+    task = study.nnx_task(Normed, squared_error, DATA, DATA, batch_size=BATCH, metric=statistics_metric)
+    arm = study.arm("schedule_free:sgd")
+    assert (run(task, arm, "scan", arm.evaluate) < 1e-5).all()
+    found = words(arm.evaluate, arm, task)
+    assert found.by == "its schedule-free average, with batch statistics recomputed for it"
+    assert "recompute its batch statistics" in found.then
+    assert words(arm.evaluate, arm).by == "its schedule-free average"
+    assert "optax.contrib.schedule_free_eval_params(opt_state, params)" in words(arm.evaluate, arm).code
+
+
+@pytest.mark.parametrize(("steps", "decay"), [(5, 0.0), (10, 0.0), (1000, 0.99), (100_000, 0.9999)])
+def test_an_ema_is_as_old_as_the_other_average(steps, decay):
+    tx = study.arm("ema")(0.1, steps)
+    assert ao.get_hyperparams(tx.init(jnp.ones(2)))["decay"] == pytest.approx(decay)
+    assert study.arm("ema") == study.arm("adam:constant:ema") != study.arm("adam:constant:averaged")
+
+
+@pytest.mark.parametrize("mode", ["scan", "step", "vmap"])
+def test_every_rival_runs_compiled_once_and_at_rates_that_suit_it(mode):
+    names = ["sgd:constant", "ema", *RIVALS] if mode == "scan" else ["sgd:constant", "prodigy"]
+    names += ["schedule_free:adam"] * (mode != "scan")
+    found = study.compare(TASK, names, **(NOISY | {"learning_rates": [0.1, 0.3], "mode": mode}))
+    estimators = [name for name in names if name.startswith(("prodigy", "dadapt"))]
+    assert list(found.details.own_rates) == estimators
+    for name in names:
+        assert found.details.grid[name] == ((0.3, 1.0, 3.0) if name in estimators else (0.1, 0.3))
+        by = found.details.judged[name].by
+        assert ("average" in by) == (name == "ema" or name.startswith("schedule_free"))
+    assert set(found.table["compilation"]) == {"once"}
+    assert not found.table["diverged"].any()
+    fresh = found.table[found.table["phase"] == "verdict"]
+    assert (fresh["final_metric"] < fresh["initial_metric"]).mean() > 0.8
+
+
+def test_rates_of_an_arm_of_ones_own():
+    def factor(rate, steps):
+        return ao.sgd(0.1 * rate)
+
+    factor.learning_rates = [2.0, 1.0]
+    arms = {"base": constant, "mine": factor, "judged": study.judged_by(halves)(factor)}
+    arms["partial"], arms["prodigy"] = functools.partial(factor), study.arm("prodigy")
+    own = ("mine", "judged", "partial", "prodigy")
+    grids, declared = _check_rates([0.1], arms)
+    assert declared == own and list(grids) == list(arms)
+    assert [grids[name] for name in arms] == [[0.1], *[[1.0, 2.0]] * 3, [0.3, 1.0, 3.0]]
+    assert _check_rates({"base": [0.1]}, arms) == (grids, own)
+    grids, declared = _check_rates({"base": 0.1, "mine": [5], "prodigy": [1.0]}, arms)
+    assert declared == ("judged", "partial") and grids["mine"] == [5.0] and grids["prodigy"] == [1.0]
+    with pytest.raises(ValueError, match="same names as arms; base, other differ"):
+        _check_rates({"other": [0.1]}, arms)
+    factor.learning_rates = [0.0]
+    with pytest.raises(ValueError, match="learning_rates of arm 'mine' must be one or more positive"):
+        _check_rates([0.1], arms)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("schedule_free", "must be followed by one of adam, adamw, sgd, got ''"),
+        ("schedule_free:rmsprop", "must be followed by one of adam, adamw, sgd, got 'rmsprop'"),
+        ("schedule_free:adam:averaged", "got 'adam:averaged'; .* is an average already"),
+        ("adam:schedule_free", "the schedule must be one of constant, .*schedule_free:optimizer"),
+        ("adam", "the schedule must be one of .*, got ''"),
+        ("adam:constant:mean", "nothing or one of averaged, ema may follow, got 'mean'"),
+        ("ema:constant", "the optimizer must be one of .*, got 'ema'"),
+        ("dadapt_adamw:warmup_cosine", "must begin above 0, .*got 'warmup_cosine'"),
+    ],
+)
+def test_wrong_names_of_arms_say_what_is_accepted(name, message):
+    with pytest.raises(ValueError, match=f"arm {name!r}: .*{message}"):
+        study.arm(name)
+
+
+EVERY = [
+    *(f"{optimizer}:{schedule}" for optimizer in OPTIMIZERS for schedule in SCHEDULES),
+    *(f"adam:{schedule}:{average}" for schedule in SCHEDULES for average in AVERAGES),
+    *(f"schedule_free:{optimizer}" for optimizer in SCHEDULE_FREE),
+    *SHORT_NAMES,
+]
+EVERY = [name for name in EVERY if not name.startswith("dadapt") or name.partition(":")[2] not in WARMED]
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_code_of_every_arm_builds_it(name):
+    arm, names = study.arm(name), {}
+    code = arm.code(0.1, 50)
+    assert not [line for line in code.splitlines() if len(line) > 100]
+    exec(code, names)
+    assert set(names) <= {"__builtins__", "ao", "optax", "schedule", "base", "tx"}
+    ours, _, state = iterates(arm(0.1, 50), 3)
+    pasted, _, its_state = iterates(names["tx"], 3)
+    np.testing.assert_array_equal(pasted, ours)
+    assert jax.tree.structure(state) == jax.tree.structure(its_state)

@@ -258,6 +258,8 @@ def test_a_negative_metric_needs_a_margin_before_training(no_training):
         (["mine:task", "--out", "dangling"], "must be a folder"),
         (["mine:task", "--optimizer", "adamm"], "the optimizer must be one of"),
         (["mine:task", "--optimizer", "adam:cosine"], "--optimizer must be an optimizer without a schedule"),
+        (["mine:task", "--optimizer", "ema"], "--optimizer must be an optimizer without a schedule"),
+        (["mine:task", "--optimizer", "schedule_free:sgd"], "--optimizer must be an optimizer without"),
         (["mine:task", "--optimizer", "mine:one_argument"], "cannot be run: TypeError"),
         (["mine:task", "--low", "nan"], "low must be a number in (0, inf), got nan"),
         (["mine:task", "--high", "1e300"], "high must be a number in (0, inf), got 1e+300, which is inf"),
@@ -309,6 +311,18 @@ def test_arms_of_ones_own():
     result = call("compare", "mine:task", *QUICK, "--arms", "sgd:constant,mine:my_arm", "--out", "report")
     assert result.exit_code == 0, result.output
     assert study.load("report/comparison.npz").verdict("my_arm").effect == 0
+
+
+def test_rivals_of_a_schedule_are_arms_with_rates_that_suit_them():
+    arms = "sgd:constant,prodigy,schedule_free:sgd,mean=ema"
+    assert [each.name for each in load_arms(arms)] == ["sgd:constant", "prodigy", "schedule_free:sgd", "mean"]
+    assert load_arms(arms)[3].arm == study.arm("adam:constant:ema")
+    result = call("compare", "mine:task", *QUICK, "--arms", arms, "--out", "report")
+    assert result.exit_code == 0, result.output
+    said = "prodigy: tuned over its own rates, 0.3, 1, 3"
+    assert said in " ".join(result.output.split())
+    assert "prodigy was tuned over its own rates, 0.3, 1, 3, since" in Path("report/report.html").read_text()
+    assert study.load("report/comparison.npz").details.own_rates == ("prodigy",)
 
 
 def code_of(output):
@@ -425,6 +439,13 @@ def test_help_reads_well(command):
     text = re.sub(r"\x1b\[[0-9;]*m", "", result.output)
     assert max(map(len, text.splitlines())) <= 80
     assert "MODULE:TASK" in text or not command
+    if command == ["compare"]:
+        words = " ".join(text.replace("│", " ").split())
+        for each in (
+            "schedule_free:adam, schedule_free:adamw, schedule_free:sgd, prodigy, dadapt_adamw, ema",
+            ":ema",
+        ):
+            assert each in words
     if command == ["lr-find"]:
         assert "lr_find.csv and lr_find.png" in text and "finished trials" not in text
 

@@ -14,7 +14,7 @@ from quadratic import constant, quadratic_task
 
 import adaptive_optax as ao
 from adaptive_optax import study
-from adaptive_optax.study.arms import OPTIMIZERS, SCHEDULES, check_arm
+from adaptive_optax.study.arms import OPTIMIZERS, SCHEDULE_FREE, SCHEDULES, check_arm
 from adaptive_optax.study.engine.trials import TELEMETRY, Placement, Plan, Program, as_trials
 
 X = np.random.default_rng(0).normal(size=(64, 3)).astype(np.float32)
@@ -365,7 +365,12 @@ def test_float64_is_kept(x64):
 
 
 @pytest.mark.parametrize(
-    "name", [*(f"{name}:one_cycle" for name in OPTIMIZERS), *(f"adam:{name}:averaged" for name in SCHEDULES)]
+    "name",
+    [
+        *(f"{name}:one_cycle" for name in OPTIMIZERS),
+        *(f"adam:{name}:averaged" for name in SCHEDULES),
+        *(f"schedule_free:{name}" for name in SCHEDULE_FREE),
+    ],
 )
 def test_every_named_arm_runs_with_a_traced_rate(name):
     found = check_arm("it", study.arm(name), make_task(), Plan(100, (0, 100)), ao.averaged_parameters, 0.1)

@@ -2,7 +2,8 @@
 
 An arm is a function `arm(learning_rate, total_steps) -> transformation`. The study calls it with a traced
 learning rate, so that all rates share one compilation. An attribute `evaluate` determines which parameters
-are judged (`study.evaluation`).
+are judged (`study.evaluation`); an attribute `learning_rates`, over which rates the arm is tuned if those of
+other arms mean nothing to it.
 """
 
 from __future__ import annotations
@@ -19,80 +20,155 @@ import optax
 
 from adaptive_optax import optimizers, schedules
 from adaptive_optax._core.paths import paths_and_leaves
+from adaptive_optax.study.calls import Call, Field, call, made, written
 from adaptive_optax.study.engine.trials import Plan, Trials, make_trial
-from adaptive_optax.study.evaluation import AVERAGE_IF_KEPT, Arm, Evaluate
+from adaptive_optax.study.evaluation import AVERAGE_IF_KEPT, Arm, Evaluate, schedule_free_point
 from adaptive_optax.study.origin import described
 from adaptive_optax.study.start import Origin
 from adaptive_optax.study.task import Task
 from adaptive_optax.transforms.averaging import average_parameters
+from adaptive_optax.transforms.learning_rate import scale_by_learning_rate
+from adaptive_optax.transforms.rms import scale_by_rms
+from adaptive_optax.transforms.weight_decay import add_decoupled_weight_decay
 
-SCHEDULES: dict[str, Callable[[Any, int], Any]] = {
+Schedule = Callable[[Any, int], Any]  # from the peak rate and the number of steps
+
+SCHEDULES: dict[str, Schedule] = {
     "constant": lambda peak, steps: peak,
-    "exponential": lambda peak, steps: schedules.exponential_decay(peak, steps, 0.01),
-    "step": lambda peak, steps: schedules.step_decay(peak, 0.8, max(1, steps // 8)),
-    "linear": lambda peak, steps: optax.linear_schedule(peak, 0.0, steps),
-    "1-sqrt": lambda peak, steps: schedules.warmup_stable_decay(
-        peak, steps, warmup_steps=0, decay_steps=steps, shape="1-sqrt"
+    "exponential": lambda peak, steps: call(schedules.exponential_decay, peak, steps, 0.01),
+    "step": lambda peak, steps: call(schedules.step_decay, peak, 0.8, max(1, steps // 8)),
+    "linear": lambda peak, steps: call(optax.linear_schedule, peak, 0.0, steps),
+    "1-sqrt": lambda peak, steps: call(
+        schedules.warmup_stable_decay, peak, steps, warmup_steps=0, decay_steps=steps, shape="1-sqrt"
     ),
     "halved": lambda peak, steps: peak / 2,
-    "cosine": lambda peak, steps: schedules.warmup_cosine(peak, steps),
-    "warmup_cosine": lambda peak, steps: schedules.warmup_cosine(peak, steps, warmup_steps=steps // 10),
-    "warmup_stable_decay": lambda peak, steps: schedules.warmup_stable_decay(
-        peak, steps, warmup_steps=steps // 10, decay_steps=steps // 5
+    "cosine": lambda peak, steps: call(schedules.warmup_cosine, peak, steps),
+    "warmup_cosine": lambda peak, steps: call(schedules.warmup_cosine, peak, steps, warmup_steps=steps // 10),
+    "warmup_stable_decay": lambda peak, steps: call(
+        schedules.warmup_stable_decay, peak, steps, warmup_steps=steps // 10, decay_steps=steps // 5
     ),
-    "inverse_sqrt": lambda peak, steps: schedules.inverse_sqrt(peak, max(1, steps // 10)),
-    "one_cycle": lambda peak, steps: schedules.one_cycle(peak, steps),
+    "inverse_sqrt": lambda peak, steps: call(schedules.inverse_sqrt, peak, max(1, steps // 10)),
+    "one_cycle": lambda peak, steps: call(schedules.one_cycle, peak, steps),
 }
-OPTIMIZERS: dict[str, Callable[..., Any]] = {
-    "adam": optimizers.adam,
-    "adamw": optimizers.adamw,
-    "nadam": functools.partial(optimizers.adam, nesterov=True),
-    "amsgrad": functools.partial(optimizers.adam, amsgrad=True),
-    "rmsprop": optimizers.rmsprop,
-    "global_rmsprop": optimizers.global_rmsprop,
-    "sgd": optimizers.sgd,
-    "momentum": functools.partial(optimizers.sgd, momentum=0.9),
+WARMED = ("warmup_cosine", "warmup_stable_decay", "inverse_sqrt")  # these begin at a rate of 0
+OPTIMIZERS: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
+    "adam": (optimizers.adam, {}),
+    "adamw": (optimizers.adamw, {}),
+    "nadam": (optimizers.adam, {"nesterov": True}),
+    "amsgrad": (optimizers.adam, {"amsgrad": True}),
+    "rmsprop": (optimizers.rmsprop, {}),
+    "global_rmsprop": (optimizers.global_rmsprop, {}),
+    "sgd": (optimizers.sgd, {}),
+    "momentum": (optimizers.sgd, {"momentum": 0.9}),
+    "prodigy": (optax.contrib.prodigy, {}),
+    "dadapt_adamw": (optax.contrib.dadapt_adamw, {}),
 }
 # The argument that receives one-cycle's momentum, if any.
 MOMENTUM = {"adam": "b1", "adamw": "b1", "nadam": "b1", "amsgrad": "b1", "momentum": "momentum"}
+# These estimate the learning rate, and multiply it by the given one.
+ESTIMATORS = ("prodigy", "dadapt_adamw")
+FACTORS = (0.3, 1.0, 3.0)
+# The mean age of either average is a tenth of the run at its end, so that they differ in shape alone.
+AVERAGES: dict[str, Callable[[int], Call]] = {
+    "averaged": lambda steps: call(average_parameters),
+    "ema": lambda steps: call(average_parameters, decay=max(0.0, round(1 - 10 / steps, 6))),
+}
+# What schedule-free averaging is put around: optimizers without momentum, which the averaging replaces.
+SCHEDULE_FREE: dict[str, Callable[[Any], Call]] = {
+    "adam": lambda rate: call(
+        optax.chain,
+        call(scale_by_rms, 0.999, eps_in_sqrt=False, bias_correction=True),
+        call(scale_by_learning_rate, rate),
+    ),
+    "adamw": lambda rate: call(
+        optax.chain,
+        call(scale_by_rms, 0.999, eps_in_sqrt=False, bias_correction=True),
+        call(add_decoupled_weight_decay, 1e-4),
+        call(scale_by_learning_rate, rate),
+    ),
+    "sgd": lambda rate: call(optimizers.sgd, rate),
+}
+SHORT_NAMES = {"ema": "adam:constant:ema"} | {name: f"{name}:constant" for name in ESTIMATORS}
 
 
 @dataclasses.dataclass(frozen=True)
 class NamedArm:
-    """A standard arm; equal for equal names, so that it compiles once."""
+    """A standard arm, as `arm` returns it; equal for equal names, so that it compiles once.
+
+    Attributes:
+        optimizer: The optimizer.
+        schedule: The schedule of its learning rate; "schedule_free" for schedule-free averaging.
+        average: "averaged", "ema", or "" for none.
+    """
 
     optimizer: str
     schedule: str
-    averaged: bool
+    average: str = ""
 
     def __call__(self, learning_rate: Any, total_steps: int) -> optax.GradientTransformationExtraArgs:
         """Builds the transformation."""
-        rate, keywords = SCHEDULES[self.schedule](learning_rate, total_steps), {}
-        if isinstance(rate, schedules.OneCycle):
-            if self.optimizer in MOMENTUM:
-                keywords[MOMENTUM[self.optimizer]] = rate.momentum
-            rate = rate.learning_rate
-        tx = OPTIMIZERS[self.optimizer](rate, **keywords)
-        return optax.chain(tx, average_parameters()) if self.averaged else tx
+        return made(self._calls(learning_rate, total_steps)["tx"])
 
     @property
     def __name__(self) -> str:
-        return f"{self.optimizer}:{self.schedule}{':averaged' if self.averaged else ''}"
+        if self.schedule == "schedule_free":
+            return f"schedule_free:{self.optimizer}"
+        return ":".join(filter(None, (self.optimizer, self.schedule, self.average)))
 
     @property
     def evaluate(self) -> Evaluate | None:
         """What is judged; None for the trained parameters."""
-        return AVERAGE_IF_KEPT if self.averaged else None
+        if self.schedule == "schedule_free":
+            return schedule_free_point
+        return AVERAGE_IF_KEPT if self.average else None
+
+    @property
+    def learning_rates(self) -> tuple[float, ...] | None:
+        """The rates to tune over, if those of other arms mean nothing to this one; otherwise None."""
+        return FACTORS if self.optimizer in ESTIMATORS else None
+
+    def code(self, learning_rate: float, total_steps: int) -> str:
+        """Writes the statements that build this transformation as `tx`, with their imports.
+
+        Examples:
+            >>> from adaptive_optax import study
+            >>> print(study.arm("adam:one_cycle").code(0.01, 1000))
+            import adaptive_optax as ao
+            schedule = ao.one_cycle(0.01, 1000)
+            tx = ao.adam(schedule.learning_rate, b1=schedule.momentum)
+        """
+        return written(self._calls(float(learning_rate), int(total_steps)))
+
+    def _calls(self, peak: Any, steps: int) -> dict[str, Any]:
+        """The calls that build the transformation, by the names that they have in code."""
+        if self.schedule == "schedule_free":
+            schedule = call(optax.warmup_constant_schedule, 0.0, peak, max(1, steps // 10))
+            base = SCHEDULE_FREE[self.optimizer](schedule)
+            tx = call(optax.contrib.schedule_free, base, schedule, b1=0.9)
+            return {"schedule": schedule, "base": base, "tx": tx}
+        rate = schedule = SCHEDULES[self.schedule](peak, steps)
+        optimizer, keywords = OPTIMIZERS[self.optimizer]
+        if self.schedule == "one_cycle":
+            rate = Field(schedule, "learning_rate")
+            if self.optimizer in MOMENTUM:
+                keywords = keywords | {MOMENTUM[self.optimizer]: Field(schedule, "momentum")}
+        if self.optimizer == "prodigy" and self.schedule in WARMED:
+            keywords = keywords | {"safeguard_warmup": True}  # otherwise 0 / 0 at the first step
+        tx = call(optimizer, rate, **keywords)
+        if self.average:
+            tx = call(optax.chain, tx, AVERAGES[self.average](steps))
+        return {"schedule": schedule, "tx": tx} if isinstance(schedule, Call) else {"tx": tx}
 
 
 def arm(name: str) -> NamedArm:
-    """Returns a standard arm by its name, `"optimizer:schedule"` or `"optimizer:schedule:averaged"`.
+    """Returns a standard arm by its name: `"optimizer:schedule"`, `:averaged` or `:ema` may follow.
 
     | optimizer | |
     |---|---|
     | adam, adamw, rmsprop, global_rmsprop, sgd | this library's, at their defaults |
     | nadam, amsgrad | `adam` with `nesterov` or `amsgrad` |
     | momentum | `sgd` with momentum 0.9 |
+    | prodigy, dadapt_adamw | optax.contrib's, which estimate the learning rate |
 
     | schedule | over T steps |
     |---|---|
@@ -105,30 +181,71 @@ def arm(name: str) -> NamedArm:
     | warmup_cosine | up for T/10, then down to 0 |
     | warmup_stable_decay | up for T/10, constant, down over the last T/5 |
     | inverse_sqrt | up for T/10, then proportional to 1/sqrt(step) |
-    | one_cycle | PyTorch's, including momentum if the optimizer has one |
+    | one_cycle | PyTorch's, including momentum if the optimizer takes a schedule of it |
 
     With `:averaged`, `average_parameters` averages the parameters and the average is judged, with batch
-    statistics recomputed for it (`recompute_batch_statistics`).
+    statistics recomputed for it (`recompute_batch_statistics`). With `:ema` it is an exponential average with
+    the decay 1 - 10/T: at the end of the run, the mean age of both averages is T/10 steps.
+
+    In place of a schedule, `"schedule_free:adam"`, `"schedule_free:adamw"` and `"schedule_free:sgd"` are
+    optax.contrib's `schedule_free` with b1 = 0.9, around these optimizers without momentum. The rate goes up
+    for T/10 and stays. The averaged point (`schedule_free_eval_params`) is judged, with batch statistics
+    recomputed for it.
+
+    The rate of prodigy and dadapt_adamw is a factor of the one that they estimate. They are tuned over the
+    factors 0.3, 1 and 3 (`NamedArm.learning_rates`) where other arms share a list of rates. Prodigy is given
+    `safeguard_warmup` with the schedules that warm up; dadapt_adamw cannot begin at a rate of 0, and refuses
+    them.
+
+    Three short names: `"prodigy"` and `"dadapt_adamw"` at a constant rate, and `"ema"` for
+    `"adam:constant:ema"`.
 
     Raises:
-        ValueError: If the optimizer, the schedule or the suffix is unknown.
+        ValueError: If the optimizer, the schedule or the suffix is unknown, or they do not fit together.
 
     Examples:
         >>> from adaptive_optax import study
         >>> tx = study.arm("adam:one_cycle")(1e-3, 100)
+        >>> study.arm("prodigy") == study.arm("prodigy:constant")
+        True
     """
-    optimizer, _, rest = str(name).partition(":")
-    schedule, _, suffix = rest.partition(":")
-    for what, given, known in (("optimizer", optimizer, OPTIMIZERS), ("schedule", schedule, SCHEDULES)):
-        if given not in known:
+    optimizer, _, rest = SHORT_NAMES.get(str(name), str(name)).partition(":")
+    if optimizer == "schedule_free":
+        if rest not in SCHEDULE_FREE:
             raise ValueError(
-                f"arm {name!r}: the {what} must be one of {', '.join(known)}, got {given!r}; "
-                "an arm is named optimizer:schedule."
+                f"arm {name!r}: schedule_free must be followed by one of {', '.join(SCHEDULE_FREE)}, "
+                f"got {rest!r}; such an arm is named schedule_free:optimizer, since it has no schedule and "
+                "is an average already."
             )
-    if suffix not in ("", "averaged"):
-        raise ValueError(f"arm {name!r}: only ':averaged' may follow the schedule, got {suffix!r}.")
+        return NamedArm(rest, "schedule_free")
+    schedule, colon, suffix = rest.partition(":")
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(
+            f"arm {name!r}: the optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}; {_NAMED}"
+        )
+    if schedule not in SCHEDULES:
+        raise ValueError(
+            f"arm {name!r}: the schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}; {_NAMED}"
+        )
+    if colon and suffix not in AVERAGES:
+        raise ValueError(
+            f"arm {name!r}: after the schedule, nothing or one of {', '.join(AVERAGES)} may follow, "
+            f"got {suffix!r}."
+        )
+    if optimizer == "dadapt_adamw" and schedule in WARMED:
+        raise ValueError(
+            f"arm {name!r}: the schedule of dadapt_adamw must begin above 0, where its estimate is 0 / 0, "
+            f"got {schedule!r}; prodigy can warm up."
+        )
+    return NamedArm(optimizer, schedule, suffix)
 
-    return NamedArm(optimizer, schedule, bool(suffix))
+
+_NAMED = "an arm is named optimizer:schedule or schedule_free:optimizer."
+
+
+def is_standard(name: str) -> bool:
+    """Whether a name is meant for `arm`: whether it begins as one."""
+    return name in SHORT_NAMES or name.partition(":")[0] in (*OPTIMIZERS, "schedule_free")
 
 
 def check_arm(

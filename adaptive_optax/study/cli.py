@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from adaptive_optax._core.checks import check_integer
-from adaptive_optax.study.arms import OPTIMIZERS, SCHEDULES
+from adaptive_optax.study.arms import ESTIMATORS, FACTORS, OPTIMIZERS, SCHEDULE_FREE, SCHEDULES, is_standard
 from adaptive_optax.study.comparison import compare
 from adaptive_optax.study.engine.store import check_folder
 from adaptive_optax.study.loading import (
@@ -69,14 +69,23 @@ def compare_command(
     arms: Annotated[
         str,
         typer.Option(
-            help="Comma-separated; the first is the baseline. Standard arms: optimizer:schedule[:averaged]. "
-            f"Optimizers: {', '.join(OPTIMIZERS)}. Schedules: {', '.join(SCHEDULES)}. Your own arms: "
+            help="Comma-separated; the first is the baseline. Standard arms: optimizer:schedule, followed "
+            f"by :averaged or :ema if wanted. Optimizers: {', '.join(OPTIMIZERS)}. Schedules: "
+            f"{', '.join(SCHEDULES)}. Without a schedule: "
+            f"{', '.join(f'schedule_free:{name}' for name in SCHEDULE_FREE)}, {', '.join(ESTIMATORS)}, ema "
+            "(adam:constant:ema). Your own arms: "
             "'package.module:arm' or 'path/to/file.py:arm', functions of (learning_rate, total_steps). "
             "Prefix an arm with 'name=' to rename it."
         ),
     ] = "adam:constant,adam:exponential,adam:one_cycle",
     learning_rates: Annotated[
-        str, typer.Option("--learning-rates", "--rates", help="Peak rates to tune over, comma-separated.")
+        str,
+        typer.Option(
+            "--learning-rates",
+            "--rates",
+            help="Peak rates to tune over, comma-separated. Arms of "
+            f"{' and '.join(ESTIMATORS)} have their own: {', '.join(f'{each:g}' for each in FACTORS)}.",
+        ),
     ] = DEFAULT_RATES,
     steps: Annotated[int, typer.Option(help="Training steps of every trial.")] = 1000,
     seeds: Annotated[int, typer.Option(help="Fresh seeds for the verdict, at least 5.")] = 8,
@@ -194,7 +203,7 @@ def lr_find_command(
 
     console = Console(highlight=False)
     with _plain_errors(show_traceback):
-        if optimizer.partition(":")[0] in OPTIMIZERS and optimizer not in OPTIMIZERS:
+        if is_standard(optimizer) and optimizer not in OPTIMIZERS:
             raise ValueError(
                 f"--optimizer must be an optimizer without a schedule, or MODULE:ARM, got {optimizer!r}."
             )

@@ -34,7 +34,7 @@ from adaptive_optax.study.engine.run import Train
 from adaptive_optax.study.engine.runner import Runner
 from adaptive_optax.study.engine.store import Look, Store
 from adaptive_optax.study.engine.trials import one_study
-from adaptive_optax.study.evaluation import Arm, Evaluate
+from adaptive_optax.study.evaluation import Arm, Evaluate, declared
 from adaptive_optax.study.result import FIRST_FRESH_SEED, Comparison, collect
 from adaptive_optax.study.start import Start
 from adaptive_optax.study.statistics.tuning import Grid, tuning_means
@@ -87,7 +87,10 @@ def compare(
             such as `"adam:one_cycle"`. In a list, functions are named by their `__name__`. For a training
             function, an arm may return any object; the function finds it in `run.transformation`.
         learning_rates: Peak rates to try, positive as float32, usually a factor of about 3 apart; or a
-            mapping from arm names to rates.
+            mapping from arm names to rates. An arm with an attribute `learning_rates` has rates of its own,
+            which a list does not replace: "prodigy" and "dadapt_adamw" are tuned over the factors 0.3, 1 and
+            3 of the rate that they estimate, and the report says so. A mapping may leave such arms out, or
+            name them to replace their rates.
         seeds: Fresh seeds for the verdict, from 5 to 100,000. With `out`, a later call with more seeds adds
             to the existing ones, and the error rate is shared among looks: look k may err with probability
             $0.05 \cdot 2^{-k}$.
@@ -160,7 +163,7 @@ def compare(
     arms, usual_arms = _check_arms(arms)
     baseline = next(iter(arms)) if baseline is None else baseline
     check_choice("baseline", baseline, arms)
-    grids = _check_rates(learning_rates, arms)
+    grids, own_rates = _check_rates(learning_rates, arms)
     check_integer("seeds", seeds, f"[5, {MOST_SEEDS}]")
     check_integer("steps", steps, f"[1, {MOST_STEPS}]")
     check_integer("tuning_seeds", tuning_seeds, f"[1, {FIRST_FRESH_SEED}]")
@@ -213,6 +216,7 @@ def compare(
         margin=None if margin is None else float(margin),
         maximize=subject.maximize,
         out=None if out is None else os.fspath(out),
+        own_rates=own_rates,
         looks=(),
         best_rates={},
         on_edge={},
@@ -349,24 +353,38 @@ def _name_of(arm: Any) -> str:
     return name
 
 
-def _check_rates(learning_rates: Any, arms: Mapping[str, Arm]) -> dict[str, list[float]]:
+def _check_rates(
+    learning_rates: Any, arms: Mapping[str, Arm]
+) -> tuple[dict[str, list[float]], tuple[str, ...]]:
+    """Returns the rates of every arm, and the arms whose rates are those that they declare."""
+    found = {name: declared(each, "learning_rates") for name, each in arms.items()}
+    own = {
+        name: _check_grid(f"learning_rates of arm {name!r}", rates)
+        for name, rates in found.items()
+        if rates is not None
+    }
     if isinstance(learning_rates, Mapping):
-        if set(learning_rates) != set(arms):
-            missing = sorted(map(str, set(arms) ^ set(learning_rates)))
-            raise ValueError(f"learning_rates must have the same names as arms; {', '.join(missing)} differ.")
-        return {name: _check_grid(learning_rates[name]) for name in arms}
-    return {name: _check_grid(learning_rates) for name in arms}
+        differ = {*arms} - {*own} - {*learning_rates} | {*learning_rates} - {*arms}
+        if differ:
+            names = ", ".join(sorted(map(str, differ)))
+            raise ValueError(f"learning_rates must have the same names as arms; {names} differ.")
+        given = {name: _check_grid("learning_rates", rates) for name, rates in learning_rates.items()}
+        grids = own | given
+    else:
+        given, shared = {}, _check_grid("learning_rates", learning_rates)
+        grids = {name: shared for name in arms} | own
+    return {name: grids[name] for name in arms}, tuple(name for name in own if name not in given)
 
 
-def _check_grid(rates: Any) -> list[float]:
+def _check_grid(name: str, rates: Any) -> list[float]:
     try:
         values = np.atleast_1d(np.asarray(rates, float))
     except (TypeError, ValueError):
         values = np.full(1, np.nan)
     if values.ndim != 1 or not len(values) or not (np.isfinite(values) & (values > 0)).all():
-        raise ValueError(f"learning_rates must be one or more positive numbers, got {rates!r}.")
+        raise ValueError(f"{name} must be one or more positive numbers, got {rates!r}.")
     for value in values.tolist():
-        check_hyperparameter("learning_rates", value, interval="(0, inf)", dtype=np.float32)
+        check_hyperparameter(name, value, interval="(0, inf)", dtype=np.float32)
     return sorted(set(values.tolist()))
 
 

@@ -23,6 +23,7 @@ from adaptive_optax._core.checks import check_choice
 from adaptive_optax.hyperparams import get_hyperparams
 from adaptive_optax.study.arms import OPTIMIZERS, SCHEDULES
 from adaptive_optax.study.arms import arm as named_arm
+from adaptive_optax.study.calls import made
 from adaptive_optax.study.comparison import compare
 from adaptive_optax.study.direction import Direction
 from adaptive_optax.study.evaluation import Arm
@@ -226,7 +227,7 @@ def decay_now(
             compare(
                 task,
                 arms,
-                learning_rates=[learning_rate],
+                learning_rates=dict.fromkeys(arms, [learning_rate]),
                 start=each,
                 steps=steps,
                 seeds=seeds,
@@ -269,7 +270,7 @@ def _arms(optimizer: Any) -> dict[str, Arm]:
     build = cast(Callable[[Any], optax.GradientTransformation], optimizer)
 
     def scheduled(learning_rate: jax.Array, steps: int, schedule: str) -> optax.GradientTransformation:
-        return build(SCHEDULES[schedule](learning_rate, steps))
+        return build(made(SCHEDULES[schedule](learning_rate, steps)))
 
     def averaged(learning_rate: jax.Array, steps: int) -> optax.GradientTransformation:
         return optax.chain(build(learning_rate), average_parameters())

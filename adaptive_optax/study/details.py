@@ -42,6 +42,7 @@ class Details:
         margin: The margin of equivalence in the metric's units; None for a relative one.
         maximize: Whether higher metrics are better.
         out: The folder in which trials are saved.
+        own_rates: The arms that were tuned over rates that they declare, not over those given to all.
         looks: The number of fresh seeds at each look so far, this one last; empty before the first.
         best_rates: The peak rate that tuning chose.
         on_edge: Whether that rate is on the edge of the rates tried.
@@ -74,6 +75,7 @@ class Details:
     margin: float | None
     maximize: bool = False
     out: str | None = None
+    own_rates: Sequence[str] = ()
     looks: Sequence[int]
     best_rates: Mapping[str, float]
     on_edge: Mapping[str, bool]
@@ -194,6 +196,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "margin": _optional(_number),
     "maximize": _exactly(bool),
     "out": _optional(_exactly(str)),
+    "own_rates": _list_of(_exactly(str)),
     "looks": _list_of(_exactly(int)),
     "best_rates": _mapping_of(_number),
     "on_edge": _mapping_of(_exactly(bool)),

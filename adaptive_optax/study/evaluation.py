@@ -139,15 +139,26 @@ def recompute_batch_statistics(
     return _Recomputed(evaluate, int(batches))
 
 
-def evaluate_of(arm: Any) -> Evaluate | None:
-    """Returns the `evaluate` of an arm, looking inside `functools.partial` and `functools.wraps`."""
+def declared(arm: Any, attribute: str) -> Any:
+    """Returns what an arm declares as an attribute, or None.
+
+    Looks inside `functools.partial`, `functools.wraps` and `EvaluatedArm`.
+    """
     seen = set()
     while arm is not None and id(arm) not in seen:
         seen.add(id(arm))
-        if (found := getattr(arm, "evaluate", None)) is not None:
+        if (found := getattr(arm, attribute, None)) is not None:
             return found
-        arm = arm.func if isinstance(arm, functools.partial) else getattr(arm, "__wrapped__", None)
+        if isinstance(arm, functools.partial):
+            arm = arm.func
+        else:
+            arm = arm.build if isinstance(arm, EvaluatedArm) else getattr(arm, "__wrapped__", None)
     return None
+
+
+def schedule_free_point(params: Any, opt_state: Any) -> Any:
+    """Returns the averaged point of `optax.contrib.schedule_free`, where its authors evaluate."""
+    return optax.contrib.schedule_free_eval_params(opt_state, params)
 
 
 def evaluated(

@@ -13,6 +13,7 @@ from adaptive_optax.study.evaluation import (
     evaluated,
     has_statistics,
     is_same,
+    schedule_free_point,
 )
 from adaptive_optax.study.task import Task
 from adaptive_optax.transforms.averaging import averaged_parameters
@@ -65,6 +66,14 @@ def describe_judged(task: Task, arm: Arm, evaluate: Evaluate | None, rate: float
             f"the average of its parameters{recomputed}{of_training}",
             f"use the average of the parameters, which was judged{of_training}{renew}",
             "averaged = ao.swap_averaged(model, opt_state)  # after training",
+        )
+    if function is schedule_free_point:
+        recomputed = ", with batch statistics recomputed for it" * renewed
+        return Judged(
+            f"its schedule-free average{recomputed}",
+            "use the schedule-free average, which was judged"
+            + "; recompute its batch statistics with training batches" * renewed,
+            "averaged = optax.contrib.schedule_free_eval_params(opt_state, params)  # after training",
         )
     name = getattr(function, "__name__", "")
     result = f"the result of {name if name.isidentifier() else 'its evaluate'} for"

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, cast
 
-from adaptive_optax.study.arms import OPTIMIZERS, arm
+from adaptive_optax.study.arms import OPTIMIZERS, arm, is_standard
 from adaptive_optax.study.engine.run import Train
 from adaptive_optax.study.evaluation import Arm
 from adaptive_optax.study.origin import described
@@ -88,7 +88,7 @@ def _as_task(name: str, found: Any) -> Task:
 
 
 class LoadedArm(NamedTuple):
-    """An arm and its source: `optimizer:schedule[:averaged]` or `MODULE:ARM`."""
+    """An arm and its source: the name of a standard arm, or `MODULE:ARM`."""
 
     name: str
     arm: Arm
@@ -113,9 +113,9 @@ def load_arms(text: str) -> list[LoadedArm]:
 
 
 def load_arm(text: str) -> LoadedArm:
-    """Loads an arm, `optimizer:schedule[:averaged]` or `MODULE:ARM`.
+    """Loads an arm, a standard one by its name (`study.arm`) or `MODULE:ARM`.
 
-    A known optimizer takes precedence over a module of that name. The user's own arm is named as in its
+    Standard names take precedence over modules. The user's own arm is named as in its
     module; the prefix `NAME=` renames any arm.
 
     Raises:
@@ -126,7 +126,7 @@ def load_arm(text: str) -> LoadedArm:
         given, spec = "", given
     elif not given:
         raise ValueError(f"arm {text!r}: expected a name before '='.")
-    if spec.partition(":")[0] in OPTIMIZERS:
+    if is_standard(spec):
         return LoadedArm(given or spec, arm(spec), spec)
     try:
         found = _load("it must name a module and an arm", spec)

@@ -25,7 +25,7 @@ from adaptive_optax.study.engine.run import Train
 from adaptive_optax.study.engine.store import ArmPrograms, Store
 from adaptive_optax.study.engine.trainers import ArmSpec, FunctionTrainer, TaskTrainer, Trainer
 from adaptive_optax.study.engine.trials import Plan
-from adaptive_optax.study.evaluation import AVERAGE_IF_KEPT, Evaluate, check_evaluate, evaluate_of
+from adaptive_optax.study.evaluation import AVERAGE_IF_KEPT, Evaluate, check_evaluate, declared
 from adaptive_optax.study.judged import TRAINED, Judged, describe_judged
 from adaptive_optax.study.start import Start, check_start, origin_of
 from adaptive_optax.study.task import Task
@@ -268,7 +268,7 @@ def _check_evaluate(evaluate: Any, arms: Mapping[str, Any]) -> dict[str, Evaluat
         check_choice("evaluate", name, arms)
     found = {}
     for name, arm in arms.items():
-        found[name] = given[name] if name in given else evaluate_of(arm) or AVERAGE_IF_KEPT
+        found[name] = given[name] if name in given else declared(arm, "evaluate") or AVERAGE_IF_KEPT
         if found[name] is not None:
             check_evaluate(f"evaluate of arm {name!r}", found[name])
     return found

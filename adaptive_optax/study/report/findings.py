@@ -135,6 +135,16 @@ def own_change(record: Record, arm: str) -> float:
     return float(late / early)
 
 
+def own_rates(record: Record) -> dict[str, str]:
+    """Returns the rates that arms declare and were tuned over, instead of those given to all."""
+    details = record.details
+    return {
+        arm: ", ".join(plain(rate) for rate in details.grid[arm] if rate not in details.grown.get(arm, ()))
+        for arm in details.own_rates
+        if arm in details.grid
+    }
+
+
 def diverged_trials(record: Record, arm: str) -> tuple[int, int]:
     """Returns how many of an arm's trials on the verdict's seeds diverged, and the number of trials."""
     diverged = _trials(record, "verdict", arm)["diverged"]

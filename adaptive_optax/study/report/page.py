@@ -36,6 +36,7 @@ from adaptive_optax.study.report.findings import (
     judged_by,
     metric_format,
     own_change,
+    own_rates,
     paired_differences,
     signed,
 )
@@ -75,6 +76,9 @@ def print_summary(record: Record, console: Console) -> None:
     details = record.details
     notes = [f"Metric: {visible(details.metric_name)}, {record.direction.better} is better"]
     notes += ["* on the edge of the rates tried"] * any(details.on_edge.values())
+    notes += [
+        f"{visible(arm)}: tuned over its own rates, {rates}" for arm, rates in own_rates(record).items()
+    ]
     for arm in details.arms:
         if (judged := judged_by(record, arm)) != TRAINED:
             notes.append(f"{visible(arm)}: judged by {judged.by}")

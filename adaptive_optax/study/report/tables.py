@@ -16,6 +16,7 @@ from adaptive_optax.study.report.findings import (
     final_metrics,
     interval,
     metric_format,
+    own_rates,
     paired_differences,
     probability,
     signed,
@@ -160,6 +161,10 @@ def tuning_table(record: Record) -> TuningTable:
     )
     if any(found.diverged.any() for found in tuned.values()):
         notes += " A rate at which a trial diverged has no mean."
+    for arm, rates in own_rates(record).items():
+        notes += (
+            f" {arm} was tuned over its own rates, {rates}, since those of other arms mean nothing to it."
+        )
     if any(details.grown.values()):
         notes += f" {GROWN}: added because the best rate was on the edge of the grid."
     if any(details.on_edge.values()):
