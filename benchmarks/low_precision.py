@@ -1,4 +1,4 @@
-"""The cost in training loss of low-precision state and parameters, on the two built-in tasks.
+"""The cost in training loss of low-precision state and parameters, on two of the built-in tasks.
 
 Every arm is Adam with a one-cycle rate, at one peak, on the same seeds, with the same initial parameters and
 batches. The metric is the final loss on training data. The tasks have the width that `Int8` needs (64), so

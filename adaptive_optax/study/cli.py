@@ -48,8 +48,8 @@ TaskArgument = Annotated[
     typer.Argument(
         metavar="MODULE:TASK",
         help="A study.Task, or a function without arguments that makes one: 'package.module:task' or "
-        "'path/to/file.py:task'. Built in: adaptive_optax.study.tasks:localization and :text. compare also "
-        "takes a training function of your own, train(run).",
+        "'path/to/file.py:task'. Built in: adaptive_optax.study.tasks:localization, :digits and :text. "
+        "compare also takes a training function of your own, train(run).",
         show_default=False,
     ),
 ]

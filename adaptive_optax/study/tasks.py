@@ -1,8 +1,10 @@
-"""Two small tasks for comparisons: boxes around digits in noise, and the prose of Python's own manual.
+"""Three small tasks for comparisons: find a digit in noise, read it, and continue Python's own manual.
 
-Nothing is downloaded: the digits come with scikit-learn, the text with Python. The split of the data is
-fixed, so a seed determines only the initial weights and the order of the batches. On the command line they
-are `adaptive_optax.study.tasks:localization` and `adaptive_optax.study.tasks:text`.
+A regression by dense layers, a classification by convolutions with batch normalisation, whose metric is the
+accuracy, and a language model, a transformer. Nothing is downloaded: the digits come with scikit-learn, the
+text with Python. The split of the data is fixed, so a seed determines only the initial weights and the order
+of the batches. On the command line they are `adaptive_optax.study.tasks:localization`,
+`adaptive_optax.study.tasks:digits` and `adaptive_optax.study.tasks:text`.
 """
 
 from __future__ import annotations
@@ -101,17 +103,11 @@ def localization(
 @functools.cache
 def placed_digits(train_count: int, validation_count: int) -> tuple[dict[str, np.ndarray], ...]:
     """Returns training and validation data as `{"image": uint8[n, patch, pixel], "box": float32[n, 4]}`."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError(
-            "localization needs scikit-learn for its digits: pip install 'adaptive-optax[examples]'."
-        ) from error
     check_integer("train_count", train_count, "[1, inf)")
     check_integer("validation_count", validation_count, "[1, inf)")
-    pixels, _ = load_digits(return_X_y=True)
+    ink, _ = _handwritten()
     rng = np.random.default_rng(0)
-    digits = rng.permutation(np.reshape(pixels, (-1, 8, 8)) / 16)
+    digits = rng.permutation(ink)
     train, validation = np.split(digits, [len(digits) * 3 // 4])
     return _place(train, train_count, rng), _place(validation, validation_count, rng)
 
@@ -137,6 +133,107 @@ def _place(digits: np.ndarray, count: int, rng: np.random.Generator) -> dict[str
     first, last = inked.argmax(axis=2), 8 - inked[:, :, ::-1].argmax(axis=2)
     boxes = np.tile(corner, 2) + np.concatenate([first, last], axis=1) * side / 8
     return {"image": patches, "box": boxes.astype(np.float32)}
+
+
+def _handwritten() -> tuple[np.ndarray, np.ndarray]:
+    """Returns scikit-learn's 1797 digits: ink in [0, 1], of 8 x 8 pixels, and the numbers from 0 to 9."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            "the digits of localization and digits come with scikit-learn: "
+            "pip install 'adaptive-optax[examples]'."
+        ) from error
+    pixels, numbers = load_digits(return_X_y=True)
+    return np.reshape(pixels, (-1, 8, 8)) / 16, np.asarray(numbers)
+
+
+# ---- Which digit is it? ----
+
+MOST_TRAINING = 1297  # of 1797 digits; at least 500 are for validation
+SMUDGE = 0.15  # the noise of a pixel, a standard deviation, where ink is 1
+MISLABELLED = 0.2  # of the training labels
+
+
+class DigitNet(nnx.Module):
+    """Two convolutions with batch normalisation, dropout, and a dense layer.
+
+    Args:
+        channels: Channels of the first convolution; the second has stride 2 and twice as many.
+        rngs: Random state for the initial weights.
+    """
+
+    def __init__(self, channels: int, *, rngs: nnx.Rngs):
+        self.conv_1: nnx.Conv = nnx.Conv(1, channels, (3, 3), use_bias=False, rngs=rngs)
+        self.norm_1: nnx.BatchNorm = nnx.BatchNorm(channels, momentum=0.9, rngs=rngs)
+        self.conv_2: nnx.Conv = nnx.Conv(channels, 2 * channels, (3, 3), strides=2, use_bias=False, rngs=rngs)
+        self.norm_2: nnx.BatchNorm = nnx.BatchNorm(2 * channels, momentum=0.9, rngs=rngs)
+        self.dropout: nnx.Dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.logits: nnx.Linear = nnx.Linear(4 * 4 * 2 * channels, 10, rngs=rngs)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Returns the logits of the ten digits for images [image, row, column]."""
+        x = nnx.relu(self.norm_1(self.conv_1(images[..., None])))
+        x = nnx.relu(self.norm_2(self.conv_2(x)))
+        return self.logits(self.dropout(x.reshape(len(x), -1)))
+
+
+def digits(*, train_count: int = 1024, batch_size: int = 16, channels: int = 8) -> Task:
+    """Makes the task of reading handwritten digits: noisy images in, one of ten classes out.
+
+    Scikit-learn's digits of 8 x 8 pixels, smudged by noise. A small nnx network (3,842 parameters) with
+    convolutions, batch normalisation and dropout is trained with cross-entropy on images of which a fifth
+    have a wrong label. The metric is the accuracy on all other images, whose labels are right: higher is
+    better, and guessing scores 0.1. Adam at a constant rate reaches 0.90 after 400 steps.
+
+    Args:
+        train_count: Training images, at most 1297 of 1797; the others are for validation.
+        batch_size: Images per batch.
+        channels: Channels of the first convolution.
+
+    Raises:
+        ImportError: If scikit-learn is missing; it is in the extra `examples`.
+        ValueError: If a size is out of range, or a batch larger than the training data.
+    """
+    check_integer("channels", channels, "[1, inf)")
+
+    def cross_entropy(model, batch):
+        logits = model(batch["image"])
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch["digit"]))
+
+    def accuracy(model, batch):
+        return jnp.mean(jnp.argmax(model(batch["image"]), axis=-1) == batch["digit"])
+
+    train, validation = smudged_digits(train_count)
+    return nnx_task(
+        lambda rngs: DigitNet(channels, rngs=rngs),
+        cross_entropy,
+        train,
+        validation,
+        batch_size=batch_size,
+        metric=accuracy,
+        maximize=True,
+        name="digit classification",
+    )
+
+
+@functools.cache
+def smudged_digits(train_count: int) -> tuple[dict[str, np.ndarray], ...]:
+    """Returns training and validation data as `{"image": float32[n, 8, 8], "digit": int32[n]}`.
+
+    A fifth of the training labels are wrong.
+    """
+    check_integer("train_count", train_count, f"[1, {MOST_TRAINING}]", "500 images are for validation")
+    ink, numbers = _handwritten()
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(ink))
+    images = (ink + SMUDGE * rng.standard_normal(ink.shape)).astype(np.float32)[order]
+    labels = numbers.astype(np.int32)[order]
+    wrong = rng.permutation(train_count)[: round(MISLABELLED * train_count)]
+    labels[wrong] = (labels[wrong] + rng.integers(1, 10, size=len(wrong))) % 10
+    sets = slice(train_count), slice(train_count, None)
+    train, validation = ({"image": images[part], "digit": labels[part]} for part in sets)
+    return train, validation
 
 
 # ---- Which character comes next? ----
