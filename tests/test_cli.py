@@ -14,7 +14,7 @@ from adaptive_optax import study
 from adaptive_optax.study.cli import app
 from adaptive_optax.study.engine import trials
 from adaptive_optax.study.loading import load_arms, load_task
-from adaptive_optax.study.report import advice
+from adaptive_optax.study.recommendation import code_for
 
 MODULE = """
 import dataclasses
@@ -330,17 +330,20 @@ def code_of(output):
     return [line.strip() for line in output.splitlines() if line.startswith("    ")]
 
 
-AVERAGED = "averaged = ao.swap_averaged(model, opt_state)  # after training"
+AVERAGED = [
+    "# After training, use the average of the parameters, which was judged.",
+    "averaged = ao.swap_averaged(model, opt_state)  # after training",
+]
 
 
 def test_the_code_for_every_arm_runs(as_command):
     Path("below").mkdir()
     Path("below/with-dash.py").write_text(Path("mine.py").read_text())
     code = {
-        "sgd:constant:averaged": ['tx = study.arm("sgd:constant:averaged")(0.3, 30)', AVERAGED],
-        "renamed=sgd:constant": ['tx = study.arm("sgd:constant")(0.3, 30)'],
+        "sgd:constant:averaged": ["tx = optax.chain(ao.sgd(0.3), ao.average_parameters())", *AVERAGED],
+        "renamed=sgd:constant": ["import adaptive_optax as ao", "tx = ao.sgd(0.3)"],
         "mine:my_arm": ["from mine import my_arm", "tx = my_arm(0.3, 30)"],
-        "other=mine:averaging": ["from mine import averaging", "tx = averaging(0.3, 30)", AVERAGED],
+        "other=mine:averaging": ["from mine import averaging", "tx = averaging(0.3, 30)", *AVERAGED],
         "file=below/with-dash.py:my_arm": ['tx = runpy.run_path("below/with-dash.py")["my_arm"](0.3, 30)'],
     }
     result = as_command("compare", "mine:task", *QUICK, "--arms", ",".join(code), "--out", "report")
@@ -351,11 +354,10 @@ def test_the_code_for_every_arm_runs(as_command):
         comparison, details=dataclasses.replace(comparison.details, best_rates=rates)
     )
     for arm, expected in zip(comparison.info["arms"], code.values(), strict=True):
-        text, found = advice._train_with(comparison, "train", arm)
+        found = code_for(comparison.details, arm).splitlines()
         assert found[-len(expected) :] == expected
-        assert ("After training, use the average" in text) == (AVERAGED in found)
         names = {}
-        exec("\n".join(line for line in found if line != AVERAGED), names)
+        exec("\n".join(line for line in found if line not in AVERAGED), names)
         assert isinstance(names["tx"], optax.GradientTransformation)
 
 

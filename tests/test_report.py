@@ -745,19 +745,18 @@ def test_the_answer_ends_in_what_to_do():
     won = make(TWO)
     assert asked(won).question == "does adam:one_cycle beat adam:constant?"
     assert (asked(won).answer, asked(won).sentence) == ("Yes", won.verdict().sentence)
-    assert asked(won).code == ['tx = arms["adam:one_cycle"](0.01, 2560)']
-    named = changed(won, usual_arms={"adam:one_cycle": "adam:cosine"})
-    assert asked(named).code == [
-        "from adaptive_optax import study", 'tx = study.arm("adam:cosine")(0.01, 2560)',
-    ]  # fmt: skip
-    own = changed(won, own_arms={"adam:one_cycle": "one_cycle"})
-    assert asked(own).code == ["tx = one_cycle(0.01, 2560)"]
+    assert asked(won).next_step == "" and asked(won).code == [] and asked(won).why_not == ""
+    assert asked(won).recommendation == won.recommend()
+    assert won.recommend().code == 'tx = arms["adam:one_cycle"](0.01, 2560)'
+    text = shown_at(200, won)
+    assert text.rstrip().endswith("Use adam:one_cycle at a peak rate of 0.01.")
+    assert text.count(won.verdict().sentence) == 1
     equal = make(TWO, margin=9.0)
-    assert asked(equal).answer == "No" and "since a change gains nothing" in asked(equal).next_step
+    assert asked(equal).answer == "No" and "keep the baseline" in asked(equal).recommendation.reason
+    assert asked(equal).recommendation.reason in shown_at(200, equal)
     lost = make({"adam:constant": ARMS["adam:constant"], "rmsprop": ARMS["rmsprop"]})
     assert asked(lost).answer == "No"
-    assert asked(lost).code == ['tx = arms["adam:constant"](0.001, 2560)']
-    assert asked(lost).next_step.startswith("keep adam:constant,")
+    assert asked(lost).recommendation.arm == "adam:constant"
 
 
 def test_an_undecided_answer_names_the_call_that_adds_seeds():
@@ -811,8 +810,9 @@ def test_what_was_judged_is_said_and_how_to_take_it(tmp_path):
     average = judged.Judged("the average of its parameters", "take the average", "x = ao.swap_averaged()")
     comparison = make(TWO, judged={"adam:one_cycle": list(average)})
     found = asked(comparison)
-    assert found.next_step.endswith("found in tuning. After training, take the average.")
-    assert found.code[0] == "import adaptive_optax as ao" and found.code[-1] == average.code
+    code = found.recommendation.code.splitlines()
+    assert code[0] == "import adaptive_optax as ao"
+    assert code[-2:] == ["# After training, take the average.", average.code]
     page, _, text = check_everything(comparison, tmp_path)
     said = (
         "adam:one_cycle was judged by the average of its parameters; adam:constant by its trained parameters."
@@ -821,7 +821,7 @@ def test_what_was_judged_is_said_and_how_to_take_it(tmp_path):
     row = "adam:constant by its trained parameters; adam:one_cycle by the average of its parameters"
     assert row in page.texts("dd")
     assert "adam:one_cycle: judged by the average of its parameters" in " ".join(text.split())
-    assert page.texts("code")[: len(found.code)] == found.code
+    assert page.texts("code")[-len(code) :] == code and page.texts("code").count(code[-1]) == 1
     usual = Page(written_page(make(TWO), tmp_path / "u.html"))
     assert "was judged by" not in usual.heard("p", "chosen")
     assert "every arm by its trained parameters" in usual.texts("dd")

@@ -15,6 +15,7 @@ Glossary:
 * *measurement*: what telemetry measures at one step of a trial
 * *look*: a judgement of the existing trials; adding seeds and judging again is another look
 * *verdict*: what a look says about one arm compared with the baseline
+* *recommendation*: the arm to use, by the verdicts, with its rate and code
 * *record*: what a comparison found (trials, curves, details), from which its verdicts follow
 
 Elsewhere in this package, "a run" means the user's own training, outside a study.
@@ -40,6 +41,7 @@ from adaptive_optax.study.judged import Judged as Judged
 from adaptive_optax.study.range_test import Optimizer as Optimizer
 from adaptive_optax.study.range_test import RangeTest as RangeTest
 from adaptive_optax.study.range_test import lr_range_test as lr_range_test
+from adaptive_optax.study.recommendation import Recommendation as Recommendation
 from adaptive_optax.study.result import Comparison as Comparison
 from adaptive_optax.study.result import load as load
 from adaptive_optax.study.start import Start as Start

@@ -157,6 +157,8 @@ def compare(
         ... )
         >>> comparison.verdict().decision
         'better'
+        >>> comparison.recommend().arm
+        'adam:cosine'
     """
     began = time.perf_counter()
     listed = not isinstance(arms, Mapping)

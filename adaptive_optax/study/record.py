@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
@@ -109,5 +110,9 @@ class Record:
         if arm is not None:
             check_choice("arm", arm, others)
             return self.verdicts[arm]
-        verdicts, means = self.verdicts, tuning_means(self.table, self.direction)
-        return verdicts[min(others, key=lambda name: min(map(self.direction.cost, means[name].values())))]
+        return self.verdicts[self.best_in_tuning(others)]
+
+    def best_in_tuning(self, arms: Iterable[str]) -> str:
+        """Returns the arm with the best mean metric in tuning, the first of them at a tie."""
+        means = tuning_means(self.table, self.direction)
+        return min(arms, key=lambda name: min(map(self.direction.cost, means[name].values())))

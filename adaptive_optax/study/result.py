@@ -21,6 +21,7 @@ from adaptive_optax.study.details import Details
 from adaptive_optax.study.engine.chunks import Key, Results, Unusable, read_arrays, stacked
 from adaptive_optax.study.engine.store import write_atomically
 from adaptive_optax.study.engine.trials import TELEMETRY
+from adaptive_optax.study.recommendation import Recommendation, recommend
 from adaptive_optax.study.record import Record
 from adaptive_optax.study.statistics.paired import mean_and_error
 from adaptive_optax.study.subject import Subject
@@ -99,6 +100,24 @@ class Comparison(Record):
         check_scalar("margin", margin, "(0, inf)")
         return dataclasses.replace(self, details=dataclasses.replace(self.details, margin=float(margin)))
 
+    def recommend(self) -> Recommendation:
+        """Recommends an arm at its best rate, with the code to paste and the evidence in one sentence.
+
+        The arm is one that is better than the baseline; of several, the one that did best in tuning. If none
+        is better, it is the baseline, or a simpler arm that is equivalent to it: no difference was found, so
+        keep the simplest. Constant rates are the simplest, then come decays (linear, 1-sqrt, cosine,
+        exponential, step), schedules with a warm-up, one-cycle, and at last averages, schedule-free averaging
+        and estimated rates. An undecided arm is never recommended, since it may be worse; nor can the user's
+        own arms be called simpler or less simple.
+
+        The code of a standard arm is written out, with its numbers; that of the user's own arm calls it.
+
+        Raises:
+            ValueError: As for `verdicts`, or if every verdict is withheld (it has a `reason`); the message
+                says why.
+        """
+        return recommend(self)
+
     def plot(self, picture: str | None = None) -> Figure:
         """Draws metric against peak rate, paired differences with their intervals, and curves.
 
@@ -110,7 +129,7 @@ class Comparison(Record):
         return figures.plot(self) if picture is None else figures.plot_one(self, picture)
 
     def print_summary(self, console: Console | None = None) -> None:
-        """Prints the answer, the sentence of every other verdict, what to do next, and a table.
+        """Prints the answer, the sentence of every other verdict, a table, what to do next, and what to use.
 
         Args:
             console: Where to print; None for the standard output.

@@ -1,8 +1,7 @@
-"""The answer of a comparison: yes, no or not decided; what weakens it, and what to do next."""
+"""The answer of a comparison: yes, no or not decided; what weakens it, what to do next, and what to use."""
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 from collections.abc import Sequence
@@ -11,9 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from adaptive_optax._core.names import visible
-from adaptive_optax.study.details import Details
 from adaptive_optax.study.judged import TRAINED
+from adaptive_optax.study.recommendation import Recommendation, quoted, recommend
 from adaptive_optax.study.record import Record
 from adaptive_optax.study.report.findings import equivalence_margin, judge_all, judged_by, metric_format
 from adaptive_optax.study.statistics.verdict import Verdict
@@ -28,8 +26,10 @@ class Answer(NamedTuple):
         sentence: The verdict behind the answer, or why there is none.
         chosen: How the arm was chosen; "" if nothing was judged.
         warnings: What weakens the answer.
-        next_step: What to do next; "" if the sentence says it.
+        next_step: What to do to learn more; "" if nothing is open, or the sentence says it.
         code: The next step as Python statements or as a command.
+        recommendation: What to use; None if nothing can be recommended.
+        why_not: Why nothing can be recommended; "" if something can.
     """
 
     question: str
@@ -39,17 +39,23 @@ class Answer(NamedTuple):
     warnings: list[str]
     next_step: str
     code: list[str]
+    recommendation: Recommendation | None
+    why_not: str
 
 
 def answer(record: Record) -> Answer:
     """Answers whether the arm that did best in tuning beats the baseline."""
+    try:
+        recommendation, why_not = recommend(record), ""
+    except ValueError as error:
+        recommendation, why_not = None, str(error)
     _, headline, reason = judge_all(record)
     details = record.details
     baseline, rivals = details.baseline, len(details.rivals)
     if headline is None:
         question = f"does another arm beat {baseline}?"
         next_step, code = _suggest_margin(record) if details.looks else ("", [])
-        return Answer(question, "Not judged", reason, "", [], next_step, code)
+        return Answer(question, "Not judged", reason, "", [], next_step, code, recommendation, why_not)
     chosen = "An arm is one way to train: an optimizer with its learning-rate schedule."
     if rivals > 1:
         chosen = f"Of the {rivals} arms besides {baseline}, {headline.arm} did best in tuning. {chosen}"
@@ -66,6 +72,8 @@ def answer(record: Record) -> Answer:
         list(filter(None, [_coarse_metric(record, headline)])),
         next_step,
         code,
+        recommendation,
+        why_not,
     )
 
 
@@ -73,12 +81,9 @@ def answer(record: Record) -> Answer:
 
 
 def _next_step(record: Record, verdict: Verdict) -> tuple[str, list[str]]:
-    v, baseline = verdict, verdict.baseline
-    if v.decision == "better":
-        return _train_with(record, f"train with {v.arm}", v.arm)
-    if v.decision in ("worse", "equivalent"):
-        why = "" if v.decision == "worse" else ", since a change gains nothing"
-        return _train_with(record, f"keep {baseline}{why}", baseline)
+    v = verdict
+    if v.decision != "undecided":
+        return "", []
     if v.reason == "untrained":
         opposite = not record.direction.maximize
         return (
@@ -122,7 +127,7 @@ def _next_step(record: Record, verdict: Verdict) -> tuple[str, list[str]]:
 
 def _more_seeds(record: Record, seeds: int) -> tuple[str, list[str]]:
     out = record.details.out
-    folder = "..." if out is None else json.dumps(visible(out), ensure_ascii=False)
+    folder = "..." if out is None else quoted(out)
     call, option = ("command", "--out") if _is_command(record) else ("call", "out=")
     advice = f"repeat the {call} with more seeds and the same folder; only new trials are trained."
     if out is None:
@@ -146,33 +151,6 @@ def _suggest_margin(record: Record) -> tuple[str, list[str]]:
         f"{trains}.",
         code,
     )
-
-
-def _train_with(record: Record, do: str, arm: str) -> tuple[str, list[str]]:
-    """Says how to train with an arm, and how to obtain the parameters that were judged."""
-    details, judged = record.details, judged_by(record, arm)
-    then = f" After training, {judged.then}." if judged.then else ""
-    imports, made = _constructor(details, arm)
-    code = [*imports, f"tx = {made}({details.best_rates[arm]:g}, {details.steps})"]
-    if judged.code:
-        code = ["import adaptive_optax as ao", *code, judged.code]
-    return f"{do}, at the peak rate found in tuning.{then}", code
-
-
-def _constructor(details: Details, arm: str) -> tuple[list[str], str]:
-    """Returns the imports and the Python expression for an arm."""
-
-    def quoted(text: str) -> str:
-        return json.dumps(visible(text), ensure_ascii=False)
-
-    if usual := details.usual_arms.get(arm):
-        return ["from adaptive_optax import study"], f"study.arm({quoted(usual)})"
-    place, _, function = details.own_arms.get(arm, "").rpartition(":")
-    if place.endswith(".py"):
-        return ["import runpy"], f"runpy.run_path({quoted(place)})[{quoted(function)}]"
-    if function:
-        return [f"from {place} import {function}"] * bool(place), function
-    return [], f"arms[{quoted(arm)}]"
 
 
 # ---- The call again ----

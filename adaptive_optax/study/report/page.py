@@ -57,7 +57,7 @@ _LEAST_NAME = 12  # minimum width of the column of names, unless all names are s
 
 
 def print_summary(record: Record, console: Console) -> None:
-    """Prints the answer, the sentence of every other verdict, what to do next, and a table.
+    """Prints the answer, the sentence of every other verdict, a table, what to do next, and what to use.
 
     The table fits the terminal: a narrow one drops the interval, the metric, the rate and the difference, in
     this order; the arm and its verdict always remain.
@@ -89,7 +89,17 @@ def print_summary(record: Record, console: Console) -> None:
         console.print(Text(visible(warning)))
     if found.next_step:
         console.print(Text(visible(f"Next: {found.next_step}")))
-    for line in found.code:
+    _print_code(found.code, console)
+    if use := found.recommendation:
+        reason = "" if use.reason == found.sentence else f" {use.reason}"
+        console.print(Text(visible(f"Use {use.arm} at a peak rate of {use.learning_rate:g}.{reason}")))
+        _print_code(use.code.splitlines(), console)
+    elif found.why_not != found.sentence:
+        console.print(Text(visible(f"Nothing can be recommended: {found.why_not}")))
+
+
+def _print_code(lines: list[str], console: Console) -> None:
+    for line in lines:
         console.print(Text(f"    {visible(line)}"), soft_wrap=True)
 
 
