@@ -499,3 +499,15 @@ def test_submitit_runs_it_as_jobs_of_a_scheduler(undisturbed, tmp_path, monkeypa
     assert [runner.results[key].validation[-1] for key in keys] == expected.tolist()
     for job in submitted:  # it leaves them to be collected as running processes
         job._process.wait()
+
+
+def test_the_report_says_what_a_trial_raised(tmp_path):
+    def function(run):
+        if run.seed == 1002 and run.arm == "linear":
+            raise ValueError("too <steep>")
+        return 1.0 + run.seed / 1000
+
+    compare(function).to_html(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "ValueError: too &lt;steep&gt;" in page
+    assert page.count('data-heading="raised"') == 18 and 'data-heading="compiled"' not in page

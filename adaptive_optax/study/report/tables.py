@@ -185,7 +185,7 @@ def looks_table(record: Record) -> Table:
 
 
 def trial_table(record: Record) -> Table:
-    """Lays out every trial."""
+    """Lays out every trial, without the columns that no trial has anything for."""
     number = metric_format(record)
 
     def count(value: float) -> str:
@@ -197,8 +197,10 @@ def trial_table(record: Record) -> Table:
         "best_step": ("at step", count), "initial_metric": ("at the start", number),
         "steps_to_baseline": ("steps to the baseline's final", count),
         "diverged": ("diverged", lambda value: "yes" if value else ""), "compilation": ("compiled", str),
+        "error": ("raised", lambda text: text.strip().rpartition("\n")[2]),
     }  # fmt: skip
     table = record.table
-    cells = [[write(value) for value in table[name]] for name, (_, write) in columns.items()]
-    headings = [Heading(heading) for heading, _ in columns.values()]
-    return Table("All trials", headings, [list(map(Cell, row)) for row in zip(*cells, strict=True)])
+    cells = {name: [write(value) for value in table[name]] for name, (_, write) in columns.items()}
+    cells = {name: column for name, column in cells.items() if {*column} - {"", MISSING}}
+    headings = [Heading(columns[name][0]) for name in cells]
+    return Table("All trials", headings, [list(map(Cell, row)) for row in zip(*cells.values(), strict=True)])
