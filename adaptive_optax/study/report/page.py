@@ -233,7 +233,8 @@ def _pictures(record: Record, judged: bool) -> list[_Picture]:
         "curves": (
             "Training at the best rates",
             f"Validation {metric} ({better}) over {seeds} fresh seeds, mean with a band of one standard "
-            "error; dotted: the training loss. Diverged trials are excluded.",
+            f"error{'; dotted: the training loss' * (len(record.training_steps) > 0)}. "
+            "Diverged trials are excluded.",
         ),
         "effective_rates": (
             "Effective learning rates",
