@@ -30,7 +30,7 @@ FOLDERS = [PACKAGE / name for name in ("moments", "transforms", "schedules")]
 # The tests of a file are tests/test_<its name>.py; here are the others.
 TESTS = {
     "moments/bfloat16": ["storage"],
-    "moments/blocks": ["adam_mini"],
+    "moments/blocks": ["int8", "storage", "convert_storage"],
     "moments/by_path": ["moments"],
     "moments/ema": ["moments"],
     "moments/formats": ["storage", "convert_storage"],
