@@ -14,7 +14,7 @@ from reference.power import ALPHA, difference_power, equivalence_power
 from scipy import stats
 
 from adaptive_optax.study.direction import Direction
-from adaptive_optax.study.statistics.judge import Judged, judge, judge_metrics
+from adaptive_optax.study.statistics.judge import Judged, judge, judge_metrics, spending_of
 
 TABLES = 10_000
 WRITTEN = (
@@ -30,7 +30,7 @@ def judge_all(metrics, *, margin=None, look=None) -> Judged:
     diverged = np.isnan(metrics)
     worst = np.nanmax(metrics, axis=(1, 2), keepdims=True)
     final = np.where(diverged, worst, metrics)
-    judged = judge_metrics(final, diverged, 0, Direction(False), margin, 0.01, 0.05, look)
+    judged = judge_metrics(final, diverged, 0, Direction(False), margin, 0.01, 0.05, spending_of(look))
     read = []
     for table in metrics[:WRITTEN]:
         written = template.assign(final_metric=table.ravel())

@@ -47,6 +47,7 @@ from adaptive_optax.study.result import load as load
 from adaptive_optax.study.start import Start as Start
 from adaptive_optax.study.statistics.judge import judge as judge
 from adaptive_optax.study.statistics.ramp import suggest as suggest
+from adaptive_optax.study.statistics.sequential import Sequential as Sequential
 from adaptive_optax.study.statistics.verdict import Verdict as Verdict
 from adaptive_optax.study.status import Status as Status
 from adaptive_optax.study.status import read_status as read_status

@@ -3,7 +3,8 @@
 Seeds are paired: a seed has the same initial parameters and the same batches in every arm, so only the
 differences between an arm and the baseline are judged. The paired t-test asks for a difference; two
 one-sided t-tests ask for equivalence (Schuirmann 1987, J. Pharmacokinet. Biopharm. 15:657). Both are
-corrected for several arms (Holm 1979, Scand. J. Statist. 6:65) and for judging again after adding seeds.
+corrected for several arms (Holm 1979, Scand. J. Statist. 6:65), and for judging again after adding seeds or
+by a plan (`Sequential`).
 Failing to find a difference never counts as "equivalent": it is "undecided". The value substituted for a
 diverged trial is not a measurement: it never makes arms equivalent, and a seed at which both diverged says
 nothing about them.
@@ -21,7 +22,7 @@ from scipy import special
 
 from adaptive_optax._core.checks import check_bool, check_choice, check_integer, check_scalar
 from adaptive_optax.study.direction import Direction
-from adaptive_optax.study.statistics.outcomes import Trials, trials_by_arm
+from adaptive_optax.study.statistics.outcomes import Trials, numbers, rows_to_judge, trials_by_arm
 from adaptive_optax.study.statistics.paired import (
     Paired,
     bootstrap,
@@ -33,6 +34,7 @@ from adaptive_optax.study.statistics.paired import (
     unscaled,
 )
 from adaptive_optax.study.statistics.sentences import verdict_sentence
+from adaptive_optax.study.statistics.sequential import Sequential
 from adaptive_optax.study.statistics.verdict import Verdict
 
 
@@ -45,6 +47,7 @@ def judge(
     relative_margin: float = 0.01,
     alpha: float = 0.05,
     look: int | None = None,
+    sequential: Sequential | None = None,
     resamples: int = 2000,
     seed: int = 0,
 ) -> dict[str, Verdict]:
@@ -57,6 +60,8 @@ def judge(
                        with an absolute margin mean(a - b) < margin and mean(a - b) > -margin
         several arms   Holm's step-down, separately over the differences and over the equivalences
         look k         spends alpha 2**-k: p-values are multiplied by 2**k; all looks together spend < alpha
+        sequential     p-values are divided by look k's level as a share of alpha / arms; all looks together
+                       spend alpha (`Sequential`)
 
     The decision is "equivalent" if p_equivalence < alpha (a difference may exist, but is too small to
     matter); else "better" or "worse" if p_value < alpha; else "undecided". If all differences are exactly 0,
@@ -71,16 +76,21 @@ def judge(
     the sign test decides. A trial has diverged if it is marked so, or if its final metric is NaN or, in a
     table without a column diverged, infinite.
 
+    With `sequential` the plan's looks are replayed on the baseline's seeds in ascending order. An arm keeps
+    the verdict of the look that decided it: its later seeds, if there are any, are not judged, but its
+    p-value counts on in Holm's step-down. Nor are seeds judged that come after the last complete look.
+
     Args:
         table: One row per trial: arm, seed, final_metric; optionally initial_metric, best_metric, diverged
             and phase (then only rows of phase "verdict" are judged). All arms have the same seeds, at least
-            2.
+            2; with `sequential`, an arm needs none after the look that decided it.
         baseline: The arm that the others are compared with.
         margin: Differences smaller than this do not matter; in the metric's units, (0, inf). None: relative.
         maximize: Whether higher metrics are better, as for an accuracy.
         relative_margin: The margin as a fraction of the baseline's metric, in (0, 1).
         alpha: Error rate over all arms and looks, in (0, 1).
         look: 1 for the first judgement, 2 after adding seeds, and so on up to 100. None: the only look.
+        sequential: The plan by which the number of seeds was chosen; not together with `look`.
         resamples: Bootstrap resamples; 0 for no bootstrap interval.
         seed: Seed of the bootstrap, the same for every arm.
 
@@ -89,7 +99,7 @@ def judge(
 
     Raises:
         ValueError: If an argument is out of range; if the table does not have exactly one trial per arm and
-            seed; or if the margin is relative and a baseline metric is not positive.
+            seed, or too few for the first look; or if the margin is relative and a baseline metric is not positive.
 
     Examples:
         >>> import pandas as pd
@@ -112,23 +122,134 @@ def judge(
     if look is not None:
         check_integer("look", look, "[1, 100]")
     direction = Direction(bool(maximize))
-    trials = trials_by_arm(table, direction)
-    check_choice("baseline", baseline, trials.arms)
-    return judge_trials(trials, baseline, direction, margin, relative_margin, alpha, look, resamples, seed)
+    settings = Settings(baseline, direction, margin, relative_margin, alpha, resamples, seed)
+    if sequential is None:
+        trials = trials_by_arm(table, direction)
+        check_choice("baseline", baseline, trials.arms)
+        return judge_trials(trials, settings, spending_of(look)).verdicts
+    if not isinstance(sequential, Sequential):
+        raise ValueError(f"sequential must be a study.Sequential, got {sequential!r}.")
+    if look is not None:
+        raise ValueError(f"look must be None with sequential, which has its own looks, got {look}.")
+    return _replay(table, settings, sequential)
+
+
+class Settings(NamedTuple):
+    """The arguments of `judge` that hold at every look."""
+
+    baseline: str
+    direction: Direction
+    margin: float | None
+    relative_margin: float
+    alpha: float
+    resamples: int
+    seed: int
+
+
+class Spending(NamedTuple):
+    """What a look may spend: the level of its tests as a share of alpha.
+
+    Attributes:
+        difference: The share for the two-sided tests of a difference.
+        equivalence: The share for the one-sided tests of equivalence.
+        next: Both shares, at the look that would judge more seeds.
+        adjustment: What the interval is adjusted for; "" for an only look.
+        place: Number of the look, number of looks and most seeds, if there is a plan.
+    """
+
+    difference: float = 1.0
+    equivalence: float = 1.0
+    next: tuple[float, float] = (1.0, 1.0)
+    adjustment: str = ""
+    place: tuple[int, int, int] | None = None
+
+
+def spending_of(look: int | None) -> Spending:
+    """The spending of the only look, or of one after which seeds may be added without a plan."""
+    if look is None:
+        return Spending()
+    share = 0.5**look
+    return Spending(share, share, (share / 2, share / 2), "added seeds")
+
+
+def planned_spending(plan: Sequential, alpha: float, arms: int) -> list[Spending]:
+    """The spending of every look of a plan.
+
+    Holm's procedure tests at alpha / j with j from 1 to the number of arms. The shares are those of the
+    smallest: levels of a larger error rate depend on each other more, so the same shares spend less of it.
+    """
+    smallest = alpha / arms
+    shares = [
+        [level / smallest for level in plan.levels(smallest, sides=sides)]
+        for sides in (2, 1)
+    ]
+    count = len(plan.looks)
+    pairs = list(zip(*shares, strict=True))
+    if count == 1:
+        return [Spending(*pairs[0])]
+    return [
+        Spending(*pair, pairs[-1], f"{count} looks", (k, count, plan.most)) for k, pair in enumerate(pairs, 1)
+    ]
+
+
+def _replay(table: pd.DataFrame, settings: Settings, plan: Sequential) -> dict[str, Verdict]:
+    """Judges the looks of a plan, one after the other."""
+    table = rows_to_judge(table)
+    arms = list(dict.fromkeys(name for name in table["arm"] if isinstance(name, str)))
+    check_choice("baseline", settings.baseline, arms)
+    seed = numbers(table, "seed")
+    seeds = np.unique(seed[table["arm"] == settings.baseline])
+    if len(seeds) < plan.first:
+        raise ValueError(
+            f"table must have at least the {plan.first} seeds of the first look, got {len(seeds)} of the "
+            "baseline."
+        )
+    running = [arm for arm in arms if arm != settings.baseline]
+    verdicts: dict[str, Verdict] = dict.fromkeys(running)  # pyright: ignore[reportAssignmentType]
+    stopped, looks = NONE_STOPPED, [n for n in plan.looks if n <= len(seeds)]
+    for n, spending in zip(looks, planned_spending(plan, settings.alpha, max(len(running), 1)), strict=False):
+        judged = table["arm"].isin([settings.baseline, *running]) | table["arm"].isna()
+        trials = trials_by_arm(table[judged & (seed <= seeds[n - 1])], settings.direction)
+        look = judge_trials(trials, settings, spending, stopped)
+        verdicts |= look.verdicts
+        decided = [verdict.decision != "undecided" for verdict in look.verdicts.values()]
+        stopped = np.concatenate([stopped, look.ratios[:, decided]], axis=1)
+        running = [arm for arm in running if verdicts[arm].decision == "undecided"]
+        if not running:
+            break
+    return verdicts
+
+
+NONE_STOPPED = np.zeros((2, 0))  # no arm was decided by an earlier look
+
+
+class Look(NamedTuple):
+    """A judgement of trials.
+
+    Attributes:
+        verdicts: By arm.
+        ratios: The p-values of difference and equivalence as multiples of the look's shares, by arm.
+    """
+
+    verdicts: dict[str, Verdict]
+    ratios: np.ndarray
 
 
 def judge_trials(
     trials: Trials,
-    baseline: str,
-    direction: Direction,
-    margin: float | None,
-    relative_margin: float,
-    alpha: float,
-    look: int | None,
-    resamples: int,
-    seed: int,
-) -> dict[str, Verdict]:
-    """`judge` without its table; nothing is checked but the baseline's sign under a relative margin."""
+    settings: Settings,
+    spending: Spending,
+    stopped: np.ndarray = NONE_STOPPED,
+) -> Look:
+    """`judge` without its table; nothing is checked but the baseline's sign under a relative margin.
+
+    Args:
+        trials: The trials of the baseline and of the arms that are judged.
+        settings: What holds at every look.
+        spending: What this look may spend.
+        stopped: The ratios of the arms that earlier looks decided.
+    """
+    baseline, direction, margin, relative_margin, alpha, resamples, seed = settings
     arms, final, best, diverged = trials
     others = [row for row, arm in enumerate(arms) if arm != baseline]
     base, seeds = arms.index(baseline), final.shape[1]
@@ -137,7 +258,9 @@ def judge_trials(
             "margin must be given, in the metric's units: a relative margin needs positive metrics of the "
             f"baseline, got {below.min():g}."
         )
-    judged = judge_metrics(final, diverged, base, direction, margin, relative_margin, alpha, look)
+    judged = judge_metrics(
+        final, diverged, base, direction, margin, relative_margin, alpha, spending, stopped
+    )
     pairs, (difference, _, _), untested = judged.pairs, judged.tests, judged.untested
     measured, unpaired = pairs.measured, pairs.unpaired
 
@@ -153,13 +276,14 @@ def judge_trials(
     with np.errstate(divide="ignore", invalid="ignore"):
         relative = np.where(level_of_base > 0, judged.mean / level_of_base, np.nan)
 
-    next_alpha = alpha if look is None else alpha / (2 * _spent(look))
-    adjustments = [f"{len(others)} arms"] * (len(others) > 1) + ["added seeds"] * (look is not None)
+    tested = len(others) + stopped.shape[-1]
+    adjustments = [f"{tested} arms"] * (tested > 1) + [spending.adjustment] * bool(spending.adjustment)
+    share, share_equivalence = spending.next
     verdicts = {}
     for i, row in enumerate(others):
         needed = None
         if judged.decision[i] == "undecided" and not untested[i] and not unpaired[i]:
-            levels = next_alpha / judged.factor[i], next_alpha / judged.factor_equivalence[i]
+            levels = alpha * share / judged.factor[i], alpha * share_equivalence / judged.factor_equivalence[i]
             needed = _seeds_in_all(pairs, judged.tests, i, levels)
         x = scaled(pairs.a[i], difference.exponent[i]) - scaled(pairs.b[i], difference.exponent[i])
         testable = not (pairs.few[i] or unpaired[i])
@@ -191,9 +315,9 @@ def judge_trials(
             ),
             sentence="",
         )  # fmt: skip
-        sentence = verdict_sentence(verdict, relative_margin, alpha, adjustments)
+        sentence = verdict_sentence(verdict, relative_margin, alpha, adjustments, spending.place)
         verdicts[verdict.arm] = dataclasses.replace(verdict, sentence=sentence)
-    return verdicts
+    return Look(verdicts, judged.ratios)
 
 
 # ---- The tests ----
@@ -207,6 +331,8 @@ class Judged(NamedTuple):
         tests: The paired tests of an arm against the baseline, the baseline plus the margin, and minus it.
         mean: The mean difference in the unit of the first test, NaN where nothing was measured in pairs.
         deterministic: Whether all differences are the same, but not 0.
+        ratios: The p-values of difference and equivalence as multiples of the look's shares,
+            [2, ..., arms].
         p_value: Of the difference, adjusted for arms and looks; NaN where nothing can be tested.
         p_equivalence: Likewise, of the equivalence.
         level: What p_value < alpha asks of the difference's own p-value.
@@ -219,6 +345,7 @@ class Judged(NamedTuple):
     tests: tuple[Paired, Paired, Paired]
     mean: np.ndarray
     deterministic: np.ndarray
+    ratios: np.ndarray
     p_value: np.ndarray
     p_equivalence: np.ndarray
     level: np.ndarray
@@ -240,21 +367,29 @@ def judge_metrics(
     margin: float | None,
     relative_margin: float,
     alpha: float,
-    look: int | None,
+    spending: Spending,
+    stopped: np.ndarray = NONE_STOPPED,
 ) -> Judged:
-    """Tests and decides for all arms but number `base` of [..., arms, seeds], one table or many."""
+    """Tests and decides for all arms but number `base` of [..., arms, seeds], one table or many.
+
+    `spending` is what this look may spend; `stopped` the ratios of the arms that earlier looks decided.
+    """
     pairs = _paired(final, diverged, base)
     tests = _three_tests(pairs.a, pairs.b, pairs.kept, margin, relative_margin)
     p_difference, p_equivalence, deterministic = _p_values(pairs, tests)
     untested, unpaired = deterministic | pairs.few, pairs.unpaired
 
-    spent = _spent(look)
-    adjusted, factor = holm(p_difference)
-    adjusted_equivalence, factor_equivalence = holm(p_equivalence)
-    p_value = np.where(untested, np.nan, np.minimum(spent * adjusted, 1))
-    p_equivalence = np.where(untested, np.nan, np.minimum(spent * adjusted_equivalence, 1))
+    ratios = np.stack([p_difference / spending.difference, p_equivalence / spending.equivalence])
+    earlier = np.broadcast_to(stopped, (*ratios.shape[:-1], stopped.shape[-1]))
+    found = holm(np.concatenate([ratios, earlier], axis=-1))
+    (adjusted, factor), (adjusted_equivalence, factor_equivalence) = (
+        [each[test][..., : ratios.shape[-1]] for each in found] for test in range(2)
+    )
+    p_value = np.where(untested, np.nan, np.minimum(adjusted, 1))
+    p_equivalence = np.where(untested, np.nan, np.minimum(adjusted_equivalence, 1))
     # Neither is clipped at 1 here; if p_difference underflowed to 0, Holm's factor is the ratio's limit.
-    level = alpha / spent * np.divide(p_difference, adjusted, out=1 / factor, where=adjusted > 0)
+    step = np.divide(ratios[0], adjusted, out=1 / factor, where=adjusted > 0)
+    level = alpha * spending.difference * step
 
     mean = np.where(unpaired | (pairs.measured < 1), np.nan, tests[0].mean)
     more_lost = pairs.lost_a.sum(axis=-1) - pairs.lost_b.sum(axis=-1)
@@ -265,13 +400,9 @@ def judge_metrics(
         "undecided",
     )
     return Judged(
-        pairs, tests, mean, deterministic, p_value, p_equivalence, level, factor, factor_equivalence, decision
-    )
-
-
-def _spent(look: int | None) -> float:
-    """What p-values are multiplied by at a look."""
-    return 1.0 if look is None else 2.0**look
+        pairs, tests, mean, deterministic, ratios,
+        p_value, p_equivalence, level, factor, factor_equivalence, decision,
+    )  # fmt: skip
 
 
 class _Pairs(NamedTuple):

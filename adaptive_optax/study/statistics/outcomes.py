@@ -42,7 +42,7 @@ def judged_metric(table: pd.DataFrame, *, maximize: bool = False) -> pd.Series:
 
 def _outcomes(table: pd.DataFrame, direction: Direction) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns by row the judged final metric, the substitute for a diverged trial's, and which diverged."""
-    final = _numbers(table, "final_metric")
+    final = numbers(table, "final_metric")
     diverged = ~np.isfinite(final)
     stand_in = np.full(final.shape, direction.worst(final[~diverged]))
     if "diverged" in table.columns:
@@ -58,7 +58,7 @@ def _outcomes(table: pd.DataFrame, direction: Direction) -> tuple[np.ndarray, np
             )
         diverged |= marks
     if "initial_metric" in table.columns:
-        initial = _numbers(table, "initial_metric")
+        initial = numbers(table, "initial_metric")
         initial = np.where(np.isfinite(initial), initial, np.nan)
         worse = np.fmax(direction.cost(stand_in), direction.cost(initial))  # fmax ignores NaNs
         stand_in = direction.cost(worse)
@@ -73,7 +73,8 @@ def _names(column: pd.Series) -> np.ndarray:
     return names
 
 
-def _numbers(table: pd.DataFrame, column: str) -> np.ndarray:
+def numbers(table: pd.DataFrame, column: str) -> np.ndarray:
+    """A column as numbers, NaN where one is missing."""
     try:
         if table[column].dtype.kind in "cmM":
             raise TypeError
@@ -82,11 +83,11 @@ def _numbers(table: pd.DataFrame, column: str) -> np.ndarray:
         raise ValueError(f"{column} must hold numbers, got {table[column].dtype} values.") from None
 
 
-def trials_by_arm(table: pd.DataFrame, direction: Direction) -> Trials:
-    """Brings the rows into the order of arms and seeds.
+def rows_to_judge(table: pd.DataFrame) -> pd.DataFrame:
+    """The rows of phase "verdict", or all if there are no phases.
 
     Raises:
-        ValueError: If the table is not as `judge` requires.
+        ValueError: If these are none, or if the table lacks a column.
     """
     if not isinstance(table, pd.DataFrame):
         raise ValueError(f"table must be a pandas DataFrame, got {type(table).__name__}.")
@@ -98,8 +99,18 @@ def trials_by_arm(table: pd.DataFrame, direction: Direction) -> Trials:
         table = table.loc[table["phase"] == "verdict"]
     if table.empty:
         raise ValueError("table must have trials to judge (of phase 'verdict', if it has phases), got none.")
+    return table
+
+
+def trials_by_arm(table: pd.DataFrame, direction: Direction) -> Trials:
+    """Brings the rows into the order of arms and seeds.
+
+    Raises:
+        ValueError: If the table is not as `judge` requires.
+    """
+    table = rows_to_judge(table)
     arm_of, arms = pd.factorize(_names(pd.Series(table["arm"])))
-    seed_of, seeds = pd.factorize(_numbers(table, "seed"), sort=True)
+    seed_of, seeds = pd.factorize(numbers(table, "seed"), sort=True)
     if min(arm_of.min(), seed_of.min()) < 0:
         raise ValueError("table must name the arm and the seed in every row, got a row without one of them.")
     shape = len(arms), len(seeds)
@@ -118,6 +129,6 @@ def trials_by_arm(table: pd.DataFrame, direction: Direction) -> Trials:
     final, stand_in, diverged = (values[at].reshape(shape) for values in _outcomes(table, direction))
     best = None
     if "best_metric" in table.columns:
-        best = _numbers(table, "best_metric")[at].reshape(shape)
+        best = numbers(table, "best_metric")[at].reshape(shape)
         best = np.where(np.isfinite(best), best, stand_in)
     return Trials(list(arms), final, best, diverged)

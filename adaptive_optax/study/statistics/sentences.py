@@ -12,7 +12,13 @@ from adaptive_optax.study.statistics.paired import MOST_SEEDS, mean_and_error
 from adaptive_optax.study.statistics.verdict import Verdict
 
 
-def verdict_sentence(verdict: Verdict, relative_margin: float, alpha: float, adjustments: list[str]) -> str:
+def verdict_sentence(
+    verdict: Verdict,
+    relative_margin: float,
+    alpha: float,
+    adjustments: list[str],
+    place: tuple[int, int, int] | None = None,
+) -> str:
     """Puts a verdict into a sentence.
 
     Args:
@@ -20,6 +26,7 @@ def verdict_sentence(verdict: Verdict, relative_margin: float, alpha: float, adj
         relative_margin: The margin of equivalence as a share of the baseline's metric, if no other is set.
         alpha: The error rate.
         adjustments: What the interval is adjusted for.
+        place: Number of the look, number of looks and most seeds, if there is a plan.
     """
     v, (low, high) = verdict, verdict.interval
     arm, baseline, seeds = visible(v.arm), visible(v.baseline), f"{v.seeds} seeds"
@@ -58,6 +65,9 @@ def verdict_sentence(verdict: Verdict, relative_margin: float, alpha: float, adj
         text = f"{arm} is equivalent to {baseline}, within {zone}: {seen}"
     else:
         text = f"{arm} is {v.decision} than {baseline}: {found}, {level} {ends}, {seeds}"
+    if place is not None:
+        look, looks, most = place
+        text += f"; this was look {look} of {looks}, after {v.seeds} of at most {most} seeds"
     if lost := _lost(v):
         text += f"; {lost} diverged, counted as the worst metric"
         if dropped := v.seeds - v.measured:

@@ -20,15 +20,16 @@ class Verdict:
             excludes 0 exactly when `p_value` < alpha. NaNs if `reason` is set or `effect` is NaN.
         interval_95: The plain 95 % paired-t interval, for this arm alone. NaNs as for `interval`.
         bootstrap: The 95 % bootstrap interval, for this arm alone; None if none was requested.
-        p_value: The p-value of the two-sided paired t-test, Holm-adjusted over arms, times 2**look, at most
-            1. NaN if `reason` is set.
+        p_value: The p-value of the two-sided paired t-test, divided by the look's share of alpha (see
+            `judge`) and Holm-adjusted over arms, at most 1. NaN if `reason` is set.
         p_equivalence: The larger p-value of the two one-sided tests, adjusted in the same way. NaN if
             `reason` is set.
         margin: The absolute margin of equivalence; None if it is relative to the baseline.
         seeds: The number of pairs.
         measured: The number of pairs that count: those in which at most one trial diverged.
         seeds_needed: If undecided, the total number of seeds that would decide, either way, with power 0.8 if
-            the true effect equals the observed one. None if decided, for a deterministic task, and above
+            the true effect equals the observed one; in a sequential study, at the level of its last look,
+            which may have fewer. None if decided, for a deterministic task, and above
             10 000.
         best_effect: The mean difference of the best metric so far, which favours not decaying. NaN if the
             table lacks best_metric.
