@@ -166,13 +166,11 @@ def test_the_grid_grows_at_its_edge_and_says_so():
 
 def test_growth_goes_on_as_the_grid_does():
     grid = Grid([0.001, 0.003, 0.01], growth=3)
-    loss = collections.defaultdict(lambda: 0.0, {rate: -rate for rate in (0.001, 0.003, 0.01)})
-    assert grid.extend(loss) == [0.03]
-    loss[0.03] = -0.03
-    assert grid.extend(loss) == [0.1]
-    assert Grid([0.1], growth=1).extend({0.1: 1.0}) == [0.03162, 0.3162]
-    assert Grid([0.1, 0.2, 0.4], growth=3).extend({0.1: 1.0, 0.2: 0.0, 0.4: 1.0}) == []
-    assert Grid([0.1, 0.2], growth=0).extend({0.1: 0.0, 0.2: 1.0}) == []
+    assert grid.extend(0.01) == [0.03]
+    assert grid.extend(0.03) == [0.1]
+    assert Grid([0.1], growth=1).extend(0.1) == [0.03162, 0.3162]
+    assert Grid([0.1, 0.2, 0.4], growth=3).extend(0.2) == []
+    assert Grid([0.1, 0.2], growth=0).extend(0.1) == []
     assert Grid([0.1, 0.2], growth=3).best({0.1: 1.0, 0.2: 1.0}) == 0.1  # a tie goes to the lower rate
 
 

@@ -266,17 +266,17 @@ def compare(
             trainer, chosen = subject.trainer(store, executor, trials=most)
             details = dataclasses.replace(details, **chosen)
             runner = Runner(trainer, store, bar, executor)
-            wanted, means = keys(grids, tuning), {}
+            wanted, best = keys(grids, tuning), {}
             while wanted:
                 train(wanted, "tuning", runner)
                 _refuse_broken(runner.results, arms)
                 means = tuning_means(so_far().table, direction)
-                wanted = keys({name: grid.extend(means[name]) for name, grid in tuned.items()}, tuning)
+                best = {name: grid.best(means[name]) for name, grid in tuned.items()}
+                wanted = keys({name: grid.extend(best[name]) for name, grid in tuned.items()}, tuning)
                 bar.extend(len(wanted))
-            best = {name: grid.best(means[name]) for name, grid in tuned.items()}
             # A run under way has its rate; one that is tried alone is not the best of several.
             on_edge = {
-                name: grid.on_edge(means[name]) and not (start is not None and len(grid.rates) == 1)
+                name: grid.on_edge(best[name]) and not (start is not None and len(grid.rates) == 1)
                 for name, grid in tuned.items()
             }
             details = dataclasses.replace(details, best_rates=best, on_edge=on_edge)

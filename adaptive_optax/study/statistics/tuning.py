@@ -40,13 +40,13 @@ class Grid:
         """The rate with the best mean metric; the lowest such rate at a tie."""
         return min(self.rates, key=lambda rate: (self.direction.cost(metric[rate]), rate))
 
-    def on_edge(self, metric: Mapping[float, float]) -> bool:
-        """Whether a better rate may lie beyond the grid."""
-        return self.best(metric) in (self.rates[0], self.rates[-1])
+    def on_edge(self, best: float) -> bool:
+        """Whether a rate better than the best one may lie beyond the grid."""
+        return best in (self.rates[0], self.rates[-1])
 
-    def extend(self, metric: Mapping[float, float]) -> list[float]:
-        """Adds a rate beyond each edge that holds the best rate; returns the added rates."""
-        best, added = self.best(metric), []
+    def extend(self, best: float) -> list[float]:
+        """Adds a rate beyond each edge that is the best rate; returns the added rates."""
+        added: list[float] = []
         if best == self.rates[0] and len(self.below) < self.growth:
             self.below.append(_rounded(self.rates[0] / _ratio(self.rates[:3])))
             added.append(self.below[-1])

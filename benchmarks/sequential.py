@@ -1,0 +1,165 @@
+"""`python -m benchmarks.sequential`: what `study.Sequential` costs and finds, beside other plans and the best.
+
+Draws normal differences, counts, and writes `benchmarks/results/sequential.md`. It takes two CPU-minutes.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from scipy import optimize, special, stats
+
+from adaptive_optax.study.statistics.sequential import Sequential, nominal_levels
+from benchmarks.setting import RESULTS
+
+ALPHA, TABLES = 0.05, 1_000_000
+EFFECTS = (0.0, 0.25, 0.4, 0.5, 0.75, 1.0, 2.0)
+FIRST, MOST = 5, 32
+PLAN = Sequential(FIRST, MOST)
+
+Plan = tuple[tuple[int, ...], tuple[float, ...]]  # seeds, and level, of every look
+
+
+def p_values(looks: tuple[int, ...], effect: float) -> Iterator[np.ndarray]:
+    """The two-sided p-values at each look, of the same tables for every effect and plan with these looks."""
+    rng = np.random.default_rng(0)
+    total, squares, before = np.zeros(TABLES), np.zeros(TABLES), 0
+    for n in looks:
+        more = n - before
+        step = effect * more + math.sqrt(more) * rng.standard_normal(TABLES)
+        inside = rng.chisquare(more - 1, TABLES) if more > 1 else 0.0
+        total, squares, before = total + step, squares + step**2 / more + inside, n
+        error = np.sqrt((squares - total**2 / n) / (n - 1) / n)
+        yield 2 * special.stdtr(n - 1, -np.abs(total / n / error))
+
+
+def measure(plan: Plan, effect: float) -> tuple[float, float]:
+    """The expected number of seeds, and the share of tables in which a difference is found."""
+    undecided, seeds, before = np.ones(TABLES, bool), 0.0, 0
+    for n, level, p in zip(*plan, p_values(plan[0], effect), strict=True):
+        seeds, before = seeds + (n - before) * undecided.mean(), n
+        undecided &= p >= level
+    return seeds, 1 - float(undecided.mean())
+
+
+def fixed_power(effect: float) -> float:
+    """The power of the last look's number of seeds without any look before it."""
+    critical, shift = stats.t.isf(ALPHA / 2, MOST - 1), effect * math.sqrt(MOST)
+    return float(stats.nct.sf(critical, MOST - 1, shift) + stats.nct.cdf(-critical, MOST - 1, shift))
+
+
+def plans() -> dict[str, Plan]:
+    """Other ways to spend alpha at the same looks, the power family and Lan and DeMets's, and other looks."""
+
+    def spent(function: Callable[[float], float], looks: tuple[int, ...] = PLAN.looks) -> Plan:
+        shares = (*(function(n / MOST) for n in looks[:-1]), 1.0)
+        return looks, nominal_levels(looks, shares, ALPHA, 2)
+
+    quarter = stats.norm.isf(ALPHA / 4)
+    return {
+        "`Sequential(5, 32)`": (PLAN.looks, PLAN.levels(ALPHA)),
+        "power family, t": spent(lambda t: t),
+        "power family, t**2": spent(lambda t: t**2),
+        "power family, t**3": spent(lambda t: t**3),
+        "like Pocock": spent(lambda t: math.log(1 + (math.e - 1) * t)),
+        "like O'Brien and Fleming": spent(lambda t: 4 * float(stats.norm.sf(quarter / math.sqrt(t))) / ALPHA),
+        "halving, 2**-k": (PLAN.looks, tuple(ALPHA * 0.5**k for k in range(1, len(PLAN.looks) + 1))),
+    }
+
+
+# ---- The best possible ----
+# A rule that stops on the t-statistics of 5, 6, ..., 32 seeds minimises, for some prices a and b,
+#
+#     E[seeds | d = 2] + a P(no difference found | d = 0.5) + b P(difference found | d = 0),
+#
+# and the minimum less the prices of what is allowed is below the E[seeds | d = 2] of every rule that keeps to
+# what is allowed (weak duality). The likelihood ratio of all t-statistics so far is that of the last one, so
+# the minimum follows by dynamic programming over w = S / sqrt(Q) (see the module `sequential`).
+
+ANGLES = np.linspace(-np.pi / 2, np.pi / 2, 603)[1:-1]  # w = sqrt(n) sin(angle)
+
+
+@functools.cache
+def _ratio(n: int, effect: float) -> np.ndarray:
+    """The likelihood of w with an effect of either sign, relative to that without one.
+
+    Given w, exp(d sqrt(Q) w - n d**2 / 2) averaged over Q ~ chi-squared with n degrees of freedom.
+    """
+    nodes, weights = np.polynomial.legendre.leggauss(400)
+    low = max(0.0, math.sqrt(n) - 7)
+    half = (math.sqrt(n) * (1 + effect) + 9 - low) / 2
+    root = low + half * (nodes + 1)
+    exponent = effect * math.sqrt(n) * np.sin(ANGLES)[:, None] * root
+    density = stats.chi.logpdf(root, n) - n * effect**2 / 2
+    return (np.exp(exponent + density) + np.exp(density - exponent)) @ weights * half / 2
+
+
+@functools.cache
+def _next_angles(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """The angles after another seed, and their probabilities."""
+    nodes, weights = special.roots_jacobi(48, -0.5, n / 2 - 1)
+    share = (nodes + 1) / 2
+    w = np.sqrt(share) * math.sqrt(n) * np.sin(ANGLES)[:, None]
+    ends = np.concatenate([w + np.sqrt(1 - share), w - np.sqrt(1 - share)], axis=1) / math.sqrt(n + 1)
+    return np.arcsin(np.clip(ends, -1, 1)), np.tile(weights / weights.sum() / 2, 2)
+
+
+def fewest_seeds(loss: float) -> float:
+    """A lower bound of the expected number of seeds at d = 2, with power at d = 0.5 less by at most `loss`."""
+
+    def dual(logarithms: np.ndarray) -> float:
+        missed, wrong = np.exp(logarithms)
+        value = np.minimum(wrong, missed * _ratio(MOST, 0.5))
+        for n in range(MOST - 1, FIRST - 1, -1):
+            angles, probability = _next_angles(n)
+            goes_on = _ratio(n, 2.0) + np.interp(angles, ANGLES, value) @ probability
+            value = np.minimum(np.minimum(wrong, missed * _ratio(n, 0.5)), goes_on)
+        density = np.cos(ANGLES) ** (FIRST - 2)
+        allowed = missed * (1 - fixed_power(0.5) + loss) + wrong * ALPHA
+        return FIRST + float(density @ value / density.sum()) - allowed
+
+    found = optimize.minimize(
+        lambda x: -dual(x), np.log([30.0, 100.0]), method="Nelder-Mead", options={"xatol": 0.01, "fatol": 1e-3}
+    )
+    return -float(found.fun)
+
+
+def text() -> str:
+    """The tables, as Markdown."""
+    lines = [
+        "# Seeds until it is decided",
+        "",
+        f"Made by `python -m benchmarks.sequential`: {TABLES:,} tables of normal differences for each effect d",
+        f"(mean / standard deviation); one arm, alpha {ALPHA}, looks at {', '.join(map(str, PLAN.looks))} seeds.",
+        "",
+    ]
+    head = ["plan", *(f"d = {effect:g}" for effect in EFFECTS)]
+    found = {name: [measure(plan, effect) for effect in EFFECTS] for name, plan in plans().items()}
+    tables = {
+        "Expected seeds": {name: [f"{seeds:.2f}" for seeds, _ in row] for name, row in found.items()},
+        "Share of tables in which a difference is found, %": {
+            f"{MOST} seeds without looks": [f"{100 * fixed_power(effect):.1f}" for effect in EFFECTS],
+            **{name: [f"{100 * power:.1f}" for _, power in row] for name, row in found.items()},
+        },
+    }
+    for title, rows in tables.items():
+        lines += [f"{title}:", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
+        lines += [f"| {name} | {' | '.join(row)} |" for name, row in rows.items()] + [""]
+    lines += [
+        f"No rule that looks at the t-statistics of {FIRST}, {FIRST + 1}, ..., {MOST} seeds needs fewer seeds at",
+        "d = 2 than these, on average, if its power at d = 0.5 is below that without looks by at most so many",
+        "points (dynamic programming, weak duality):",
+        "",
+        "| points | seeds |",
+        "|---|---|",
+        *(f"| {points} | {fewest_seeds(points / 100):.2f} |" for points in (2, 3, 4, 5, 6, 8)),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    (RESULTS / "sequential.md").write_text(text())
