@@ -1,6 +1,7 @@
-"""`python -m benchmarks.sequential`: what `study.Sequential` costs and finds, beside other plans and the best.
+"""`python -m benchmarks.sequential`: the seeds that `study.Sequential` needs, and what it finds.
 
-Draws normal differences, counts, and writes `benchmarks/results/sequential.md`. It takes two CPU-minutes.
+Beside other plans, and the best one possible. Draws normal differences, counts, and writes
+`benchmarks/results/sequential.md`. It takes two CPU-minutes.
 """
 
 from __future__ import annotations
@@ -48,7 +49,8 @@ def measure(plan: Plan, effect: float) -> tuple[float, float]:
 def fixed_power(effect: float) -> float:
     """The power of the last look's number of seeds without any look before it."""
     critical, shift = stats.t.isf(ALPHA / 2, MOST - 1), effect * math.sqrt(MOST)
-    return float(stats.nct.sf(critical, MOST - 1, shift) + stats.nct.cdf(-critical, MOST - 1, shift))
+    found = 1 - special.nctdtr(MOST - 1, shift, critical)
+    return float(found + special.nctdtr(MOST - 1, -shift, -critical) * (effect <= 1))
 
 
 def plans() -> dict[str, Plan]:
@@ -108,7 +110,7 @@ def _next_angles(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def fewest_seeds(loss: float) -> float:
-    """A lower bound of the expected number of seeds at d = 2, with power at d = 0.5 less by at most `loss`."""
+    """A lower bound of the expected seeds at d = 2, with a power at d = 0.5 that is less by up to `loss`."""
 
     def dual(logarithms: np.ndarray) -> float:
         missed, wrong = np.exp(logarithms)
@@ -122,7 +124,10 @@ def fewest_seeds(loss: float) -> float:
         return FIRST + float(density @ value / density.sum()) - allowed
 
     found = optimize.minimize(
-        lambda x: -dual(x), np.log([30.0, 100.0]), method="Nelder-Mead", options={"xatol": 0.01, "fatol": 1e-3}
+        lambda x: -dual(x),
+        np.log([30.0, 100.0]),
+        method="Nelder-Mead",
+        options={"xatol": 0.01, "fatol": 1e-3},
     )
     return -float(found.fun)
 
@@ -132,8 +137,9 @@ def text() -> str:
     lines = [
         "# Seeds until it is decided",
         "",
-        f"Made by `python -m benchmarks.sequential`: {TABLES:,} tables of normal differences for each effect d",
-        f"(mean / standard deviation); one arm, alpha {ALPHA}, looks at {', '.join(map(str, PLAN.looks))} seeds.",
+        f"Made by `python -m benchmarks.sequential`: {TABLES:,} tables of normal differences for each",
+        f"effect d (mean / standard deviation); one arm, alpha {ALPHA}, looks at",
+        f"{', '.join(map(str, PLAN.looks))} seeds.",
         "",
     ]
     head = ["plan", *(f"d = {effect:g}" for effect in EFFECTS)]
@@ -149,9 +155,9 @@ def text() -> str:
         lines += [f"{title}:", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
         lines += [f"| {name} | {' | '.join(row)} |" for name, row in rows.items()] + [""]
     lines += [
-        f"No rule that looks at the t-statistics of {FIRST}, {FIRST + 1}, ..., {MOST} seeds needs fewer seeds at",
-        "d = 2 than these, on average, if its power at d = 0.5 is below that without looks by at most so many",
-        "points (dynamic programming, weak duality):",
+        f"No rule that looks at the t-statistics of {FIRST}, {FIRST + 1}, ..., {MOST} seeds needs fewer",
+        "seeds at d = 2 than these, on average, if its power at d = 0.5 is below that without looks by at",
+        "most so many points (dynamic programming, weak duality):",
         "",
         "| points | seeds |",
         "|---|---|",

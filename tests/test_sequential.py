@@ -110,19 +110,19 @@ def drawn_p_values(looks, tables, effect=0.0, seed=0):
     return np.array(found)
 
 
-PLANS = [(5, 32), (5, 6), (5, 9), (7, 20), (10, 200), (20, 24), (20, 200)]
+PLANS = [(5, 32), (5, 6), (7, 20), (10, 200), (20, 24)]
 
 
 @functools.cache
 def null_p_values(first, most):
-    return drawn_p_values(Sequential(first, most).looks, 400_000)
+    return drawn_p_values(Sequential(first, most).looks, 200_000)
 
 
 @pytest.mark.parametrize(("first", "most"), PLANS)
 def test_each_look_spends_its_share(first, most):
     plan = Sequential(first, most)
     one_sided = null_p_values(first, most)
-    for alpha, sides in ((ALPHA, 2), (ALPHA / 4, 2), (ALPHA, 1), (0.3, 2)):
+    for alpha, sides in ((ALPHA, 2), (ALPHA / 4, 2), (ALPHA, 1)):
         p = one_sided if sides == 1 else 2 * np.minimum(one_sided, 1 - one_sided)
         crossed = p < np.array(plan.levels(alpha, sides=sides))[:, None]
         by_now = np.logical_or.accumulate(crossed, axis=0).mean(axis=1)
@@ -145,19 +145,19 @@ def test_levels_of_brownian_motion_would_err_too_often():
     assert wrong > ALPHA + band(ALPHA, p.shape[1])
 
 
-@pytest.mark.parametrize(("first", "most"), PLANS)
+@pytest.mark.parametrize(("first", "most"), [(5, 32), (5, 9), (20, 40)])
 def test_levels_grow_with_alpha_and_shares_with_them(first, most):
     # Holm's procedure needs the first, and judging several arms by the shares of the smallest alpha the last.
     plan = Sequential(first, most)
     for sides in (1, 2):
-        alphas = [1e-4, ALPHA / 20, ALPHA / 4, ALPHA / 2, ALPHA]
+        alphas = [ALPHA / 20, ALPHA / 4, ALPHA / 2, ALPHA]
         levels = np.array([plan.levels(alpha, sides=sides) for alpha in alphas])
         assert (np.diff(levels, axis=0) > 0).all()
         shares = levels / np.array(alphas)[:, None]
         assert (shares > 0).all() and (shares <= 1).all()
         one_sided = null_p_values(first, most)
         p = one_sided if sides == 1 else 2 * np.minimum(one_sided, 1 - one_sided)
-        for alpha in alphas[2:]:
+        for alpha in alphas[1:]:
             for smaller in shares[: alphas.index(alpha)]:
                 wrong = (p < alpha * smaller[:, None]).any(axis=0)
                 assert wrong.mean() <= alpha + band(alpha, p.shape[1])
@@ -188,7 +188,7 @@ def race_of(effect):
 @pytest.mark.parametrize("effect", [0.0, 0.5, 1.0, 2.0])
 def test_seeds_and_power(effect):
     seeds, power = race_of(effect)
-    fixed = difference_power(32, effect)
+    fixed = 1.0 if effect > 1 else difference_power(32, effect)  # SciPy's noncentral t gives NaN
     assert power >= fixed - 0.03
     if not effect:
         assert power == pytest.approx(ALPHA, abs=band(ALPHA, 100_000))
@@ -251,10 +251,10 @@ def mixed(rng, tables, arms, seeds=32):
 
 @pytest.mark.parametrize("arms", [1, 4])
 def test_judge_replays_the_plan(arms):
-    metrics = mixed(np.random.default_rng(10), 60, arms)
-    margin = 1.2 * math.sqrt(2)
+    metrics = mixed(np.random.default_rng(10), 100 // arms, arms)
+    margin = 0.6 * math.sqrt(2)
     replayed = Replayed(metrics, PLAN, margin)
-    assert {*replayed.decision.ravel()} == {"better", "worse", "equivalent", "undecided"} or arms == 1
+    assert {*replayed.decision.ravel()} == {"better", "worse", "equivalent", "undecided"}
     for table, decision, seeds in zip(metrics, replayed.decision, replayed.seeds, strict=True):
         verdicts = judge(as_table(table), baseline="base", margin=margin, sequential=PLAN, resamples=0)
         assert [verdict.decision for verdict in verdicts.values()] == decision.tolist()
@@ -295,7 +295,7 @@ def test_type_one_error_of_other_plans(first, most):
 
 @pytest.mark.parametrize("shift", [0.5, 1.0, 3.0])
 def test_family_wise_error_where_some_arms_stop_early(shift):
-    # Two arms equal the baseline. The others are found at some look, which gives the first two a larger level.
+    # Two arms equal the baseline. The others are found at some look, which gives these two larger levels.
     metrics = np.random.default_rng(13).standard_normal((TABLES, 5, 32))
     metrics[:, 3:] += shift * math.sqrt(2)
     decision = Replayed(metrics, PLAN).decision

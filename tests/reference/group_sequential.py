@@ -8,9 +8,9 @@ Sequential Methods, chapter 19).
 import math
 
 import numpy as np
-from scipy import integrate, optimize, stats
+from scipy import integrate, optimize, special, stats
 
-POINTS = 2001
+POINTS = 801
 
 
 class _Undecided:
@@ -25,14 +25,15 @@ class _Undecided:
             self.density = stats.norm.pdf(self.s, scale=math.sqrt(information))
         else:
             scale = math.sqrt(information - before.information)
-            steps = stats.norm.pdf(self.s[:, None] - before.s, scale=scale)
-            self.density = integrate.simpson(steps * before.density, x=before.s, axis=1)
+            steps = np.exp(-0.5 * ((self.s[:, None] - before.s) / scale) ** 2)
+            integral = integrate.simpson(steps * before.density, x=before.s, axis=1)
+            self.density = integral / (scale * math.sqrt(2 * math.pi))
 
     def crossing(self, information, bound):
         scale, reach = math.sqrt(information - self.information), bound * math.sqrt(information)
-        tail = stats.norm.sf((reach - self.s) / scale)
+        tail = special.ndtr((self.s - reach) / scale)
         if self.sides == 2:
-            tail = tail + stats.norm.cdf((-reach - self.s) / scale)
+            tail = tail + special.ndtr((-reach - self.s) / scale)
         return integrate.simpson(tail * self.density, x=self.s)
 
 

@@ -99,7 +99,8 @@ def judge(
 
     Raises:
         ValueError: If an argument is out of range; if the table does not have exactly one trial per arm and
-            seed, or too few for the first look; or if the margin is relative and a baseline metric is not positive.
+            seed, or too few for the first look; or if the margin is relative and a baseline metric is not
+            positive.
 
     Examples:
         >>> import pandas as pd
@@ -179,16 +180,13 @@ def planned_spending(plan: Sequential, alpha: float, arms: int) -> list[Spending
     smallest: levels of a larger error rate depend on each other more, so the same shares spend less of it.
     """
     smallest = alpha / arms
-    shares = [
-        [level / smallest for level in plan.levels(smallest, sides=sides)]
-        for sides in (2, 1)
-    ]
-    count = len(plan.looks)
-    pairs = list(zip(*shares, strict=True))
+    shares = [[level / smallest for level in plan.levels(smallest, sides=sides)] for sides in (2, 1)]
+    count, last = len(plan.looks), (shares[0][-1], shares[1][-1])
     if count == 1:
-        return [Spending(*pairs[0])]
+        return [Spending(*last)]
     return [
-        Spending(*pair, pairs[-1], f"{count} looks", (k, count, plan.most)) for k, pair in enumerate(pairs, 1)
+        Spending(difference, equivalence, last, f"{count} looks", (k, count, plan.most))
+        for k, (difference, equivalence) in enumerate(zip(*shares, strict=True), 1)
     ]
 
 
@@ -209,7 +207,8 @@ def _replay(table: pd.DataFrame, settings: Settings, plan: Sequential) -> dict[s
     stopped, looks = NONE_STOPPED, [n for n in plan.looks if n <= len(seeds)]
     for n, spending in zip(looks, planned_spending(plan, settings.alpha, max(len(running), 1)), strict=False):
         judged = table["arm"].isin([settings.baseline, *running]) | table["arm"].isna()
-        trials = trials_by_arm(table[judged & (seed <= seeds[n - 1])], settings.direction)
+        rows = judged & (seed <= seeds[n - 1]) | np.isnan(seed)
+        trials = trials_by_arm(table.loc[rows], settings.direction)
         look = judge_trials(trials, settings, spending, stopped)
         verdicts |= look.verdicts
         decided = [verdict.decision != "undecided" for verdict in look.verdicts.values()]
@@ -223,8 +222,8 @@ def _replay(table: pd.DataFrame, settings: Settings, plan: Sequential) -> dict[s
 NONE_STOPPED = np.zeros((2, 0))  # no arm was decided by an earlier look
 
 
-class Look(NamedTuple):
-    """A judgement of trials.
+class Judgement(NamedTuple):
+    """What a look finds.
 
     Attributes:
         verdicts: By arm.
@@ -240,7 +239,7 @@ def judge_trials(
     settings: Settings,
     spending: Spending,
     stopped: np.ndarray = NONE_STOPPED,
-) -> Look:
+) -> Judgement:
     """`judge` without its table; nothing is checked but the baseline's sign under a relative margin.
 
     Args:
@@ -317,7 +316,7 @@ def judge_trials(
         )  # fmt: skip
         sentence = verdict_sentence(verdict, relative_margin, alpha, adjustments, spending.place)
         verdicts[verdict.arm] = dataclasses.replace(verdict, sentence=sentence)
-    return Look(verdicts, judged.ratios)
+    return Judgement(verdicts, judged.ratios)
 
 
 # ---- The tests ----
