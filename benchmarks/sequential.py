@@ -49,8 +49,7 @@ def measure(plan: Plan, effect: float) -> tuple[float, float]:
 def fixed_power(effect: float) -> float:
     """The power of the last look's number of seeds without any look before it."""
     critical, shift = stats.t.isf(ALPHA / 2, MOST - 1), effect * math.sqrt(MOST)
-    found = 1 - special.nctdtr(MOST - 1, shift, critical)
-    return float(found + special.nctdtr(MOST - 1, -shift, -critical) * (effect <= 1))
+    return float(sum(1 - special.nctdtr(MOST - 1, sign * shift, critical) for sign in (1, -1)))
 
 
 def plans() -> dict[str, Plan]:

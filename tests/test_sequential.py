@@ -431,5 +431,8 @@ def test_shares_are_those_of_the_smallest_level():
     assert [each.difference for each in spending] == pytest.approx(
         [level * 4 / ALPHA for level in PLAN.levels(ALPHA / 4)]
     )
+    assert [each.equivalence for each in spending] == pytest.approx(
+        [level * 4 / ALPHA for level in PLAN.levels(ALPHA / 4, sides=1)]
+    )
     assert spending[3].place == (4, 9, 32)
     assert all(each.next == (spending[-1].difference, spending[-1].equivalence) for each in spending)
