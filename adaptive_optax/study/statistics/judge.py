@@ -282,7 +282,10 @@ def judge_trials(
     for i, row in enumerate(others):
         needed = None
         if judged.decision[i] == "undecided" and not untested[i] and not unpaired[i]:
-            levels = alpha * share / judged.factor[i], alpha * share_equivalence / judged.factor_equivalence[i]
+            levels = (
+                alpha * share / judged.factor[i],
+                alpha * share_equivalence / judged.factor_equivalence[i],
+            )
             needed = _seeds_in_all(pairs, judged.tests, i, levels)
         x = scaled(pairs.a[i], difference.exponent[i]) - scaled(pairs.b[i], difference.exponent[i])
         testable = not (pairs.few[i] or unpaired[i])
@@ -331,7 +334,7 @@ class Judged(NamedTuple):
         mean: The mean difference in the unit of the first test, NaN where nothing was measured in pairs.
         deterministic: Whether all differences are the same, but not 0.
         ratios: The p-values of difference and equivalence as multiples of the look's shares,
-            [2, ..., arms].
+            [..., 2, arms].
         p_value: Of the difference, adjusted for arms and looks; NaN where nothing can be tested.
         p_equivalence: Likewise, of the equivalence.
         level: What p_value < alpha asks of the difference's own p-value.
@@ -378,16 +381,16 @@ def judge_metrics(
     p_difference, p_equivalence, deterministic = _p_values(pairs, tests)
     untested, unpaired = deterministic | pairs.few, pairs.unpaired
 
-    ratios = np.stack([p_difference / spending.difference, p_equivalence / spending.equivalence])
+    ratios = np.stack([p_difference / spending.difference, p_equivalence / spending.equivalence], axis=-2)
     earlier = np.broadcast_to(stopped, (*ratios.shape[:-1], stopped.shape[-1]))
     found = holm(np.concatenate([ratios, earlier], axis=-1))
     (adjusted, factor), (adjusted_equivalence, factor_equivalence) = (
-        [each[test][..., : ratios.shape[-1]] for each in found] for test in range(2)
+        [each[..., test, : ratios.shape[-1]] for each in found] for test in range(2)
     )
     p_value = np.where(untested, np.nan, np.minimum(adjusted, 1))
     p_equivalence = np.where(untested, np.nan, np.minimum(adjusted_equivalence, 1))
     # Neither is clipped at 1 here; if p_difference underflowed to 0, Holm's factor is the ratio's limit.
-    step = np.divide(ratios[0], adjusted, out=1 / factor, where=adjusted > 0)
+    step = np.divide(ratios[..., 0, :], adjusted, out=1 / factor, where=adjusted > 0)
     level = alpha * spending.difference * step
 
     mean = np.where(unpaired | (pairs.measured < 1), np.nan, tests[0].mean)

@@ -57,8 +57,9 @@ def race(costs: Mapping[float, Sequence[float]], seeds: int) -> Round:
             where a trial diverged. Trials that the race does not need are ignored.
         seeds: The number of tuning seeds, T.
 
-    >>> race({0.01: [2.0], 0.03: [1.0], 0.1: [1.1], 0.3: [5.0]}, seeds=3)
-    Round(seeds=2, running=(0.03, 0.1), best=0.03, finished=False)
+    Examples:
+        >>> race({0.01: [2.0], 0.03: [1.0], 0.1: [1.1], 0.3: [5.0]}, seeds=3)
+        Round(seeds=2, running=(0.03, 0.1), best=0.03, finished=False)
     """
     running, best = sorted(costs), None
     for seed in range(1, seeds + 1):

@@ -41,11 +41,13 @@ EARLY, DECLINE, LATE = 0.25, 0.6, 8  # of `_spent`
 
 @dataclasses.dataclass(frozen=True)
 class Sequential:
-    """A plan of seeds: looks after a growing number of them, until every arm is decided.
+    r"""A plan of seeds: looks after a growing number of them, until every arm is decided.
 
-    Each look has about a quarter more seeds than the one before. By look k of K, with n_k seeds, the share
+    Each look has about a quarter more seeds than the one before. By look k of K, with $n_k$ seeds, the share
 
-        f_k = (1 - 0.6**k) / 4 + 3/4 (n_k / most)**8,    f_K = 1
+    $$
+    f_k = (1 - 0.6^k) / 4 + \tfrac{3}{4} (n_k / \text{most})^8, \qquad f_K = 1,
+    $$
 
     of alpha is spent: a tenth at the first look, so that a large effect is found at once, and most of it at
     the end, so that little power is lost. For normal differences with the standardised effect d = mean /
@@ -53,10 +55,11 @@ class Sequential:
     a difference, beside that of 32 seeds without looks (`benchmarks/results/sequential.md`, made by
     `python -m benchmarks.sequential`):
 
-        d                       0   0.25    0.4    0.5   0.75      1      2
-        expected seeds       31.7   31.0   29.4   27.7   21.6   15.9    6.9
-        found, %              5.0   25.6   55.8   75.4   97.9  100.0  100.0
-        of 32 seeds, %        5.0   27.8   59.2   78.2   98.4  100.0  100.0
+    | d | 0 | 0.25 | 0.4 | 0.5 | 0.75 | 1 | 2 |
+    |---|---|---|---|---|---|---|---|
+    | expected seeds | 31.7 | 31.0 | 29.4 | 27.7 | 21.6 | 15.9 | 6.9 |
+    | found, % | 5.0 | 25.6 | 55.8 | 75.4 | 97.9 | 100.0 | 100.0 |
+    | of 32 seeds, % | 5.0 | 27.8 | 59.2 | 78.2 | 98.4 | 100.0 | 100.0 |
 
     A plan cannot have everything: with a power at d = 0.5 within 3 points of that of 32 seeds, no rule that
     looks at the t-statistics after every seed from the fifth on needs fewer than 6.6 seeds at d = 2.
@@ -69,8 +72,9 @@ class Sequential:
     Raises:
         ValueError: If an argument is out of range.
 
-    >>> Sequential().looks
-    (5, 6, 8, 10, 13, 16, 20, 25, 32)
+    Examples:
+        >>> Sequential().looks
+        (5, 6, 8, 10, 13, 16, 20, 25, 32)
     """
 
     first: int = 5
