@@ -418,10 +418,19 @@ def test_wrong_input(change, options, message):
         judge(GOOD.assign(**change), **options)
 
 
-def test_an_undecided_arm_needs_the_seeds_of_every_look():
-    table = GOOD[(GOOD["arm"] == "base") | (GOOD["seed"] < 5)]
-    with pytest.raises(ValueError, match="got 0 for arm 'arm 1' and seed 5"):
-        judge(table, baseline="base", margin=1e-9, sequential=PLAN)
+def test_an_undecided_arm_without_new_seeds_keeps_its_verdict():
+    metrics = 10 + np.random.default_rng(18).standard_normal((3, 32))
+    whole, options = as_table(metrics), {"baseline": "base", "margin": 1e-9, "sequential": PLAN}
+    table = whole[(whole["arm"] != "arm 1") | (whole["seed"] < 6)]
+    verdicts = judge(table, **options)
+    assert [(v.decision, v.seeds) for v in verdicts.values()] == [("undecided", 6), ("undecided", 32)]
+    assert verdicts["arm 1"] == judge(whole[whole["seed"] < 6], **options)["arm 1"]
+    assert "(adjusted for 2 arms" in verdicts["arm 2"].sentence  # it counts on in Holm's step-down
+    # Some of the new seeds are not enough, nor are none of the first.
+    with pytest.raises(ValueError, match="got 0 for arm 'arm 1' and seed 7"):
+        judge(whole[(whole["arm"] != "arm 1") | (whole["seed"] < 7)], **options)
+    with pytest.raises(ValueError, match="got none of the first look for arm 'arm 1'"):
+        judge(whole[(whole["arm"] != "arm 1") | (whole["seed"] > 5)], **options)
 
 
 def test_shares_are_those_of_the_smallest_level():

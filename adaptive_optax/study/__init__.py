@@ -14,6 +14,8 @@ Glossary:
 * *placement*: how the trials of a chunk are distributed over devices
 * *measurement*: what telemetry measures at one step of a trial
 * *look*: a judgement of the existing trials; adding seeds and judging again is another look
+* *plan of seeds*: looks that are planned, until every arm is decided (`Sequential`)
+* *race*: tuning in which only the rates go on that can still win
 * *verdict*: what a look says about one arm compared with the baseline
 * *recommendation*: the arm to use, by the verdicts, with its rate and code
 * *record*: what a comparison found (trials, curves, details), from which its verdicts follow

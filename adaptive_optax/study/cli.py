@@ -30,6 +30,7 @@ from adaptive_optax.study.origin import described
 from adaptive_optax.study.report.findings import judge_all
 from adaptive_optax.study.report.page import print_summary
 from adaptive_optax.study.result import Comparison
+from adaptive_optax.study.statistics.sequential import Sequential
 
 DEFAULT_RATES = "3e-4,1e-3,3e-3,1e-2,3e-2"
 # Exit codes. FAILED covers later failures and a missing verdict; INTERRUPTED is the shell's code for Ctrl-C.
@@ -88,7 +89,16 @@ def compare_command(
         ),
     ] = DEFAULT_RATES,
     steps: Annotated[int, typer.Option(help="Training steps of every trial.")] = 1000,
-    seeds: Annotated[int, typer.Option(help="Fresh seeds for the verdict, at least 5.")] = 8,
+    seeds: Annotated[
+        str,
+        typer.Option(
+            help="Fresh seeds for the verdict, at least 5; or first..most, such as 5..32: more seeds until "
+            "every arm is decided."
+        ),
+    ] = "8",
+    tuning: Annotated[
+        str, typer.Option(help="grid: every rate on every tuning seed. race: rates that cannot win drop out.")
+    ] = "grid",
     tuning_seeds: Annotated[int, typer.Option(help="Seeds for choosing the rates.")] = 3,
     margin: Annotated[
         float | None,
@@ -141,7 +151,8 @@ def compare_command(
                 {name: found for name, found, _ in sources},
                 learning_rates=rates,
                 steps=steps,
-                seeds=seeds,
+                seeds=_seeds(seeds),
+                tuning=tuning,
                 tuning_seeds=tuning_seeds,
                 margin=margin,
                 out=out,
@@ -370,6 +381,15 @@ def _numbers(name: str, text: str) -> list[float]:
         return [float(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"--{name} must be numbers separated by commas, got {text!r}.") from None
+
+
+def _seeds(text: str) -> int | Sequential:
+    """Reads a number of seeds, or a plan as first..most."""
+    try:
+        first, *most = map(int, text.split("..", 1))
+    except ValueError as error:
+        raise ValueError(f"--seeds must be a number, or first..most such as 5..32, got {text!r}.") from error
+    return Sequential(first, *most) if most else first
 
 
 def _split_cpu(devices: int) -> None:

@@ -30,6 +30,7 @@ from adaptive_optax.study.evaluation import Arm
 from adaptive_optax.study.result import Comparison
 from adaptive_optax.study.start import Start
 from adaptive_optax.study.statistics.paired import mean_and_error
+from adaptive_optax.study.statistics.sequential import Sequential
 from adaptive_optax.study.statistics.verdict import Verdict
 from adaptive_optax.study.task import Task
 from adaptive_optax.transforms.averaging import average_parameters
@@ -83,13 +84,12 @@ class DecayNow:
         Args:
             at: Which checkpoint; the last by default.
         """
-        from adaptive_optax.study.report.findings import final_metrics  # as in `plot`
+        from adaptive_optax.study.report.findings import paired_differences  # as in `plot`
 
         comparison = self.comparisons[at]
-        metrics = final_metrics(comparison)
 
-        def cost(arm: str) -> float:
-            mean = mean_and_error(metrics[arm])[0]
+        def cost(arm: str) -> float:  # paired, since a plan of seeds may stop arms at different ones
+            mean = mean_and_error(paired_differences(comparison, arm))[0]
             return math.inf if math.isnan(mean) else self.direction.cost(mean)
 
         return comparison.verdicts[min(comparison.details.rivals, key=cost)]
@@ -123,7 +123,8 @@ class DecayNow:
             return ""
         arm = self.best().arm
         first, last = (final_metrics(self.comparisons[at])[arm] for at in (0, -1))
-        mean, error = mean_and_error(last - first)
+        both = min(len(first), len(last))  # a plan of seeds may stop earlier at one of them
+        mean, error = mean_and_error(last[:both] - first[:both])
         number = metric_format(self.comparisons[-1])
         if not abs(mean) > 2 * error:
             what = "changed little: waiting neither won nor lost"
@@ -151,7 +152,7 @@ def decay_now(
     steps: int,
     learning_rate: float | None = None,
     optimizer: str | Callable[[Any], optax.GradientTransformation] = "adam",
-    seeds: int = 8,
+    seeds: int | Sequential = 8,
     margin: float | None = None,
     out: str | os.PathLike[str] | None = None,
     executor: Any = None,
@@ -180,7 +181,7 @@ def decay_now(
             one of this library's.
         optimizer: The run's optimizer, as `study.arm` names it, or a function of a learning rate or schedule
             that makes it with its other settings.
-        seeds: Orders of the batches to try, at least 5.
+        seeds: Orders of the batches to try, at least 5, or a plan of them as in `compare`.
         margin: As in `compare`.
         out: A folder to save to and resume from, with one subfolder per checkpoint.
         executor: As in `compare`.

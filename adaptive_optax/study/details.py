@@ -9,6 +9,7 @@ from typing import Any, NoReturn, TypeVar
 
 from adaptive_optax.study.direction import Direction
 from adaptive_optax.study.judged import Judged
+from adaptive_optax.study.statistics.sequential import Sequential
 
 T = TypeVar("T")
 
@@ -37,8 +38,11 @@ class Details:
             "path/to/file.py:function" or "function".
         judged: Which parameters of an arm are judged.
         steps: Training steps per trial.
-        tuning_seeds: The number of seeds for choosing rates.
-        seeds: The number of fresh seeds.
+        tuning: How rates are chosen, "grid" or "race".
+        tuning_seeds: The number of seeds for choosing rates; in a race, the most for a rate.
+        seeds: The number of fresh seeds; with a plan, the most for an arm.
+        sequential: The plan of fresh seeds, if there is one.
+        wanted: The numbers of trials known to be wanted by now, on tuning seeds and on fresh ones.
         margin: The margin of equivalence in the metric's units; None for a relative one.
         maximize: Whether higher metrics are better.
         out: The folder in which trials are saved.
@@ -70,8 +74,11 @@ class Details:
     own_arms: Mapping[str, str] = dataclasses.field(default_factory=dict)
     judged: Mapping[str, Judged] = dataclasses.field(default_factory=dict)
     steps: int
+    tuning: str = "grid"
     tuning_seeds: int
     seeds: int
+    sequential: Sequential | None = None
+    wanted: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
     margin: float | None
     maximize: bool = False
     out: str | None = None
@@ -128,10 +135,13 @@ class Details:
             details = cls(**{name: read(given[name]) for name, read in _READERS.items() if name in given})
         except TypeError as error:  # arguments are missing
             raise ValueError(str(error)) from error
+        plan = details.sequential
         if not (
             details.baseline in details.arms
             and details.best_rates.keys() | details.grid.keys() <= set(details.arms)
             and all(seeds > 0 for seeds in details.looks)
+            and (plan is None or details.looks == plan.looks[: len(details.looks)])
+            and all(len(counts) == 2 for counts in details.wanted.values())
             and (details.margin is None or details.margin > 0)
         ):
             raise ValueError("contradicts itself")
@@ -181,6 +191,11 @@ def _samples(value: Any) -> Samples:
     return Samples(**counts) if counts.keys() == {"train", "validation"} else _refuse(value)
 
 
+def _plan(value: Any) -> Sequential:
+    sizes = _mapping_of(_exactly(int))(value)
+    return Sequential(**sizes) if sizes.keys() == {"first", "most"} else _refuse(value)
+
+
 _FORMER_NAMES = {"seconds_a_step": "seconds_per_step"}  # in files of earlier versions
 
 _READERS: dict[str, Callable[[Any], Any]] = {
@@ -191,8 +206,11 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "own_arms": _mapping_of(_exactly(str)),
     "judged": _mapping_of(_judged),
     "steps": _exactly(int),
+    "tuning": _exactly(str),
     "tuning_seeds": _exactly(int),
     "seeds": _exactly(int),
+    "sequential": _optional(_plan),
+    "wanted": _mapping_of(_list_of(_exactly(int))),
     "margin": _optional(_number),
     "maximize": _exactly(bool),
     "out": _optional(_exactly(str)),

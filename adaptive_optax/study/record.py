@@ -50,6 +50,9 @@ class Record:
         also withheld ("undefined metric") if no trial of arm and baseline has a finite metric, even before
         training.
 
+        With a plan of seeds, these are the verdicts of the last look; if the comparison was interrupted, its
+        trials for the next one are not judged.
+
         Raises:
             ValueError: If the trials allow no verdict: the comparison was stopped early, or the metric is not
                 positive and there is no margin (`with_margin` sets one).
@@ -59,12 +62,14 @@ class Record:
                 f"The comparison was stopped before its verdict, after {len(self.table)} trials; "
                 "run it again; with out= it resumes there."
             )
+        plan = self.details.sequential
         verdicts = judge(
-            self.table,
+            self.table if plan is None else self._rows_of_looks(),
             baseline=self.details.baseline,
             margin=self.details.margin,
             maximize=self.direction.maximize,
-            look=len(self.details.looks),
+            look=len(self.details.looks) if plan is None else None,
+            sequential=plan,
         )
         untrained = {arm: found for arm in self.details.arms if (found := self._untrained(arm))}
         for arm, verdict in verdicts.items():
@@ -80,6 +85,37 @@ class Record:
                 )
                 verdicts[arm] = without_decision(verdict, "untrained", sentence)
         return verdicts
+
+    def _rows_of_looks(self) -> pd.DataFrame:
+        """The table without what comes after the last look."""
+        table, baseline = self.table, self.details.baseline
+        fresh = table["phase"] == "verdict"
+        seeds = np.unique(table.loc[fresh & (table["arm"] == baseline), "seed"])[: self.details.looks[-1]]
+        return pd.DataFrame(table[~fresh | table["seed"].isin(seeds.tolist())])
+
+    @property
+    def unfinished(self) -> list[str]:
+        """The arms that a plan of seeds has more seeds for: undecided, and not after its last look."""
+        details = self.details
+        if details.sequential is None or not details.looks or details.looks == details.sequential.looks:
+            return []
+        try:
+            verdicts = judge(
+                self._rows_of_looks(),
+                baseline=details.baseline,
+                margin=details.margin,
+                maximize=details.maximize,
+                sequential=details.sequential,
+                resamples=0,
+            )
+        except ValueError:  # as for `verdicts`: no verdict without a margin
+            return []
+        hopeless = ("deterministic task", "nothing measured")  # which more seeds would not change
+        return [
+            arm
+            for arm, found in verdicts.items()
+            if found.decision == "undecided" and found.reason not in hopeless
+        ]
 
     def _is_undefined(self, arms: tuple[str, ...]) -> bool:
         """Whether no trial of these arms had a finite metric even before training."""
@@ -113,6 +149,13 @@ class Record:
         return self.verdicts[self.best_in_tuning(others)]
 
     def best_in_tuning(self, arms: Iterable[str]) -> str:
-        """Returns the arm with the best mean metric in tuning, the first of them at a tie."""
-        means = tuning_means(self.table, self.direction)
-        return min(arms, key=lambda name: min(map(self.direction.cost, means[name].values())))
+        """Returns the arm whose best rate did best on the tuning seeds, the first of them at a tie.
+
+        After a race these are the tuning seeds that the best rates of all these arms have run on.
+        """
+        arms, rates = list(arms), self.details.best_rates
+        tuning = pd.DataFrame(self.table[self.table["phase"] == "tuning"])
+        best = tuning["arm"].isin(arms) & (tuning["arm"].map(rates.get) == tuning["learning_rate"])
+        shared = tuning.loc[best].groupby("arm")["seed"].max().min()
+        means = tuning_means(pd.DataFrame(tuning[tuning["seed"] <= shared]), self.direction)
+        return min(arms, key=lambda name: self.direction.cost(means[name][rates[name]]))

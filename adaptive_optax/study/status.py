@@ -55,7 +55,8 @@ class Status(NamedTuple):
         """Prints the state of every arm."""
         console = Console(highlight=False) if console is None else console
         details = self.details
-        judged = f"judged with {details.looks[-1]} seeds" if details.looks else "no verdict yet"
+        of_most = "" if details.sequential is None else f" of at most {details.sequential.most}"
+        judged = f"judged with {details.looks[-1]}{of_most} seeds" if details.looks else "no verdict yet"
         console.print(
             Text(visible(f"{details.task}: {self.finished} of {self.wanted} trials, {judged}"), "bold")
         )
@@ -138,14 +139,18 @@ def _row(details: Details, arm: str, results: Results) -> dict[str, object]:
     for key, x in (fresh or tuned).items():
         by_rate.setdefault(key.rate, []).append(x)
     means = {rate: mean_and_error(np.array(values)) for rate, values in by_rate.items()}
+    to_tune, to_judge = details.wanted.get(arm, (len(grid) * details.tuning_seeds, details.seeds))
+    if details.tuning == "race" and not fresh:  # a rate that has dropped out does not lead
+        longest = max(map(len, by_rate.values()), default=0)
+        means = {rate: found for rate, found in means.items() if len(by_rate[rate]) == longest}
     measured = [rate for rate, (mean, _) in means.items() if np.isfinite(mean)]
     best = min(measured, key=lambda rate: direction.cost(means[rate][0])) if measured else float("nan")
     mean, error = means.get(best, (float("nan"), float("nan")))
     return {
-        "tuned": len(tuned),
-        "to_tune": len(grid) * details.tuning_seeds,
-        "judged": len(fresh),
-        "to_judge": details.seeds,
+        "tuned": min(len(tuned), to_tune),  # a race does not want all that a grid has left there
+        "to_tune": to_tune,
+        "judged": min(len(fresh), to_judge),
+        "to_judge": to_judge,
         "learning_rate": best,
         "final_metric": mean,
         "standard_error": error,

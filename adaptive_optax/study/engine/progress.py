@@ -38,9 +38,17 @@ class TrialProgress:
         show: Whether to show anything; None shows it if the output is a terminal.
         direction: Which metrics are better.
         steps: Training steps per trial, for the estimate of the cost; 0 for no estimate.
+        open_ended: Whether the trials so far may decide that there are more.
     """
 
-    def __init__(self, total: int, show: bool | None = None, direction: Direction = MINIMIZE, steps: int = 0):
+    def __init__(
+        self,
+        total: int,
+        show: bool | None = None,
+        direction: Direction = MINIMIZE,
+        steps: int = 0,
+        open_ended: bool = False,
+    ):
         console = Console(stderr=True)
         self._bar = _Bar(
             TextColumn("{task.description}", markup=False),
@@ -55,6 +63,7 @@ class TrialProgress:
         )
         self._task = self._bar.add_task("starting", total=total)
         self._total, self._direction, self._steps = total, direction, steps
+        self._open_ended = open_ended
         self._metrics: dict[str, dict[str, dict[float, list[float]]]] = {}  # by phase, arm and rate
 
     def __enter__(self) -> TrialProgress:
@@ -80,11 +89,11 @@ class TrialProgress:
     def took(self, seconds: float, trials: int) -> None:
         """Says, after the first chunk, what the study will cost."""
         if self._steps and not self._bar.disable:
-            each = seconds / trials
-            cost = duration(each * self._total)
+            each, least = seconds / trials, "at least " * self._open_ended
             self._bar.print(
-                f"{self._total} trials of {self._steps:,} steps; the first took {duration(each)} with "
-                f"compiling, {each / self._steps:.2g} s per step: about {cost} of computing.",
+                f"{least}{self._total} trials of {self._steps:,} steps; the first took {duration(each)} with "
+                f"compiling, {each / self._steps:.2g} s per step: {least or 'about '}"
+                f"{duration(each * self._total)} of computing.",
                 markup=False,
                 highlight=False,
             )
@@ -96,7 +105,9 @@ class TrialProgress:
         arms.setdefault(key.arm, {}).setdefault(key.rate, []).append(float(metric))
         leaders = []
         for arm, rates in arms.items():
-            means = [(*mean_and_error(np.array(values)), rate) for rate, values in rates.items()]
+            longest = max(map(len, rates.values()))  # a rate that drops out of a race does not lead
+            whole = {rate: np.array(values) for rate, values in rates.items() if len(values) == longest}
+            means = [(*mean_and_error(values), rate) for rate, values in whole.items()]
             if means := [each for each in means if np.isfinite(each[0])]:
                 leaders.append((arm, *min(means, key=lambda each: self._direction.cost(each[0]))))
         leaders.sort(key=lambda each: self._direction.cost(each[1]))

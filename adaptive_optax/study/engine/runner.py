@@ -142,9 +142,9 @@ class Runner:
 
     def _keep(self, found: Results, phase: str) -> None:
         """Saves and shows the results of a chunk."""
+        self.results |= found  # first: on a full disk they are not lost
         if self.store is not None:
             self.store.write(found)
-        self.results |= found
         for key, each in found.items():
             self.progress.seen(phase, key, each.validation[-1])
 

@@ -1,7 +1,7 @@
 """The folder of a study: every finished chunk, written so that a killed study resumes where it stopped.
 
     study.json      the study's identity: what its trials share, and digests of every arm's programs
-    looks.json      the looks so far, in order
+    looks.json      the looks so far, in order, with their plan if they have one
     details.json    what was asked for and chosen so far, for `adaptive-optax status`; nothing else reads it
     layout.json     the placement: how trials are distributed over the devices
     trials/*.npz    one file per finished chunk
@@ -63,11 +63,13 @@ class Look(NamedTuple):
         seeds: The number of fresh seeds.
         baseline: The arm that the others are compared with.
         rates: Every arm's learning rate.
+        plan: First and most seeds, if looks follow a plan; they share one error rate.
     """
 
     seeds: int
     baseline: str
     rates: dict[str, float]
+    plan: tuple[int, int] | None = None
 
 
 def check_folder(name: str, path: str | os.PathLike[str]) -> Path:
@@ -224,13 +226,49 @@ class Store:
         """Saves what is asked for and what has been chosen, for those who watch."""
         self._save(DETAILS, details)
 
+    def check_look(self, look: Look) -> None:
+        """Refuses a look that would break the error rate of a plan; a rate may be NaN, not chosen yet.
+
+        Raises:
+            ValueError: If plan, baseline, arms or rates differ from those of the looks so far.
+        """
+        with self._lock:
+            for before in self._looks()[:1]:
+                self._check_look(before, look)
+
+    def _check_look(self, before: Look, now: Look) -> None:
+        if before.plan == now.plan is None:
+            return
+        if before.plan != now.plan:
+            what = f"{_planned(before)}, not {_planned(now)}"
+        elif before.baseline != now.baseline:
+            what = f"baseline {before.baseline!r}, not {now.baseline!r}"
+        elif before.rates.keys() != now.rates.keys():
+            what = f"arms {', '.join(map(repr, before.rates))}, not {', '.join(map(repr, now.rates))}"
+        else:
+            other = [name for name, rate in now.rates.items() if before.rates[name] != rate == rate]
+            if not other:
+                return
+            name = other[0]
+            what = f"learning rate {before.rates[name]:g} of arm {name!r}, not {now.rates[name]:g}"
+        raise ValueError(
+            f"out: {str(self.path)!r} holds verdicts with {what}, and a plan of seeds keeps its error rate "
+            "only if nothing changes after its first look. Use another folder."
+        )
+
     def look(self, look: Look) -> list[Look]:
-        """Records what a verdict is drawn from; returns the looks up to the first equal one, in order."""
+        """Records what a verdict is drawn from; returns the looks up to the first equal one, in order.
+
+        Raises:
+            ValueError: If this breaks the error rate of a plan.
+        """
         with self._lock:
             looks = self._looks()
+            for before in looks[:1]:
+                self._check_look(before, look)
             if look not in looks:
                 looks.append(look)
-                self._save("looks.json", [each._asdict() for each in looks])
+                self._save("looks.json", [_as_json(each) for each in looks])
             return looks[: looks.index(look) + 1]
 
     def _looks(self) -> list[Look]:
@@ -246,7 +284,7 @@ class Store:
                 "each of them makes the next one stricter. Restore a copy, or use another folder; delete it "
                 "only if no verdict was seen."
             ) from error
-        return [Look(**look) for look in looks]
+        return [Look(**look | {"plan": tuple(look["plan"])} if "plan" in look else look) for look in looks]
 
     # ---- Trials ----
 
@@ -471,23 +509,37 @@ def _is_rate(text: str) -> bool:
         return False
 
 
+def _as_json(look: Look) -> dict[str, Any]:
+    return {name: value for name, value in look._asdict().items() if name != "plan" or value}
+
+
+def _planned(look: Look) -> str:
+    return f"seeds={look.seeds}" if look.plan is None else "seeds=Sequential({}, {})".format(*look.plan)
+
+
 def _check_looks(value: Any) -> None:
     def is_look(look: Any) -> bool:
         return (
             isinstance(look, dict)
-            and look.keys() == set(Look._fields)
+            and look.keys() | {"plan"} == set(Look._fields)
             and type(look["seeds"]) is int
             and look["seeds"] > 0
             and isinstance(look["rates"], dict)
             and isinstance(look["baseline"], str)
             and look["baseline"] in look["rates"]
             and all(isinstance(rate, float) and 0 < rate < float("inf") for rate in look["rates"].values())
+            and ("plan" not in look or is_plan(look["plan"]))
         )
+
+    def is_plan(plan: Any) -> bool:
+        return isinstance(plan, list) and len(plan) == 2 and all(type(seeds) is int for seeds in plan)
 
     if not (isinstance(value, list) and value and all(map(is_look, value))):  # created at the first look
         raise Unusable("does not list looks")
     if any(look in value[:i] for i, look in enumerate(value)):
         raise Unusable("lists a look twice")
+    if any(look.get("plan") != value[0].get("plan") for look in value):
+        raise Unusable("lists looks of several plans")
 
 
 def _changes(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -126,15 +126,37 @@ def _next_step(record: Record, verdict: Verdict) -> tuple[str, list[str]]:
 
 
 def _more_seeds(record: Record, seeds: int) -> tuple[str, list[str]]:
-    out = record.details.out
+    out, plan = record.details.out, record.details.sequential
+    if plan is not None and not record.unfinished:
+        return _another_plan(record, plan.first, max(seeds, plan.most))
     folder = "..." if out is None else quoted(out)
     call, option = ("command", "--out") if _is_command(record) else ("call", "out=")
-    advice = f"repeat the {call} with more seeds and the same folder; only new trials are trained."
+    more, asked, option_value = " with more seeds", str(seeds), str(seeds)
+    if plan is not None:  # it was interrupted, or its margin has changed
+        more, asked = f"; it goes on, up to {plan.most} seeds", f"study.Sequential({plan.first}, {plan.most})"
+        option_value = f"{plan.first}..{plan.most}"
+    advice = f"repeat the {call} with the same folder{more}; only new trials are trained."
     if out is None:
         later = f"With a folder as {option}, later {call}s train only new trials."
-        advice = f"repeat the {call} with more seeds. {later}"
-    again = f"study.compare(..., seeds={seeds}, out={folder})"
-    return advice, _repeated(record, again, "--seeds", str(seeds))
+        advice = f"repeat the {call}{more}. {later}"
+    again = f"study.compare(..., seeds={asked}, out={folder})"
+    return advice, _repeated(record, again, "--seeds", option_value)
+
+
+def _another_plan(record: Record, first: int, most: int) -> tuple[str, list[str]]:
+    advice = (
+        "a plan of seeds cannot be extended after its last look. Another study, with another base seed and "
+        "folder, may decide; or accept what is known."
+    )
+    if not _is_command(record):
+        return advice, [
+            f"study.compare(..., seeds=study.Sequential({first}, {most}), base_seed=..., out=...)"
+        ]
+    words = record.details.command
+    for option in ("--seeds", "--base-seed", "--out"):
+        words = _without(words, option)
+    new = ["--seeds", f"{first}..{most}", "--base-seed", "BASE_SEED", "--out", "FOLDER"]
+    return advice, [shlex.join([*words, *new])]
 
 
 def _suggest_margin(record: Record) -> tuple[str, list[str]]:
@@ -145,6 +167,8 @@ def _suggest_margin(record: Record) -> tuple[str, list[str]]:
         "without --out nothing was saved, so everything is trained again"
         if record.details.out is None
         else "nothing is trained again"
+        if record.details.sequential is None
+        else "only arms that are then undecided are trained on more seeds"
     )
     return (
         "repeat the command with --margin, the smallest difference that matters, in the metric's units; "

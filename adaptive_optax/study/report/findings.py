@@ -72,7 +72,7 @@ def tuned_rates(record: Record, arm: str) -> Tuned:
 
 
 def final_metrics(record: Record) -> dict[str, np.ndarray]:
-    """Returns every arm's final metrics, ordered by the verdict's seeds; NaN for diverged trials."""
+    """Returns every arm's final metrics, ordered by the verdict's seeds; NaN for diverged or no trials."""
     trials = _trials(record, "verdict")
     seeds, position = np.unique(trials["seed"], return_inverse=True)
     metrics = {}
@@ -83,10 +83,20 @@ def final_metrics(record: Record) -> dict[str, np.ndarray]:
     return metrics
 
 
+def paired_metrics(record: Record, arm: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the final metrics of arm and baseline on the verdict's seeds that both have run on.
+
+    NaN for diverged trials.
+    """
+    mine, base = (_trials(record, "verdict", name) for name in (arm, record.details.baseline))
+    _, *rows = np.intersect1d(mine["seed"], base["seed"], return_indices=True)
+    return mine["final_metric"][rows[0]], base["final_metric"][rows[1]]
+
+
 def paired_differences(record: Record, arm: str) -> np.ndarray:
-    """Returns arm minus baseline for each of the verdict's seeds; NaN where either diverged."""
-    metrics = final_metrics(record)
-    return metrics[arm] - metrics[record.details.baseline]
+    """Returns arm minus baseline for each seed that both have run on; NaN where either diverged."""
+    metrics, base = paired_metrics(record, arm)
+    return metrics - base
 
 
 class EffectiveRates(NamedTuple):
@@ -149,6 +159,46 @@ def diverged_trials(record: Record, arm: str) -> tuple[int, int]:
     """Returns how many of an arm's trials on the verdict's seeds diverged, and the number of trials."""
     diverged = _trials(record, "verdict", arm)["diverged"]
     return int(diverged.sum()), len(diverged)
+
+
+def fresh_seeds(record: Record) -> str:
+    """Formats the number of fresh seeds, which a plan may let differ between arms: "8" or "5 to 13"."""
+    if record.details.sequential is None:
+        return str(record.details.seeds)
+    counts = sorted({diverged_trials(record, arm)[1] for arm in record.details.arms})
+    return f"{counts[0]} to {counts[-1]}" if len(counts) > 1 else str(counts[0])
+
+
+def seeds_used(record: Record) -> str:
+    """Says how many fresh seeds there were, and with a plan, of how many."""
+    details, plan = record.details, record.details.sequential
+    if plan is None:
+        return f"{details.seeds} fresh seeds"
+    used = max(details.looks, default=0)
+    text = f"{used} of at most {plan.most} fresh seeds"
+    if not used or record.unfinished:
+        return f"{text} so far"
+    return text if used == plan.most else f"stopped after {text}"
+
+
+def tuning_seeds(record: Record) -> str:
+    """Formats the number of tuning seeds."""
+    most = "up to " * (record.details.tuning == "race")
+    return f"{most}{record.details.tuning_seeds} tuning seeds"
+
+
+def dropped_out(record: Record) -> str:
+    """Says how many rates dropped out of a race, and after how many seeds; "" if none did."""
+    counts: dict[int, int] = {}
+    tuned = [tuned_rates(record, arm) for arm in record.details.arms]
+    for found in tuned:
+        for seeds in found.seeds[~found.best & (found.seeds < record.details.tuning_seeds)]:
+            counts[int(seeds)] = counts.get(int(seeds), 0) + 1
+    after = [f"{counts[seeds]} after {seeds} seed{'s' * (seeds > 1)}" for seeds in sorted(counts)]
+    rates = sum(len(found.rates) for found in tuned)
+    if not after:
+        return ""
+    return f" Raced: of {rates} rates dropped out {', '.join(after)}; their means are over these seeds."
 
 
 def equivalence_margin(record: Record) -> float:

@@ -29,8 +29,10 @@ from adaptive_optax.study.report.findings import (
     best_rate,
     decision,
     diverged_trials,
+    dropped_out,
     equivalence_margin,
     final_metrics,
+    fresh_seeds,
     interval,
     judge_all,
     judged_by,
@@ -38,9 +40,12 @@ from adaptive_optax.study.report.findings import (
     own_change,
     own_rates,
     paired_differences,
+    seeds_used,
     signed,
+    tuning_seeds,
 )
 from adaptive_optax.study.report.tables import (
+    again,
     looks_table,
     statistics_table,
     trial_table,
@@ -75,6 +80,7 @@ def print_summary(record: Record, console: Console) -> None:
     console.print(_summary_table(record, verdicts, console))
     details = record.details
     notes = [f"Metric: {visible(details.metric_name)}, {record.direction.better} is better"]
+    notes += [seeds_used(record)] * (details.sequential is not None)
     notes += ["* on the edge of the rates tried"] * any(details.on_edge.values())
     notes += [
         f"{visible(arm)}: tuned over its own rates, {rates}" for arm, rates in own_rates(record).items()
@@ -188,7 +194,7 @@ def _page(record: Record) -> str:
         title=f"{details.task}: {found.question}",
         setting=(
             f"{rivals} arm{'s' * (rivals > 1)} against {details.baseline}, each at its own best peak "
-            f"learning rate; {details.steps:,} steps, {details.seeds} fresh seeds"
+            f"learning rate; {details.steps:,} steps, {seeds_used(record)}"
         ),
         themes=[{"name": name, "colours": theme._asdict().items()} for name, theme in THEMES.items()],
         answer=found,
@@ -214,15 +220,16 @@ class _Picture(NamedTuple):
 
 def _pictures(record: Record, judged: bool) -> list[_Picture]:
     details = record.details
-    metric, baseline, seeds = details.metric_name, details.baseline, details.seeds
+    metric, baseline, seeds = details.metric_name, details.baseline, fresh_seeds(record)
     margin = equivalence_margin(record)
     zone = f" Shaded: equivalent, within {margin:.2g} of the baseline." if np.isfinite(margin) else ""
     better = f"{record.direction.better} is better"
     captions = {
         "rates": (
             "Every arm has its own best peak rate",
-            f"Final {metric} ({better}) on {details.tuning_seeds} tuning seeds, mean with a band of one "
-            "standard error. Ringed: the rate used for the verdict. Crosses: a trial diverged.",
+            f"Final {metric} ({better}) on {tuning_seeds(record)}, mean with a band of one "
+            "standard error. Ringed: the rate used for the verdict. Crosses: a trial diverged."
+            + (dropped_out(record) if details.tuning == "race" else ""),
         ),
         "differences": (
             "Differences from the baseline",
@@ -272,7 +279,7 @@ def _covers(record: Record, judged: bool) -> str:
     details = record.details
     rivals = len(details.rivals)
     several = f"{rivals} simultaneous comparisons and for " if rivals > 1 else ""
-    allowance = f" Corrected intervals allow for {several}judging again after adding seeds." if judged else ""
+    allowance = f" Corrected intervals allow for {several}{again(record)}." if judged else ""
     return (
         "Variation between seeds: different initial parameters and different orders of the batches. "
         f"Everything else is fixed: these tuned rates, this split of the data, {details.steps:,} steps. The "
@@ -333,7 +340,7 @@ def _run(record: Record) -> dict[str, str]:
         "Judged": _judged(record),
         "Training": f"{details.steps:,} steps"
         + (f", batches of {details.batch_size:,}" if details.batch_size else ""),
-        "Seeds": f"{details.seeds} fresh, {details.tuning_seeds} for tuning",
+        "Seeds": f"{seeds_used(record)}; {tuning_seeds(record)}",
         "Data": data and f"{data.train:,} training and {data.validation:,} validation samples",
         "Parameters": details.parameters and f"{details.parameters:,}",
         "Execution": f"{_MODES.get(details.mode, details.mode)}{at_a_time}{sent}",

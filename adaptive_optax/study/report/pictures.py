@@ -32,10 +32,9 @@ from adaptive_optax.study.report.findings import (
     Tuned,
     effective_rates,
     equivalence_margin,
-    final_metrics,
     judge_all,
     judged_trials,
-    paired_differences,
+    paired_metrics,
     tuned_rates,
     written,
 )
@@ -152,9 +151,9 @@ def plot_differences(record: Record, axes: Axes, *, theme: str = "light") -> Non
     check_choice("theme", theme, THEMES)
     colours, details, styles = THEMES[theme], record.details, arm_styles(record, theme)
     verdicts, _, _ = judge_all(record)
-    metrics, margin = final_metrics(record), equivalence_margin(record)
-    rivals = details.rivals
-    differences = {arm: paired_differences(record, arm) for arm in rivals}
+    margin, rivals = equivalence_margin(record), details.rivals
+    metrics = {arm: paired_metrics(record, arm) for arm in rivals}
+    differences = {arm: mine - base for arm, (mine, base) in metrics.items()}
     low, high = _common_range(differences, verdicts, margin)
     edge = 0.03 * (high - low)
 
@@ -182,8 +181,8 @@ def plot_differences(record: Record, axes: Axes, *, theme: str = "light") -> Non
         lost = np.isnan(seeds)
         edges = (low + edge, high - edge) if record.direction.maximize else (high - edge, low + edge)
         for x, seeds_lost in (
-            (edges[0], lost & np.isnan(metrics[arm])),
-            (edges[1], lost & ~np.isnan(metrics[arm])),
+            (edges[0], lost & np.isnan(metrics[arm][0])),
+            (edges[1], lost & ~np.isnan(metrics[arm][0])),
         ):
             if seeds_lost.any():
                 axes.plot(x, y + 0.3, "x", color=colour, markersize=5.5, gid=f"diverged-{y}")

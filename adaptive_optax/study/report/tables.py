@@ -15,6 +15,7 @@ from adaptive_optax.study.report.findings import (
     diverged_trials,
     final_metrics,
     interval,
+    judge_all,
     metric_format,
     own_rates,
     paired_differences,
@@ -24,6 +25,7 @@ from adaptive_optax.study.report.findings import (
     written,
 )
 from adaptive_optax.study.statistics.paired import mean_and_error
+from adaptive_optax.study.statistics.sequential import Sequential
 from adaptive_optax.study.statistics.verdict import Verdict
 
 GROWN = "\N{SUPERSCRIPT PLUS SIGN}"
@@ -105,6 +107,8 @@ def verdict_table(record: Record, verdicts: dict[str, Verdict]) -> Table:
         rows.append([Cell(arm), word, *map(Cell, row), Cell(f"{lost} of {trials}")])
     better = record.direction.better.capitalize()
     notes = f"{better} is better. Differences are from {details.baseline}, paired by seed."
+    if details.sequential is not None:
+        notes += " An arm got no more seeds once it was decided (last column: of how many trials)."
     if any_lost:
         notes += (
             " Means exclude diverged trials. If one of the two trials of a seed diverged, the difference "
@@ -135,7 +139,7 @@ def statistics_table(record: Record, verdicts: dict[str, Verdict]) -> Table:
         ]  # fmt: skip
         rows.append([Cell(arm), *map(Cell, cells)])
     notes = (
-        "Corrected: for comparing several arms (Holm's method) and for judging again after adding seeds. "
+        f"Corrected: for comparing several arms (Holm's method) and for {again(record)}. "
         "Seeds needed: for a decision either way, if the true effect equals the observed one."
     )
     return Table("The statistics behind the verdicts", headings, rows, notes)
@@ -144,21 +148,30 @@ def statistics_table(record: Record, verdicts: dict[str, Verdict]) -> Table:
 def tuning_table(record: Record) -> TuningTable:
     """Lays out the mean metric of every arm at every rate."""
     details, number = record.details, metric_format(record)
-    tuned = {arm: tuned_rates(record, arm) for arm in details.arms}
+    tuned, raced = {arm: tuned_rates(record, arm) for arm in details.arms}, details.tuning == "race"
     arms = []
     for arm, found in tuned.items():
         cells = []
         for i, rate in enumerate(found.rates):
             lost = f"{found.diverged[i]} of {found.seeds[i]} diverged" if found.diverged[i] else ""
-            text = (lost or number(found.mean[i])) + GROWN * bool(found.grown[i])
+            text = lost or number(found.mean[i])
+            if raced and found.seeds[i] < details.tuning_seeds and not lost:
+                text += f" ({found.seeds[i]} seed{'s' * bool(found.seeds[i] > 1)})"
+            text += GROWN * bool(found.grown[i])
             text += "*" * bool(found.best[i] and details.on_edge.get(arm))
             kind = "strong" if found.best[i] else "weak" if lost else ""
             cells.append(TunedRate(plain(rate), text, kind))
         arms.append(TunedArm(arm, cells))
+    most = f"up to {details.tuning_seeds}" if raced else str(details.tuning_seeds)
     notes = (
-        f"Peak rates, and the mean final {details.metric_name} of {details.tuning_seeds} tuning seeds; bold: "
+        f"Peak rates, and the mean final {details.metric_name} of {most} tuning seeds; bold: "
         "the best, used for the verdict."
     )
+    if raced:
+        notes += (
+            " Raced: a rate that could hardly win any more dropped out, after as many seeds as its "
+            "parentheses say; the best rate stopped once it was alone."
+        )
     if any(found.diverged.any() for found in tuned.values()):
         notes += " A rate at which a trial diverged has no mean."
     for arm, rates in own_rates(record).items():
@@ -174,6 +187,8 @@ def tuning_table(record: Record) -> TuningTable:
 
 def looks_table(record: Record) -> Table:
     """Lays out the looks so far, and the error rate of each."""
+    if record.details.sequential is not None:
+        return _planned_looks(record, record.details.sequential)
     looks = enumerate(record.details.looks, start=1)
     rows = [[Cell(f"{k}"), Cell(f"{seeds}"), Cell(f"{5 / 2**k:.3g} %")] for k, seeds in looks]
     headings = [Heading("verdict"), Heading("fresh seeds"), Heading("error rate")]
@@ -182,6 +197,41 @@ def looks_table(record: Record) -> Table:
         "so that fewer than 5 % of such studies contain an error."
     )
     return Table("Verdicts drawn so far", headings, rows, notes, kind="")
+
+
+def _planned_looks(record: Record, plan: Sequential) -> Table:
+    verdicts = judge_all(record)[0].values()
+    rows = []
+    for k, (seeds, spent) in enumerate(zip(record.details.looks, plan.spent, strict=False), start=1):
+        decided = sum(v.seeds == seeds and v.decision != "undecided" for v in verdicts)
+        rows.append(
+            [
+                Cell(f"{k} of {len(plan.looks)}"),
+                Cell(f"{seeds}"),
+                Cell(f"{5 * spent:.2g} %"),
+                Cell(f"{decided}"),
+            ]
+        )
+    headings = [
+        Heading("look"),
+        Heading("fresh seeds"),
+        Heading("error rate", "so far"),
+        Heading("arms decided"),
+    ]
+    notes = (
+        f"The plan: undecided arms get more seeds, up to {plan.most}. All its looks together err in at most "
+        "5 % of such studies."
+    )
+    return Table("Verdicts drawn so far", headings, rows, notes, kind="")
+
+
+def again(record: Record) -> str:
+    """What else corrected p-values and intervals allow for."""
+    plan = record.details.sequential
+    if plan is None:
+        return "judging again after adding seeds"
+    looks = len(plan.looks)
+    return f"judging at {looks} looks" if looks > 1 else "judging once"
 
 
 def trial_table(record: Record) -> Table:

@@ -83,7 +83,8 @@ def judge(
     Args:
         table: One row per trial: arm, seed, final_metric; optionally initial_metric, best_metric, diverged
             and phase (then only rows of phase "verdict" are judged). All arms have the same seeds, at least
-            2; with `sequential`, an arm needs none after the look that decided it.
+            2; with `sequential`, an arm needs none after the look that decided it, and one that has none of
+            a look's new seeds keeps its verdict of the look before.
         baseline: The arm that the others are compared with.
         margin: Differences smaller than this do not matter; in the metric's units, (0, inf). None: relative.
         maximize: Whether higher metrics are better, as for an accuracy.
@@ -204,22 +205,32 @@ def _replay(table: pd.DataFrame, settings: Settings, plan: Sequential) -> dict[s
         )
     running = [arm for arm in arms if arm != settings.baseline]
     verdicts: dict[str, Verdict] = dict.fromkeys(running)  # pyright: ignore[reportAssignmentType]
-    stopped, looks = NONE_STOPPED, [n for n in plan.looks if n <= len(seeds)]
+    ratios: dict[str, np.ndarray] = {}  # of the last look at each arm
+    before, looks = -math.inf, [n for n in plan.looks if n <= len(seeds)]
     for n, spending in zip(looks, planned_spending(plan, settings.alpha, max(len(running), 1)), strict=False):
-        judged = table["arm"].isin([settings.baseline, *running]) | table["arm"].isna()
-        rows = judged & (seed <= seeds[n - 1]) | np.isnan(seed)
-        trials = trials_by_arm(table.loc[rows], settings.direction)
+        last = seeds[n - 1]
+        given = set(table.loc[(seed > before) & (seed <= last), "arm"])
+        lacking = [arm for arm in running if arm not in given]
+        if lacking and not ratios:
+            raise ValueError(
+                "table must have one row for each arm and seed, got none of the first look for arm "
+                f"{lacking[0]!r}."
+            )
+        running = [arm for arm in running if arm in given]
+        if ratios and not running:
+            break
+        among = table["arm"].isin([settings.baseline, *running]) | table["arm"].isna()
+        trials = trials_by_arm(table.loc[among & (seed <= last) | np.isnan(seed)], settings.direction)
+        stopped = np.reshape([ratios[arm] for arm in ratios if arm not in running], (-1, 2)).T
         look = judge_trials(trials, settings, spending, stopped)
         verdicts |= look.verdicts
-        decided = [verdict.decision != "undecided" for verdict in look.verdicts.values()]
-        stopped = np.concatenate([stopped, look.ratios[:, decided]], axis=1)
+        ratios |= dict(zip(look.verdicts, look.ratios.T, strict=True))
         running = [arm for arm in running if verdicts[arm].decision == "undecided"]
-        if not running:
-            break
+        before = last
     return verdicts
 
 
-NONE_STOPPED = np.zeros((2, 0))  # no arm was decided by an earlier look
+NONE_STOPPED = np.zeros((2, 0))  # every arm is judged at this look
 
 
 class Judgement(NamedTuple):
@@ -246,7 +257,7 @@ def judge_trials(
         trials: The trials of the baseline and of the arms that are judged.
         settings: What holds at every look.
         spending: What this look may spend.
-        stopped: The ratios of the arms that earlier looks decided.
+        stopped: The ratios of the arms that got no more seeds.
     """
     baseline, direction, margin, relative_margin, alpha, resamples, seed = settings
     arms, final, best, diverged = trials
@@ -374,7 +385,7 @@ def judge_metrics(
 ) -> Judged:
     """Tests and decides for all arms but number `base` of [..., arms, seeds], one table or many.
 
-    `spending` is what this look may spend; `stopped` the ratios of the arms that earlier looks decided.
+    `spending` is what this look may spend; `stopped` the ratios of the arms that got no more seeds.
     """
     pairs = _paired(final, diverged, base)
     tests = _three_tests(pairs.a, pairs.b, pairs.kept, margin, relative_margin)

@@ -18,32 +18,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy import special
 
 from adaptive_optax.study.direction import MINIMIZE, Direction
-from adaptive_optax.study.statistics.tuning import Grid
+from adaptive_optax.study.statistics.tuning import Grid, Round
 
 CHANCE = 0.1  # of overtaking, below which a rate drops out
-
-
-class Round(NamedTuple):
-    """How far a race has come.
-
-    Attributes:
-        seeds: The number of tuning seeds that the round needs.
-        running: The rates that need them, ascending: those that can still win.
-        best: The rate that leads on the seeds of the previous round; None before the first.
-        finished: Whether all trials of the race have been run, so that `best` is the winner.
-    """
-
-    seeds: int
-    running: tuple[float, ...]
-    best: float | None
-    finished: bool
 
 
 def race(costs: Mapping[float, Sequence[float]], seeds: int) -> Round:

@@ -36,7 +36,7 @@ from adaptive_optax._core.checks import check_integer
 
 MOST_SEEDS = 100_000
 LOOKS_PER_DOUBLING = 3
-EARLY, DECLINE, LATE = 0.25, 0.6, 8  # of `_spent`
+EARLY, DECLINE, LATE = 0.25, 0.6, 8  # of `Sequential.spent`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +94,15 @@ class Sequential:
         sizes = {round(self.first * growth ** (k / intervals)) for k in range(1, intervals)}
         return tuple(sorted(sizes | {self.first, self.most}))
 
+    @property
+    def spent(self) -> tuple[float, ...]:
+        """The share of alpha that is spent by each look."""
+        early = (
+            EARLY * (1 - DECLINE**k) + (1 - EARLY) * (n / self.most) ** LATE
+            for k, n in enumerate(self.looks, 1)
+        )
+        return (*list(early)[:-1], 1.0)
+
     def levels(self, alpha: float, *, sides: int = 2) -> tuple[float, ...]:
         """The nominal level of each look's t-test: the p-value at which it rejects.
 
@@ -101,13 +110,7 @@ class Sequential:
             alpha: The error rate of all looks together.
             sides: 2 for a two-sided test, 1 for a one-sided one.
         """
-        return nominal_levels(self.looks, _spent(self.looks), alpha, sides)
-
-
-def _spent(looks: tuple[int, ...]) -> tuple[float, ...]:
-    """The share of alpha that is spent by each look."""
-    early = (EARLY * (1 - DECLINE**k) + (1 - EARLY) * (n / looks[-1]) ** LATE for k, n in enumerate(looks, 1))
-    return (*list(early)[:-1], 1.0)
+        return nominal_levels(self.looks, self.spent, alpha, sides)
 
 
 # ---- The joint distribution of t-statistics ----
