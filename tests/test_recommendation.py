@@ -37,9 +37,9 @@ def found(*arms, tuned=None, own=(), looks=(10,)):
             for phase, value in (("tuning", (tuned or {}).get(arm, metric)), ("verdict", metric)):
                 rows.append(
                     {
-                        "arm": arm, "phase": phase, "learning_rate": 0.1, "seed": seed, "final_metric": value,
-                        "initial_metric": 2.0, "best_metric": value, "diverged": False, "compilation": "once",
-                        "best_step": 1, "steps_to_baseline": np.nan,
+                        "arm": arm, "phase": phase, "learning_rate": 0.01, "seed": seed,
+                        "final_metric": value, "initial_metric": 2.0, "best_metric": value, "diverged": False,
+                        "compilation": "once", "best_step": 1, "steps_to_baseline": np.nan, "error": "",
                     }
                 )  # fmt: skip
     details = Details(
