@@ -45,6 +45,16 @@ def train(run):
     return np.mean(x**2)
 
 
+def train_sgd(run):
+    """With an optax transformation, as the standard arms return."""
+    x, random = jnp.ones(4), np.random.default_rng(run.seed)
+    state = run.transformation.init(x)
+    for _ in range(run.steps):
+        updates, state = run.transformation.update(x + random.normal(size=4), state, x)
+        x = x + updates
+    return jnp.mean(x**2)
+
+
 def dies_once(run, folder):
     """Kills its own process in the middle of one trial, the first time."""
     if (run.arm, run.seed) == ("linear", 1001):

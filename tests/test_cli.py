@@ -174,21 +174,30 @@ def check_refused(result, message):
         ("", "MODULE:TASK must name a module"),
         ("a..b:task", "'a..b' cannot be imported"),
         ("mine.task:x", "'mine.task' cannot be imported: "),
-        (
-            "mine:make_with",
-            "mine:make_with must return a task when called without arguments: TypeError: make_with() missing",
-        ),
         ("mine:broken", "AttributeError: 'Task' object has no attribute 'missing' (mine.py, line 24)"),
         (
             "mine:leaves",
             "mine:leaves must return a task when called without arguments: SystemExit: 0 (mine.py, line 28)",
         ),
-        ("mine:one_argument", "must return a task when called without arguments: TypeError"),
         *((f"{name}{end}:task", message) for name, (_, message) in UNUSABLE.items() for end in ("", ".py")),
     ],
 )
 def test_a_task_that_cannot_be_loaded_is_one_line_and_exit_code_2(name, message, no_training):
     check_refused(call("compare", name), message)
+
+
+@pytest.mark.parametrize("name", ["mine:make_with", "mine:one_argument"])
+def test_a_function_of_one_argument_is_a_training_function_and_no_task(name, no_training):
+    message = f"{name} must return a task when called without arguments: TypeError"
+    check_refused(call("lr-find", name), message)
+
+
+def test_a_training_function_is_compared(tmp_path):
+    arguments = ["--arms", "sgd:constant,sgd:linear", "--rates", "0.1", "--seeds", 5, "--tuning-seeds", 1]
+    result = call("compare", "own_script:train_sgd", *arguments, "--steps", 4, "--out", tmp_path)
+    assert result.exit_code == 0, result.output
+    assert "train_sgd" in (tmp_path / "report.html").read_text()
+    assert "18 of 18 trials, judged with 5 seeds" in call("status", tmp_path).output
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def machine(monkeypatch):
 
     def pretend(backend="cpu", devices=2, limit=0, seconds=None, bytes_a_trial=1):
         class Program:
-            def __init__(self, task, arm, plan, placement, evaluate, rate):
+            def __init__(self, task, arm, plan, placement, evaluate, rate, origin):
                 self.placement, self.plan = placement, plan
                 self.bytes_needed = bytes_a_trial * placement.width // placement.devices
 

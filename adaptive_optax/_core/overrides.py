@@ -73,7 +73,19 @@ def in_effect(
     value = jnp.where(overridden, current, given - difference)
     # A compiler may compute `given` twice, rounding it in two ways. The state would then hold two values that
     # differ although nothing was assigned, and the schedule would stand still.
-    return value, overridden, jnp.where(overridden, given, value)
+    return value, overridden, jnp.where(overridden, given, _with_gradient_of(given, value))
+
+
+@jax.custom_jvp
+def _with_gradient_of(given: jax.Array, value: jax.Array) -> jax.Array:
+    """The bits of `value`, differentiated as `given`."""
+    del given
+    return value
+
+
+@_with_gradient_of.defjvp
+def _with_gradient_of_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    return primals[1], tangents[0]
 
 
 def _finite(x: jax.Array) -> jax.Array:
