@@ -15,7 +15,7 @@ import argparse
 from typing import Any
 
 import numpy as np
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 from sklearn.datasets import load_digits
 
 from adaptive_optax import study
