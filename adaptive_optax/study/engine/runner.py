@@ -88,13 +88,14 @@ class Runner:
         try:
             while waiting or taken or running:
                 while waiting and len(running) < MOST_JOBS:
-                    chunk, claim = waiting.pop(0), contextlib.ExitStack()
-                    is_mine = claim.enter_context(self._claim(chunk))
-                    missing = self._missing(chunk)
-                    if is_mine and missing:
-                        running[jobs.submit(missing)] = missing, claim
-                        continue
-                    claim.close()
+                    chunk = waiting.pop(0)
+                    with contextlib.ExitStack() as claim:
+                        is_mine = claim.enter_context(self._claim(chunk))
+                        missing = self._missing(chunk)
+                        if is_mine and missing:
+                            job = jobs.submit(missing)
+                            running[job] = missing, claim.pop_all()
+                            continue
                     if missing:
                         taken.append(chunk)
                     else:
