@@ -17,6 +17,9 @@ PARAMS = {"a": jnp.linspace(-1.0, 1.0, 6).reshape(2, 3), "b": jnp.ones(3)}
 GRADIENTS = jax.tree.map(lambda x: jnp.cos(3 * x) + 0.5, PARAMS)
 
 
+BF16 = "bfloat16"
+
+
 def after(tx, steps=3):
     """The state of a transformation after some steps."""
     state = tx.init(PARAMS)
@@ -33,29 +36,30 @@ def same(a, b):
 
 
 @pytest.mark.parametrize(
-    ("run", "arm"),
+    ("run_rate", "run", "arm"),
     [
-        (ao.adam(1e-3), ao.adam(optax.linear_schedule(1e-3, 0, 10))),
-        (ao.adamw(1e-3, nu_storage="bfloat16"), ao.adamw(ao.warmup_cosine(1e-3, 10), nu_storage="bfloat16")),
-        (optax.adam(1e-3), optax.adamw(optax.linear_schedule(1e-3, 0, 10))),
-        (ao.rmsprop(1e-3), ao.rmsprop(optax.linear_schedule(1e-3, 0, 10))),
-        (ao.sgd(0.1, momentum=0.9), ao.sgd(optax.linear_schedule(1e-3, 0, 10), momentum=0.9)),
-        (optax.sgd(0.1, momentum=0.9), optax.sgd(optax.linear_schedule(1e-3, 0, 10), momentum=0.9)),
-        (optax.chain(ao.clip_by_global_norm(1.0), ao.adam(1e-3)), ao.telemetry(ao.adam(1e-3))),
+        (1e-3, ao.adam(1e-3), ao.adam(optax.linear_schedule(1e-3, 0, 10))),
+        (
+            1e-3,
+            ao.adamw(1e-3, nu_storage="bfloat16"),
+            ao.adamw(ao.warmup_cosine(1e-3, 10), nu_storage="bfloat16"),
+        ),
+        (1e-3, optax.adam(1e-3), optax.adamw(optax.linear_schedule(1e-3, 0, 10))),
+        (1e-3, ao.rmsprop(1e-3), ao.rmsprop(optax.linear_schedule(1e-3, 0, 10))),
+        (0.1, ao.sgd(0.1, momentum=0.9), ao.sgd(optax.linear_schedule(1e-3, 0, 10), momentum=0.9)),
+        (0.1, optax.sgd(0.1, momentum=0.9), optax.sgd(optax.linear_schedule(1e-3, 0, 10), momentum=0.9)),
+        (1e-3, optax.chain(ao.clip_by_global_norm(1e6), ao.adam(1e-3)), ao.telemetry(ao.adam(1e-3))),
     ],
 )
-def test_moments_go_on_and_schedules_begin(run, arm):
+def test_moments_go_on_and_schedules_begin(run_rate, run, arm):
     state = carry_moments(after(run), arm.init(PARAMS), PARAMS)
     continued, _ = run.update(GRADIENTS, after(run), PARAMS)
     updates, _ = arm.update(GRADIENTS, state, PARAMS)
-    # The same direction; the rates of the first steps may differ.
     cosine = sum(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.vdot(a, b), continued, updates)))
     norms = optax.tree.norm(continued) * optax.tree.norm(updates)
-    if norms > 0:
-        assert cosine / norms > 0.99999
-    fresh = arm.init(PARAMS)
-    counts = [x for path, x in jax.tree.leaves_with_path(fresh) if "count" in str(path[-1])]
-    assert all(int(x) == 0 for x in counts)
+    assert cosine / norms > 0.99999
+    ratio = optax.tree.norm(updates) / optax.tree.norm(continued)
+    np.testing.assert_allclose(ratio, 1e-3 / run_rate, rtol=0.01)  # 30 % less if the count of 3 went on
 
 
 @pytest.mark.parametrize(

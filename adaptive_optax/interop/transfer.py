@@ -32,6 +32,7 @@ from adaptive_optax.moments.granularity import regrouped
 from adaptive_optax.moments.storage import Role
 from adaptive_optax.monitoring.telemetry import TelemetryState
 from adaptive_optax.transforms.adam import ScaleByAdamState, scale_by_adam
+from adaptive_optax.transforms.momentum import TraceState
 
 
 class TransferRow(NamedTuple):
@@ -138,16 +139,24 @@ def carry_moments(old_state: OptState, new_state: OptState, params: Params) -> O
         states.append(from_optax(old_state, scale_by_adam(), params, trusted=True))
     elif states_of(ScaleByAdamState, old_state) and states_of(OPTAX_ADAM, new_state):
         states.append(to_optax(old_state))
-    old = [node for state in states for node in nodes(state, "") if _is_like_parameters(node, shapes)]
+    found = (node for state in states for node in nodes(state, ""))
+    old = [_without_schedule(node) for node in found if _has_moments(node, shapes)]
     return _Transfer(old, shapes, rows=[], used=set()).rebuilt(new_state, "")
 
 
-def _is_like_parameters(node: Node, shapes: dict[str, tuple[int, ...]]) -> bool:
-    """Whether a state declares moments, or is optax's and has a tree like the parameters."""
-    if moments_declared_by(type(node.state)):
+def _has_moments(node: Node, shapes: dict[str, tuple[int, ...]]) -> bool:
+    """Whether a state declares moments, is of `trace`, or is optax's and has a tree like the parameters."""
+    if moments_declared_by(type(node.state)) or isinstance(node.state, TraceState):
         return True
     foreign = type(node.state).__module__.partition(".")[0] == "optax"
     return foreign and any(leaves.keys() >= shapes.keys() for leaves in node.fields.values())
+
+
+def _without_schedule(node: Node) -> Node:
+    """A node whose momentum, if scheduled, begins now."""
+    if not isinstance(node.state, TraceState):
+        return node
+    return node._replace(fields={"trace": node.fields["trace"]})
 
 
 def _without_sharing(state: Any) -> Any:
