@@ -54,6 +54,13 @@ TaskArgument = Annotated[
         show_default=False,
     ),
 ]
+Margin = Annotated[
+    float | None,
+    typer.Option(
+        help="Differences below this count as equivalent, in the metric's units.",
+        show_default="1 % of the baseline's metric",
+    ),
+]
 CpuDevices = Annotated[
     int,
     typer.Option(help="Devices to split a CPU into; 0 for one per core.", rich_help_panel="Execution"),
@@ -100,13 +107,7 @@ def compare_command(
         str, typer.Option(help="grid: every rate on every tuning seed. race: rates that cannot win drop out.")
     ] = "grid",
     tuning_seeds: Annotated[int, typer.Option(help="Seeds for choosing the rates.")] = 3,
-    margin: Annotated[
-        float | None,
-        typer.Option(
-            help="Differences below this count as equivalent, in the metric's units.",
-            show_default="1 % of the baseline's metric",
-        ),
-    ] = None,
+    margin: Margin = None,
     maximize: Annotated[
         bool | None,
         typer.Option(
@@ -266,13 +267,7 @@ def decay_now_command(
         ),
     ] = "adam",
     seeds: Annotated[int, typer.Option(help="Orders of the batches to try, at least 5.")] = 8,
-    margin: Annotated[
-        float | None,
-        typer.Option(
-            help="Differences below this count as equivalent, in the metric's units.",
-            show_default="1 % of the metric",
-        ),
-    ] = None,
+    margin: Margin = None,
     out: Annotated[
         str | None,
         typer.Option(

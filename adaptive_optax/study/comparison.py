@@ -180,10 +180,12 @@ def compare(
     baseline = next(iter(arms)) if baseline is None else baseline
     check_choice("baseline", baseline, arms)
     grids, own_rates = _check_rates(learning_rates, arms)
-    plan = seeds if isinstance(seeds, Sequential) else None
-    if plan is None:
+    if isinstance(seeds, Sequential):
+        plan, most_seeds = seeds, seeds.most
+    else:
         other = "" if isinstance(seeds, int) else "or a study.Sequential"
         check_integer("seeds", seeds, f"[5, {MOST_SEEDS}]", other)
+        plan, most_seeds = None, int(seeds)
     check_integer("steps", steps, f"[1, {MOST_STEPS}]")
     check_choice("tuning", tuning, TUNINGS)
     check_integer("tuning_seeds", tuning_seeds, f"[1, {FIRST_FRESH_SEED}]")
@@ -191,7 +193,6 @@ def compare(
     check_integer("growth", growth, "[0, 100]")
     check_integer("base_seed", base_seed, f"[0, {2**32 - 1}]")
     # Convert to Python integers, since they are written as JSON.
-    most_seeds = int(seeds) if plan is None else plan.most  # pyright: ignore[reportArgumentType]
     steps, tuning_seeds, growth, base_seed = map(int, (steps, tuning_seeds, growth, base_seed))
     if margin is not None:
         check_scalar("margin", margin, "(0, inf)")

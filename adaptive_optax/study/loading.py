@@ -50,12 +50,7 @@ def load_starts(name: str) -> list[Start]:
     """
     found = _load("MODULE:START must name a module and a start", name)
     if callable(found) and not isinstance(found, Start):
-        try:
-            found = found()
-        except (Exception, SystemExit) as error:
-            raise ValueError(
-                f"{name} must return starts when called without arguments: {described(error)}."
-            ) from error
+        found = _called(name, found, "starts")
     starts = [found] if isinstance(found, Start) else found
     if not (isinstance(starts, list | tuple) and starts and all(isinstance(each, Start) for each in starts)):
         raise ValueError(
@@ -76,15 +71,20 @@ def _takes_a_run(function: Any) -> bool:
 def _as_task(name: str, found: Any) -> Task:
     """A task, made by a function if it is one."""
     if callable(found) and not isinstance(found, Task):
-        try:
-            found = found()
-        except (Exception, SystemExit) as error:
-            raise ValueError(
-                f"{name} must return a task when called without arguments: {described(error)}."
-            ) from error
+        found = _called(name, found, "a task")
     if not isinstance(found, Task):
         raise ValueError(f"{name} must be a study.Task or return one, got {type(found).__name__}.")
     return found
+
+
+def _called(name: str, function: Callable[[], Any], what: str) -> Any:
+    """What a function of the user's returns; an error in it is reported with its place."""
+    try:
+        return function()
+    except (Exception, SystemExit) as error:
+        raise ValueError(
+            f"{name} must return {what} when called without arguments: {described(error)}."
+        ) from error
 
 
 class LoadedArm(NamedTuple):

@@ -26,7 +26,7 @@ from adaptive_optax.study.engine.store import ArmPrograms, Store
 from adaptive_optax.study.engine.trainers import ArmSpec, FunctionTrainer, TaskTrainer, Trainer
 from adaptive_optax.study.engine.trials import Plan
 from adaptive_optax.study.evaluation import AVERAGE_IF_KEPT, Evaluate, check_evaluate, declared
-from adaptive_optax.study.judged import TRAINED, Judged, describe_judged
+from adaptive_optax.study.judged import describe_judged
 from adaptive_optax.study.start import Start, check_start, origin_of
 from adaptive_optax.study.task import Task
 
@@ -250,13 +250,9 @@ class FunctionSubject:
     def details(self) -> dict[str, Any]:
         """What is known of a function: nothing but what it returns."""
         return {
-            "judged": dict.fromkeys(self._arms, REPORTED),
             "metric_name": "metric",
             "devices": (),
         }
-
-
-REPORTED: Judged = TRAINED  # what the function reports is its own business
 
 
 def _check_evaluate(evaluate: Any, arms: Mapping[str, Any]) -> dict[str, Evaluate | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -102,9 +102,8 @@ class Runner:
                         self.progress.advance(len(chunk))
                 self.progress.describe(f"{phase}: {len(running)} jobs")
                 for future in list(done_of(running)):
-                    trials = len(running[future][0])
-                    self._receive(future, running, jobs, phase)
-                    self.progress.took(time.perf_counter() - began, trials)
+                    if trained := self._receive(future, running, jobs, phase):
+                        self.progress.took(time.perf_counter() - began, trained)
                 if not running and not waiting:
                     time.sleep(POLL_SECONDS * bool(taken))
                     waiting, taken = taken, []
@@ -119,26 +118,26 @@ class Runner:
             for _, claim in running.values():
                 claim.close()
 
-    def _receive(self, future: Any, running: dict[Any, Any], jobs: Jobs, phase: str) -> None:
+    def _receive(self, future: Any, running: dict[Any, Any], jobs: Jobs, phase: str) -> int:
+        """Keeps the results of a job that is done; returns their number, 0 if it has to run again."""
         keys, claim = running.pop(future)
         with claim:
             found = jobs.result(future, keys)
             if not isinstance(found, dict):
                 running[found] = keys, claim.pop_all()
-                return
+                return 0
             self._keep(found, phase)
             self.progress.advance(len(keys))
-
-    def _claim(self, chunk: list[Key]) -> contextlib.AbstractContextManager[bool]:
-        """Claims a chunk, and reads what other processes have finished; yields whether it was free."""
-        if self.store is None:
-            return contextlib.nullcontext(True)
-        return self._claim_in(self.store, chunk)
+            return len(keys)
 
     @contextlib.contextmanager
-    def _claim_in(self, store: Store, chunk: list[Key]):
-        with store.claim(chunk) as is_mine:
-            self.results |= store.read()
+    def _claim(self, chunk: list[Key]) -> Iterator[bool]:
+        """Claims a chunk, and reads what other processes have finished; yields whether it was free."""
+        if self.store is None:
+            yield True
+            return
+        with self.store.claim(chunk) as is_mine:
+            self.results |= self.store.read()
             yield is_mine
 
     def _keep(self, found: Results, phase: str) -> None:

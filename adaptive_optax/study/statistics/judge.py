@@ -204,7 +204,7 @@ def _replay(table: pd.DataFrame, settings: Settings, plan: Sequential) -> dict[s
             "baseline."
         )
     running = [arm for arm in arms if arm != settings.baseline]
-    verdicts: dict[str, Verdict] = dict.fromkeys(running)  # pyright: ignore[reportAssignmentType]
+    verdicts: dict[str, Verdict] = {}
     ratios: dict[str, np.ndarray] = {}  # of the last look at each arm
     before, looks = -math.inf, [n for n in plan.looks if n <= len(seeds)]
     for n, spending in zip(looks, planned_spending(plan, settings.alpha, max(len(running), 1)), strict=False):
@@ -227,7 +227,7 @@ def _replay(table: pd.DataFrame, settings: Settings, plan: Sequential) -> dict[s
         ratios |= dict(zip(look.verdicts, look.ratios.T, strict=True))
         running = [arm for arm in running if verdicts[arm].decision == "undecided"]
         before = last
-    return verdicts
+    return {arm: verdicts[arm] for arm in arms if arm in verdicts}
 
 
 NONE_STOPPED = np.zeros((2, 0))  # every arm is judged at this look
