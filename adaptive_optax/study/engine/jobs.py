@@ -28,11 +28,12 @@ POLL_SECONDS = 0.2
 
 
 class Parcel(NamedTuple):
-    """A pickled trainer: how a worker recognizes it, and where it finds it."""
+    """A pickled trainer: how a worker recognizes it, where it finds it, and the number of the job it is for."""
 
     digest: str
     file: str
     content: bytes | None
+    number: int = 0
 
 
 class Jobs:
@@ -50,7 +51,9 @@ class Jobs:
     def __init__(self, executor: Any, trainer: Trainer, folder: Path | None):
         self._executor = executor
         self._own_folder: Path | None = None
-        self._informing: dict[str, Any] = {}  # by worker, the last job that brought it the content
+        self._submitted = 0
+        self._informing: dict[str, Any] = {}  # by worker, the last job that took the content along
+        self._informed: dict[str, int] = {}  # by worker, how many jobs were submitted before that one was done
         self._trainer, self._parcel = trainer, None
         if isinstance(executor, concurrent.futures.ThreadPoolExecutor):
             return
@@ -77,21 +80,31 @@ class Jobs:
         """Submits a chunk; returns its future."""
         if self._parcel is None:
             return self._executor.submit(_train, self._trainer, keys)
-        return self._executor.submit(train_chunk, self._parcel, keys)
+        return self._submit(self._parcel, keys)
+
+    def _submit(self, parcel: Parcel, keys: Sequence[Key]) -> Any:
+        self._submitted += 1
+        return self._executor.submit(train_chunk, parcel._replace(number=self._submitted), keys)
 
     def result(self, future: Any, keys: Sequence[Key]) -> Results | Any:
         """Returns the results of a job that is done; or another future, if its worker lacked the trainer."""
         found = future.result()
         if isinstance(found, bytes):
             return unpack(found)
-        worker, parcel = found, self._parcel
+        (worker, number), parcel = found, self._parcel
         assert parcel is not None
-        last = self._informing.get(worker)
-        if last is None or last.done():  # otherwise the content may still arrive
-            parcel = parcel._replace(content=self._content)
-            future = self._informing[worker] = self._executor.submit(train_chunk, parcel, keys)
+        if not self._may_yet_arrive(worker, number):
+            self._informed.pop(worker, None)
+            future = self._informing[worker] = self._submit(parcel._replace(content=self._content), keys)
             return future
-        return self._executor.submit(train_chunk, parcel, keys)
+        return self._submit(parcel, keys)
+
+    def _may_yet_arrive(self, worker: str, number: int) -> bool:
+        """Whether the content was on its way to a worker that lacked it for the job of this number."""
+        informing = self._informing.get(worker)
+        if informing is None:
+            return False
+        return not informing.done() or number <= self._informed.setdefault(worker, self._submitted)
 
 
 def done_of(futures: Collection[Any]) -> Iterator[Any]:
@@ -184,14 +197,15 @@ def _call(content: bytes) -> Any:
     return _unpickled(content)()
 
 
-def train_chunk(parcel: Sequence[Any], keys: Sequence[Sequence[Any]]) -> bytes | str:
-    """Trains a chunk in a worker; returns its packed results, or the worker's name if it lacks the trainer.
+def train_chunk(parcel: Sequence[Any], keys: Sequence[Sequence[Any]]) -> bytes | tuple[str, int]:
+    """Trains a chunk in a worker; returns its packed results, or who lacks the trainer for which job.
 
     An executor may turn named tuples into tuples on the way.
     """
-    trainer = _load(Parcel(*parcel))
+    received = Parcel(*parcel)
+    trainer = _load(received)
     if trainer is None:
-        return f"{socket.gethostname()}:{os.getpid()}"
+        return f"{socket.gethostname()}:{os.getpid()}", received.number
     return _train(trainer, keys)
 
 
