@@ -31,11 +31,12 @@ def _text(summary: Mapping[str, Any], trials: list[dict[str, str]], folder: str)
     info = summary["info"]
     epochs = info["steps"] * info["batch_size"] / info["dataset"]["train"]
     script, *options = info["command"]
+    seeds = sorted({len(found) for found in _fresh_metrics(trials).values()})  # a plan may let arms differ
     settings = [
         f"{info['parameters']:,} parameters",
         f"{info['steps']:,} steps of {info['batch_size']} samples",
         f"{epochs:.2g} epochs",
-        f"{info['seeds']} seeds",
+        f"{f'{seeds[0]} to ' * (len(seeds) > 1)}{seeds[-1]} seeds",
         f"{len(info['devices'])} {info['devices'][0]} devices",
         f"Python {info['versions']['python']}",
         *(f"{name} {info['versions'][name]}" for name in SHOWN_VERSIONS),
@@ -54,19 +55,29 @@ def table(summary: Mapping[str, Any], trials: list[dict[str, str]]) -> Table:
         summary: The study's summary.json.
         trials: The rows of its results.csv.
     """
-    info, verdicts, updates = summary["info"], summary["verdicts"], summary.get("updates", {})
+    info, verdicts, metrics = summary["info"], summary["verdicts"], _fresh_metrics(trials)
     metric, baseline = info["metric_name"].replace("_", " "), info["baseline"]
-    counted = ["updates"] if updates else []
-    made = Table(info["task"], ["arm", "peak", *counted, metric, f"minus {baseline}, %", "verdict"])
+    counts = {}
+    if "updates" in summary:
+        counts["updates"] = summary["updates"]
+    if info.get("sequential"):
+        counts["seeds"] = {arm: len(found) for arm, found in metrics.items()}
+    made = Table(info["task"], ["arm", "peak", *counts, metric, f"minus {baseline}, %", "verdict"])
     for arm in info["arms"]:
-        metrics = [
-            float(row["final_metric"]) for row in trials if (row["arm"], row["phase"]) == (arm, "verdict")
-        ]
-        error = np.std(metrics, ddof=1) / np.sqrt(len(metrics))
-        cells = [arm, f"{info['best_rates'][arm]:g}", *([f"{updates[arm]:,}"] if updates else [])]
-        cells.append(f"{np.mean(metrics):.3f} ± {error:.3f}")
+        error = np.std(metrics[arm], ddof=1) / np.sqrt(len(metrics[arm]))
+        cells = [arm, f"{info['best_rates'][arm]:g}", *(f"{count[arm]:,}" for count in counts.values())]
+        cells.append(f"{np.mean(metrics[arm]):.3f} ± {error:.3f}")
         made.add(*cells, *(("", "baseline") if arm == baseline else _judged(verdicts[arm])))
     return made
+
+
+def _fresh_metrics(trials: list[dict[str, str]]) -> dict[str, list[float]]:
+    """The final metrics on fresh seeds, by arm."""
+    found: dict[str, list[float]] = {}
+    for row in trials:
+        if row["phase"] == "verdict":
+            found.setdefault(row["arm"], []).append(float(row["final_metric"]))
+    return found
 
 
 def _judged(verdict: Mapping[str, Any]) -> tuple[str, str]:

@@ -237,6 +237,10 @@ def test_a_study_s_table_shows_fresh_seeds_and_percent_of_the_baseline():
         ["a", "0.01", "2,000", "2.000 ± 1.000", "", "baseline"],
         ["b", "0.5", "20", "1.500 ± 0.000", "−25.0 [−30.0, +20.0]", "undecided"],
     ]
+    del summary["updates"]
+    summary["info"]["sequential"] = {"first": 5, "most": 20}
+    made = studies.table(summary, trials[:-1] * 2)
+    assert made.columns[2] == "seeds" and [row[2] for row in made.rows] == ["4", "2"]
 
 
 def test_a_result_of_unknown_origin_is_named(tmp_path):

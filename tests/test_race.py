@@ -16,7 +16,7 @@ from adaptive_optax.study.statistics.race import Round, race, race_on, tuning_co
 from adaptive_optax.study.statistics.tuning import Grid
 
 INF = math.inf
-STUDIES = Path(__file__).parent.parent / "docs"
+DATA = Path(__file__).parent / "data"
 
 
 def run(metrics, seeds=None):
@@ -163,23 +163,22 @@ def test_synthetic_curves(rates, noise):
     assert spent <= 0.6
 
 
-def published(path):
-    """The tuning trials of the published studies, [rates, seeds], by arm."""
+def whole_grid(task):
+    """The tuning trials of a study that raced nothing, [rates, seeds], by arm."""
     arms = {}
-    with (STUDIES / path / "results.csv").open(newline="") as file:
+    with (DATA / f"tuning_{task}.csv").open(newline="") as file:
         for row in csv.DictReader(file):
-            if row["phase"] == "tuning":
-                rates = arms.setdefault(row["arm"], {})
-                rates.setdefault(float(row["learning_rate"]), []).append(float(row["final_metric"]))
+            rates = arms.setdefault(row["arm"], {})
+            rates.setdefault(float(row["learning_rate"]), []).append(float(row["final_metric"]))
     return {name: np.array([rates[rate] for rate in sorted(rates)]) for name, rates in arms.items()}
 
 
-@pytest.mark.parametrize("path", ["should_i_decay/localization", "should_i_decay/text"])
-def test_the_built_in_tasks(path):
-    # Three seeds are drawn anew from those published: the mean curve of an arm, the shift of a seed, and the
+@pytest.mark.parametrize("task", ["localization", "text"])
+def test_the_built_in_tasks(task):
+    # Three seeds are drawn anew from those measured: the mean curve of an arm, the shift of a seed, and the
     # residuals of its trials, scaled to their degrees of freedom.
     rng, studies = np.random.default_rng(3), []
-    for metrics in published(path).values():
+    for metrics in whole_grid(task).values():
         rates, seeds = metrics.shape
         curve, shift = metrics.mean(axis=1), metrics.mean(axis=0) - metrics.mean()
         noise = (metrics - curve[:, None] - shift) * math.sqrt(seeds / (seeds - 1))

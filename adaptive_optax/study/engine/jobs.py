@@ -28,7 +28,7 @@ POLL_SECONDS = 0.2
 
 
 class Parcel(NamedTuple):
-    """A pickled trainer: how a worker recognizes it, where it finds it, and the number of the job it is for."""
+    """A pickled trainer: how a worker recognizes it, where to find it, and the number of its job."""
 
     digest: str
     file: str
@@ -53,7 +53,7 @@ class Jobs:
         self._own_folder: Path | None = None
         self._submitted = 0
         self._informing: dict[str, Any] = {}  # by worker, the last job that took the content along
-        self._informed: dict[str, int] = {}  # by worker, how many jobs were submitted before that one was done
+        self._informed: dict[str, int] = {}  # by worker, the jobs submitted until that one was done
         self._trainer, self._parcel = trainer, None
         if isinstance(executor, concurrent.futures.ThreadPoolExecutor):
             return

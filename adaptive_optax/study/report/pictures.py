@@ -194,7 +194,7 @@ def plot_differences(record: Record, axes: Axes, *, theme: str = "light") -> Non
                 words += " " + written(100 * verdict.relative_effect, "+.1f", " %")
             _draw_interval(axes, verdict, y, colour, styles[arm]["marker"])
         side = {"transform": axes.get_yaxis_transform(), "va": "bottom"}
-        text(axes, 0, y - 0.2, shortened(arm, 26), color=colours.ink, **side)
+        text(axes, 0, y - 0.2, shortened(arm, 36), color=colours.ink, **side)
         emphasis = {"color": colours.ink, "weight": "bold"} if firm else {"color": colours.muted}
         text(axes, 1, y - 0.2, words, ha="right", **emphasis, **side)
 
