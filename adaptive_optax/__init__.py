@@ -94,6 +94,8 @@ from adaptive_optax.schedules.warmup_stable_decay import warmup_stable_decay as 
 from adaptive_optax.transforms.adam import ScaleByAdamState as ScaleByAdamState
 from adaptive_optax.transforms.adam import scale_by_adam as scale_by_adam
 from adaptive_optax.transforms.adam_bound import adam_bound as adam_bound
+from adaptive_optax.transforms.adgd import AdgdState as AdgdState
+from adaptive_optax.transforms.adgd import adgd as adgd
 from adaptive_optax.transforms.averaging import AverageParametersState as AverageParametersState
 from adaptive_optax.transforms.averaging import EmaParametersState as EmaParametersState
 from adaptive_optax.transforms.averaging import average_parameters as average_parameters

@@ -333,8 +333,8 @@ def set_hyperparams(opt_state: T, **values: ArrayLike | None) -> T:
     """Overrides hyperparameters, replacing the given numbers or schedules until released with None.
 
     You can set the hyperparameters of `inject_hyperparams`, the learning rate of `scale_by_learning_rate`
-    (part of every optimizer of this library), and the scale of `reduce_on_plateau`, which continues from the
-    new value (None resets it to 1).
+    (part of every optimizer of this library), the scale of `reduce_on_plateau`, which continues from the new
+    value (None resets it to 1), and the learning rate of `adgd`, which does too (None changes nothing).
 
     Args:
         opt_state: The state of any transformation, at any depth.

@@ -21,6 +21,7 @@ from adaptive_optax.moments.granularity import Reduce as Reduce
 from adaptive_optax.moments.storage import Role as Role
 from adaptive_optax.transforms.adam import AdamVariants as AdamVariants
 from adaptive_optax.transforms.adam import EpsForm as EpsForm
+from adaptive_optax.transforms.adgd import AdgdRule as AdgdRule
 from adaptive_optax.transforms.reduce_on_plateau import Mode as Mode
 from adaptive_optax.transforms.reduce_on_plateau import Preset as Preset
 from adaptive_optax.transforms.weight_decay import Coupling as Coupling

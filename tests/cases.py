@@ -288,6 +288,24 @@ CASES = [
     ),
     _case("average_parameters", "average_parameters", {"power": (8.0, 0.0)}, **AVERAGES),
     _case("average_parameters_decay", "average_parameters", {"decay": (0.9, 0.0)}, decay=0.9, **AVERAGES),
+    *(
+        _case(
+            f"adgd_{rule}",
+            "adgd",
+            {"initial_learning_rate": (0.1, 0.003), "max_learning_rate": (0.5, 0.001)},
+            initial_learning_rate=0.1,
+            rule=rule,
+            **STATELESS,
+        )
+        for rule in ("2020", "2023")
+    ),
+    _case(
+        "adgd_scheduled",
+        "adgd",
+        max_learning_rate=ao.step_decay(0.1, 0.8, 2),
+        initial_learning_rate=0.1,
+        **STATELESS,
+    ),
     _case("optimizer_adam", "adam", RATE | ADAM, learning_rate=0.1),
     _case(
         "optimizer_adamw", "adamw", RATE | {"weight_decay": (0.1, 0.0)}, learning_rate=0.1, zero_moves=DECAYS

@@ -14,6 +14,8 @@ import adaptive_optax as ao
 # Two values of each hyperparameter: one name has one meaning, whatever the factory.
 VALUES = {
     "learning_rate": (0.1, 0.03),
+    "max_learning_rate": (0.1, 0.03),
+    "initial_learning_rate": (0.1, 0.03),
     "b1": (0.9, 0.5),
     "b2": (0.99, 0.9),
     "decay": (0.9, 0.5),

@@ -294,6 +294,8 @@ def test_other_values_may_be_negative_but_are_numbers():
 
 OUT_OF_RANGE = {
     "learning_rate": (-0.1, 1e300, 1e39),
+    "initial_learning_rate": (0.0, -0.1, 1e-50, 1e39),
+    "max_learning_rate": (-0.1,),
     "b1": (-0.1, 1.0, 2.0, 1 - 1e-11),  # float32 has only 1 for the last
     "b2": (1.5, -1e-9, 3.0),
     "eps": (-2.0, 1e39),
@@ -315,6 +317,8 @@ OWNERS = {
     "max_norm": (ao.clip_by_global_norm, {"max_norm": 1.0}),
     "power": (ao.average_parameters, {}),
     "factor": (ao.reduce_on_plateau, {}),
+    "initial_learning_rate": (ao.adgd, {}),
+    "max_learning_rate": (ao.adgd, {"max_learning_rate": 0.1}),
     "min_scale": (ao.reduce_on_plateau, {}),
 }
 

@@ -100,6 +100,7 @@ def test_leaves_of_other_dtypes_are_named(leaf):
 EVERY = TRANSFORMS | {
     "reduce_on_plateau": ao.reduce_on_plateau,
     "average_parameters": ao.average_parameters,
+    "adgd": ao.adgd,
     "stochastic_rounding": ao.stochastic_rounding,
     "kahan_summation": lambda: ao.kahan_summation(ao.sgd(0.1)),
     "master_weights": lambda: ao.master_weights(ao.sgd(0.1)),

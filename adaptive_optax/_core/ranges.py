@@ -20,6 +20,9 @@ from adaptive_optax._core.states import unwrapped
 # Hyperparameters of transformations. A name that two factories use differently is qualified by one of them.
 RANGES = {
     "learning_rate": "[0, inf)",
+    "adgd.learning_rate": "(0, inf)",
+    "max_learning_rate": "[0, inf]",
+    "initial_learning_rate": "(0, inf)",
     "b1": "[0, 1)",
     "b2": "[0, 1)",
     "decay": "[0, 1)",

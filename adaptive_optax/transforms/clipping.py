@@ -11,7 +11,7 @@ import optax
 from jax.typing import ArrayLike
 
 from adaptive_optax._core.checks import check_inexact
-from adaptive_optax._core.norms import is_safe
+from adaptive_optax._core.norms import root_of_squares
 from adaptive_optax._core.precision import abs_square, scalar_dtype, scaled, widen
 from adaptive_optax._core.ranges import check_hyperparameter
 from adaptive_optax._core.transformation import transformation
@@ -52,15 +52,7 @@ def global_norm(tree: PyTree) -> Scalar:
     def sum_of_squares(factor):
         return sum(_sum_of_squares((factor, dtype), leaves), start=jnp.zeros((), dtype))
 
-    size = sum(x.size for x in leaves)
-    shift = 2.0**80 if dtype == jnp.float32 else 2.0**600
-    plain = sum_of_squares(1.0)
-
-    def scaled_norm():
-        factor = jnp.where(jnp.isinf(plain), jnp.asarray(1 / shift, dtype), jnp.asarray(shift, dtype))
-        return jnp.sqrt(sum_of_squares(factor)) / factor
-
-    return jax.lax.cond(is_safe(plain, size) | jnp.isnan(plain), lambda: jnp.sqrt(plain), scaled_norm)
+    return root_of_squares(sum_of_squares, sum(x.size for x in leaves))
 
 
 @by_leaf(like="x")
