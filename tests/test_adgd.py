@@ -87,8 +87,8 @@ def as_flat(tree):
 @pytest.mark.parametrize("initial", [1e-6, 1e-2, 10.0])
 @pytest.mark.parametrize(("columns", "steps"), [(4, 200), (31, 40)])
 def test_iterates_are_those_of_the_paper(columns, steps, rule, initial, x64):
-    # Four columns converge. With all of them a rounding error grows a millionfold from 40 steps to 100, in the
-    # reference too.
+    # Four columns converge. With all of them a rounding error grows a millionfold from 40 steps to 100, in
+    # the reference too.
     gradient = functools.partial(logistic_gradient, columns=columns)
     expected, _ = minimise(gradient, np.zeros(columns), steps, initial, rule)
     tx = ao.adgd(initial_learning_rate=initial, rule=rule)
