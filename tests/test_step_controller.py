@@ -106,12 +106,18 @@ def test_the_history_is_that_of_diffrax(gains, x64):
 
 @given(errors=st.tuples(*[st.floats(-60, 60)] * 3), gains=st.sampled_from(sorted(GAINS)))
 def test_the_factor_is_the_formula_however_large_the_errors(errors, gains):
-    # In float32, in which 1e-26 to the power of 1.45 would vanish.
     controller = StepController(**GAINS[gains])
     error, last, before = (math.exp(x) for x in errors)
     factor, _ = next_factor(controller, history_of(jnp.float32(last), jnp.float32(before)), error)
     expected = unclipped(controller, error, last, before)
     assert factor == pytest.approx(np.clip(expected, 0.2, 2.0), rel=1e-4)
+
+
+def test_factors_that_overflow_alone_do_not_together():
+    # 1e-30 ** -1.5 is too large for float32, (1e-22) ** 2 too small; with 10 ** -1 they make 1.
+    history = history_of(jnp.float32(1e-22), jnp.float32(10.0))
+    factor, _ = next_factor(StepController(integral=0.5, derivative=1.0), history, jnp.float32(1e-30))
+    assert factor == pytest.approx(0.9, rel=1e-4)
 
 
 def test_the_integral_controller_is_done_in_one_step():
@@ -157,12 +163,12 @@ def test_no_error_and_errors_that_are_not_finite(gains):
 
 def test_it_is_static_and_keeps_its_dtypes():
     step = jax.jit(next_factor, static_argnums=0)
-    controllers = [StepController(np.float32(0.5)), StepController(0.5)]
+    controllers = [StepController(jnp.float32(0.5)), StepController(0.5)]
     assert len({*controllers}) == 1 and controllers[0] == controllers[1]
     history = no_history(jnp.float32)
     for controller in controllers:
         with jax.numpy_dtype_promotion("strict"):
-            factor, history = step(controller, history, jnp.float32(0.5))
+            factor, history = step(controller, history, jnp.bfloat16(0.5))
         assert {x.dtype for x in (factor, *history)} == {jnp.dtype("float32")}
         assert not any(x.weak_type for x in (factor, *history))
     assert step._cache_size() == 1
