@@ -10,8 +10,8 @@ import dataclasses
 import math
 from typing import Literal, NamedTuple
 
-import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from adaptive_optax._core.checks import check_choice, check_scalar
@@ -61,7 +61,7 @@ class StepController:
     def __post_init__(self):
         for name, interval in _RANGES.items():
             value = getattr(self, name)
-            if isinstance(value, jax.core.Tracer):
+            if isinstance(value, Tracer):
                 raise ValueError(f"{name} must be a number in {interval}, got a traced array.")
             check_scalar(name, value, interval)
             object.__setattr__(self, name, float(value))  # an array could not be hashed
