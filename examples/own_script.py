@@ -72,11 +72,11 @@ def train(run: study.Run) -> float:  # > before: train(tx, seed, steps)
         return jnp.mean(jnp.argmax(logits(params, validation[0]), axis=1) != validation[1])
 
     for i in range(run.steps):  # > before: an argument
+        if i % 50 == 0:
+            run.report(i, error_rate(params))  # > before: print
         chosen = random.integers(len(labels), size=32)
         batch = jax.device_put((images[chosen], labels[chosen]), split)
         params, opt_state = step(params, opt_state, batch)
-        if i % 50 == 0:
-            run.report(i, error_rate(params))  # > before: print
     return float(error_rate(params))  # > before: return params
 
 

@@ -11,7 +11,7 @@ def code_of(page, number=0):
 
 
 def run(page, number=0):
-    names = {"__name__": page}
+    names = {"__name__": "__main__"}
     exec(compile(code_of(page, number), page, "exec"), names)
     return names
 
@@ -20,6 +20,12 @@ def test_a_script_of_ones_own_gets_a_verdict(capsys):
     names = run("own_script.md")
     assert names["comparison"].verdict().decision == "better"
     assert capsys.readouterr().out.startswith("linear is better than constant")
+
+
+def test_an_average_in_a_script_of_ones_own_is_judged(capsys):
+    names = run("own_script.md", 1)
+    assert names["comparison"].verdict().decision == "better"
+    assert capsys.readouterr().out.startswith("sgd:constant:averaged is better")
 
 
 def test_a_run_under_way_is_told_whether_to_decay(capsys):

@@ -520,3 +520,128 @@ def test_the_report_says_what_a_trial_raised(tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "ValueError: too &lt;steep&gt;" in page
     assert page.count('data-heading="raised"') == 18 and 'data-heading="compiled"' not in page
+
+
+# ---- What is judged ----
+
+
+def averaging(rate, steps):
+    return optax.chain(ao.sgd(rate), ao.average_parameters(power=0.0))
+
+
+@study.judged_by(lambda params, opt_state: params + 100)
+def elsewhere(rate, steps):
+    return ao.sgd(rate)
+
+
+def descend(run, ask=True):
+    """SGD from 0 towards 1, exactly."""
+    run.report(0, 2.0)
+    params, tx = np.zeros(1, np.float32), run.transformation
+    state = tx.init(params)
+    for _ in range(run.steps):
+        updates, state = tx.update(params - 1, state, params)
+        params = optax.apply_updates(params, updates)
+    judged = run.eval_params(params, state) if ask else params
+    return float(np.abs(judged - 1).sum()) + 1e-3 * (run.seed % 7)
+
+
+AVERAGING = {"constant": study.arm("sgd:constant"), "mine": averaging, "elsewhere": elsewhere}
+AVERAGING |= {name: study.arm(name) for name in ("sgd:constant:averaged", "schedule_free:sgd")}
+
+
+@pytest.fixture(scope="module")
+def averaged():
+    return compare(descend, AVERAGING, learning_rates=[0.1], steps=10, maximize=False)
+
+
+def test_eval_params_is_what_the_arm_is_judged_by(averaged):
+    path = [1 - 0.9 ** (i + 1) for i in range(10)]
+    expected = {"constant": 1 - path[-1], "mine": 1 - np.mean(path), "elsewhere": 99 + path[-1]}
+    final = averaged.table.query("seed == 1001").set_index("arm")["final_metric"]  # 1001 % 7 == 0
+    for name, metric in expected.items():
+        np.testing.assert_allclose(final[name], metric, rtol=1e-5)
+    assert final["sgd:constant:averaged"] > final["constant"]
+    judged = {name: found.by for name, found in averaged.details.judged.items()}
+    assert judged["constant"] == "its trained parameters"
+    assert judged["mine"] == judged["sgd:constant:averaged"] == "the average of its parameters"
+    assert judged["schedule_free:sgd"] == "its schedule-free average"
+
+
+def test_the_report_of_a_function_says_what_was_judged(averaged, tmp_path, capsys):
+    averaged.to_html(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "mine, sgd:constant:averaged by the average of its parameters" in page
+    averaged.print_summary()
+    assert "mine: judged by the average of its parameters" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("arm", ["mine", "elsewhere", "sgd:constant:averaged", "schedule_free:sgd"])
+def test_a_function_that_evaluates_other_parameters_than_the_arm_says_is_refused(arm):
+    arms = {name: AVERAGING[name] for name in ("constant", arm)}
+    with pytest.raises(ValueError, match=rf"arm '{arm}' is judged by .*: train must report the metric of "):
+        compare(functools.partial(descend, ask=False), arms, learning_rates=[0.1], steps=10)
+
+
+def test_a_trial_that_diverged_need_not_ask_what_is_judged():
+    def function(run):
+        return np.nan if run.arm != "constant" else 1.0 + run.seed
+
+    found = compare(function, {name: AVERAGING[name] for name in ("constant", "mine")}, maximize=False)
+    assert found.verdict().decision == "worse"
+
+
+def test_what_needs_a_task_cannot_judge_a_function():
+    @study.judged_by(lambda params, opt_state, model_state: (params, model_state))
+    def arm(rate, steps):
+        return ao.sgd(rate)
+
+    with pytest.raises(ValueError, match="evaluate of arm 'b' must be a function of .* which has no task"):
+        compare(descend, {"a": constant, "b": arm})
+
+
+# ---- Which metrics are better, and what is used ----
+
+
+def rising(run):
+    """An accuracy that grows with the rate: the worst rate of either arm looks best if it is minimized."""
+    noise = 0.001 * (run.seed % 5) * (1 if run.arm == "linear" else 2)
+    return 0.9 + run.learning_rate / 1000 - (0.2 if run.arm == "linear" else 0) + noise
+
+
+def test_an_accuracy_that_is_minimized_by_mistake_gets_no_verdict():
+    found = compare(rising)
+    verdict = found.verdict()
+    assert (verdict.decision, verdict.reason) == ("undecided", "unknown direction")
+    assert "Pass maximize=True" in verdict.sentence and "run.report(0, metric)" in verdict.sentence
+    with pytest.raises(ValueError, match="Pass maximize=True"):
+        found.recommend()
+    assert compare(rising, maximize=True).verdict().decision == "worse"
+    assert compare(rising, maximize=False).verdict().decision == "better"
+
+
+def test_a_metric_before_training_shows_the_direction():
+    def function(run, before):
+        run.report(0, before)
+        return rising(run)
+
+    wrong = compare(functools.partial(function, before=0.1)).verdict()
+    assert wrong.reason == "untrained" and "set maximize=True" in wrong.sentence
+    assert compare(functools.partial(function, before=5.0)).verdict().decision == "better"
+
+
+def test_the_summary_says_how_to_state_the_direction(capsys):
+    compare(rising).print_summary()
+    assert "study.compare(..., maximize=True)" in capsys.readouterr().out
+
+
+def test_arms_that_never_differ_may_not_be_used():
+    found = compare(lambda run: 1.0 + 0.01 * (run.seed % 7)).verdict()
+    assert found.decision == "equivalent"
+    assert found.sentence.endswith("Does train use run.transformation (or run.arm)?")
+
+
+def test_seeds_that_never_differ_may_not_be_used():
+    found = compare(lambda run: 1.0 + (run.arm == "linear")).verdict()
+    assert found.reason == "deterministic task"
+    assert found.sentence.endswith("Does train use run.seed?")

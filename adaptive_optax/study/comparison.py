@@ -134,7 +134,8 @@ def compare(
         mode: How trials are trained, "scan", "step" or "vmap"; None chooses.
         chunk: Trials per call on each device; None chooses.
         progress: Whether to show a progress bar; None shows it in a terminal.
-        maximize: Whether higher metrics are better. None: as the task says; lower for a training function.
+        maximize: Whether higher metrics are better. None: as the task says; lower for a training function,
+            which gets no verdict if that looks wrong (`Comparison.verdicts`).
         executor: Where to train: any `concurrent.futures.Executor`, such as a process pool (spawned, not
             forked), `dask.distributed`'s `Client.get_executor()` or `mpi4py.futures`' pool; or submitit's.
             A job is a chunk of a task's trials, or one call of a training function. None trains in this
@@ -150,8 +151,9 @@ def compare(
         initial metric and the worst finite one.
 
     Raises:
-        ValueError: If an argument is out of range, an arm does not run, or `out` holds another study. Always
-            raised before anything is trained.
+        ValueError: If an argument is out of range, an arm does not run, or `out` holds another study. Raised
+            before anything is trained; but only the first trial of an averaging arm shows that a training
+            function does not ask for what is judged (`Run.eval_params`).
         RuntimeError: If all trials of an arm raised in tuning; it shows the first traceback.
         BaseException: An exception that interrupts the trials (including Ctrl-C) has the attribute
             `comparison`, with the finished trials.
@@ -216,7 +218,7 @@ def compare(
             subject.check_relative_margin()
     elif callable(task):
         _refuse_given(for_tasks)
-        subject = FunctionSubject(task, arms, steps, base_seed=base_seed, maximize=bool(maximize))
+        subject = FunctionSubject(task, arms, grids, steps, base_seed=base_seed, maximize=maximize)
     else:
         raise ValueError(
             f"task must be a study.Task or a function train(run) -> metric, got {type(task).__name__}."

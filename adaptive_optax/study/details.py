@@ -36,7 +36,8 @@ class Details:
         usual_arms: For the standard arms, the name that `study.arm` takes.
         own_arms: Where the user's own arms are defined, if known: "module:function",
             "path/to/file.py:function" or "function".
-        judged: Which parameters of an arm are judged.
+        judged: Which parameters of an arm are judged; for a training function, those that
+            `Run.eval_params` returns.
         steps: Training steps per trial.
         tuning: How rates are chosen, "grid" or "race".
         tuning_seeds: The number of seeds for choosing rates; in a race, the most for a rate.
@@ -45,6 +46,7 @@ class Details:
         wanted: The numbers of trials known to be wanted by now, on tuning seeds and on fresh ones.
         margin: The margin of equivalence in the metric's units; None for a relative one.
         maximize: Whether higher metrics are better.
+        direction_stated: Whether the task or the call says so; a training function alone does not.
         out: The folder in which trials are saved.
         own_rates: The arms that were tuned over rates that they declare, not over those given to all.
         looks: The number of fresh seeds at each look so far, this one last; empty before the first.
@@ -81,6 +83,7 @@ class Details:
     wanted: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
     margin: float | None
     maximize: bool = False
+    direction_stated: bool = True
     out: str | None = None
     own_rates: Sequence[str] = ()
     looks: Sequence[int]
@@ -213,6 +216,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "wanted": _mapping_of(_list_of(_exactly(int))),
     "margin": _optional(_number),
     "maximize": _exactly(bool),
+    "direction_stated": _exactly(bool),
     "out": _optional(_exactly(str)),
     "own_rates": _list_of(_exactly(str)),
     "looks": _list_of(_exactly(int)),

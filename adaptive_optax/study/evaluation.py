@@ -156,6 +156,39 @@ def declared(arm: Any, attribute: str) -> Any:
     return None
 
 
+def without_task(name: str, evaluate: Evaluate) -> Evaluate:
+    """Returns an `evaluate` in the form that a training function calls, with parameters and state alone.
+
+    Raises:
+        ValueError: If it needs more; the message begins with the name.
+    """
+    while isinstance(evaluate, _Recomputed):  # the batch statistics are the function's own
+        evaluate = evaluate.evaluate
+    check_evaluate(name, evaluate)
+    try:
+        inspect.signature(evaluate).bind(None, None)
+    except TypeError as error:
+        raise ValueError(
+            f"{name} must be a function of (params, opt_state) for a training function, which has no task; "
+            f"got one of {inspect.signature(evaluate)}."
+        ) from error
+    except ValueError:  # written in C
+        pass
+    return evaluate
+
+
+def keeps_average(arm: Arm, rate: float, steps: int) -> bool:
+    """Whether an arm builds a transformation that keeps an average of the parameters."""
+    params = {"parameter": jnp.zeros((2, 2))}
+    try:
+        tx = arm(rate, steps)
+        return isinstance(tx, optax.GradientTransformation) and (
+            averaged_parameters(params, tx.init(params)) is not params
+        )
+    except Exception:  # it needs the user's own parameters, or a worker's devices
+        return False
+
+
 def schedule_free_point(params: Any, opt_state: Any) -> Any:
     """Returns the averaged point of `optax.contrib.schedule_free`, where its authors evaluate."""
     return optax.contrib.schedule_free_eval_params(opt_state, params)

@@ -59,6 +59,25 @@ def describe_judged(task: Task, arm: Arm, evaluate: Evaluate | None, rate: float
     function = getattr(evaluate, "evaluate", evaluate)  # without `recompute_batch_statistics` around it
     renewed = statistics and not same_state
     of_training = ", with the batch statistics of training" * (statistics and same_state)
+    return _described(function, renewed, of_training, function is not evaluate or not decides)
+
+
+def describe_evaluate(evaluate: Evaluate | None) -> Judged:
+    """Describes what `evaluate` returns where there is no task, and so no batch statistics either."""
+    return TRAINED if evaluate is None else _described(evaluate)
+
+
+def _described(
+    function: Evaluate, renewed: bool = False, of_training: str = "", by_default: bool = False
+) -> Judged:
+    """Describes what a function returns.
+
+    Args:
+        function: The function.
+        renewed: Whether the batch statistics are not those of training.
+        of_training: Words about batch statistics that are.
+        by_default: Whether renewed ones are recomputed, rather than chosen by the function.
+    """
     if function is averaged_parameters:
         recomputed = ", with batch statistics recomputed for it" * renewed
         renew = "; recompute its batch statistics, as help(ao.swap_averaged) shows" * renewed
@@ -77,8 +96,6 @@ def describe_judged(task: Task, arm: Arm, evaluate: Evaluate | None, rate: float
         )
     name = getattr(function, "__name__", "")
     result = f"the result of {name if name.isidentifier() else 'its evaluate'} for"
-    recomputed = ", with batch statistics recomputed for them" * (
-        renewed and (function is not evaluate or not decides)
-    )
+    recomputed = ", with batch statistics recomputed for them" * (renewed and by_default)
     end = recomputed + of_training
     return Judged(f"{result} its parameters{end}", f"use {result} the parameters{end}, which was judged")

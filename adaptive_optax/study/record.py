@@ -17,7 +17,11 @@ from adaptive_optax._core.checks import check_choice
 from adaptive_optax.study.details import Details
 from adaptive_optax.study.direction import Direction
 from adaptive_optax.study.statistics.judge import improved, judge
-from adaptive_optax.study.statistics.sentences import undefined_sentence, untrained_sentence
+from adaptive_optax.study.statistics.sentences import (
+    direction_sentence,
+    undefined_sentence,
+    untrained_sentence,
+)
 from adaptive_optax.study.statistics.tuning import tuning_means
 from adaptive_optax.study.statistics.verdict import Verdict, without_decision
 
@@ -46,7 +50,9 @@ class Record:
 
         The verdict is withheld ("undecided", with the reason "untrained") if the metric of arm or baseline
         did not improve in training, or improved at no more seeds than by chance, and its best rate is on the
-        edge of those tried: such a rate was chosen by chance, or by a metric with the wrong direction. It is
+        edge of those tried: such a rate was chosen by chance, or by a metric with the wrong direction. If a
+        training function does not report the metric before training, nor the call says which metrics are
+        better, such a rate alone is reason enough ("unknown direction"). The verdict is
         also withheld ("undefined metric") if no trial of arm and baseline has a finite metric, even before
         training.
 
@@ -84,7 +90,34 @@ class Record:
                     arm, verdict.baseline, name, rate, *untrained[name], self.direction
                 )
                 verdicts[arm] = without_decision(verdict, "untrained", sentence)
+            unsure = [name for name in (arm, verdict.baseline) if self._may_be_reversed(name)]
+            if question := self._unused(arm, verdict):
+                sentence = f"{verdicts[arm].sentence} {question}"
+                verdicts[arm] = dataclasses.replace(verdicts[arm], sentence=sentence)
+            elif unsure and not verdicts[arm].reason and not math.isnan(verdict.effect):
+                rate = self.details.best_rates[unsure[0]]
+                sentence = direction_sentence(arm, verdict.baseline, unsure[0], rate)
+                verdicts[arm] = without_decision(verdict, "unknown direction", sentence)
         return verdicts
+
+    def _may_be_reversed(self, arm: str) -> bool:
+        """Whether nothing shows that lower metrics are better, and the best rate may be the worst one."""
+        if self.details.direction_stated or not self.details.on_edge.get(arm):
+            return False
+        rows = self.table["arm"] == arm
+        return not np.isfinite(np.asarray(self.table.loc[rows, "initial_metric"], float)).any()
+
+    def _unused(self, arm: str, verdict: Verdict) -> str:
+        """Asks what a training function may have forgotten to use, if metrics are all equal."""
+        if self.details.dataset is not None:
+            return ""
+        fresh = self.table[self.table["phase"] == "verdict"]
+        metrics = pd.DataFrame(fresh).pivot(index="seed", columns="arm", values="final_metric")
+        mine, base = (metrics[name].to_numpy() for name in (arm, verdict.baseline))
+        both = np.isfinite(mine) & np.isfinite(base)
+        if both.any() and (mine[both] == base[both]).all():
+            return "Does train use run.transformation (or run.arm)?"
+        return "Does train use run.seed?" * (verdict.reason == "deterministic task")
 
     def _rows_of_looks(self) -> pd.DataFrame:
         """The table without what comes after the last look."""

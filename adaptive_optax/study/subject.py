@@ -25,8 +25,15 @@ from adaptive_optax.study.engine.run import Train
 from adaptive_optax.study.engine.store import ArmPrograms, Store
 from adaptive_optax.study.engine.trainers import ArmSpec, FunctionTrainer, TaskTrainer, Trainer
 from adaptive_optax.study.engine.trials import Plan
-from adaptive_optax.study.evaluation import AVERAGE_IF_KEPT, Evaluate, check_evaluate, declared
-from adaptive_optax.study.judged import describe_judged
+from adaptive_optax.study.evaluation import (
+    AVERAGE_IF_KEPT,
+    Evaluate,
+    check_evaluate,
+    declared,
+    keeps_average,
+    without_task,
+)
+from adaptive_optax.study.judged import describe_evaluate, describe_judged
 from adaptive_optax.study.start import Start, check_start, origin_of
 from adaptive_optax.study.task import Task
 
@@ -194,16 +201,24 @@ class FunctionSubject:
     Args:
         function: The function, `train(run) -> metric`.
         arms: The arms by name.
+        grids: Each arm's learning rates.
         steps: Training steps per trial.
         base_seed: Part of all seeds.
-        maximize: Whether higher metrics are better.
+        maximize: Whether higher metrics are better; None if the call does not say.
 
     Raises:
-        ValueError: If an arm cannot be called.
+        ValueError: If an arm cannot be called, or is judged by what needs a task.
     """
 
     def __init__(
-        self, function: Train, arms: Mapping[str, Any], steps: int, *, base_seed: int, maximize: bool
+        self,
+        function: Train,
+        arms: Mapping[str, Any],
+        grids: Mapping[str, Sequence[float]],
+        steps: int,
+        *,
+        base_seed: int,
+        maximize: bool | None,
     ):
         for name, arm in arms.items():
             if not callable(arm):
@@ -211,8 +226,12 @@ class FunctionSubject:
                     f"arm {name!r} must be a function of (learning_rate, total_steps), "
                     f"got {type(arm).__name__}."
                 )
-        self.maximize: bool = maximize
+        self._says = maximize
+        self.maximize: bool = bool(maximize)
         self.plan: Plan = Plan(steps, ())
+        self._evaluates: dict[str, Evaluate | None] = {
+            name: _without_task(name, arm, grids[name][0], steps) for name, arm in arms.items()
+        }
         self._function, self._arms, self._base_seed = function, dict(arms), base_seed
 
     @property
@@ -245,14 +264,25 @@ class FunctionSubject:
 
     def trainer(self, store: Store | None, executor: Any, *, trials: int) -> tuple[Trainer, dict[str, Any]]:
         """Calls the function."""
-        return FunctionTrainer(self._function, self._arms, self.plan.steps, self._base_seed), {}
+        given = self._function, self._arms, self.plan.steps, self._base_seed, self._evaluates
+        return FunctionTrainer(*given), {}
 
     def details(self) -> dict[str, Any]:
         """What is known of a function: nothing but what it returns."""
         return {
             "metric_name": "metric",
             "devices": (),
+            "judged": {name: describe_evaluate(evaluate) for name, evaluate in self._evaluates.items()},
+            "direction_stated": self._says is not None,
         }
+
+
+def _without_task(name: str, arm: Any, rate: float, steps: int) -> Evaluate | None:
+    """What an arm is judged by in a training function; None for its trained parameters."""
+    found = declared(arm, "evaluate")
+    if found is None and (isinstance(arm, NamedArm) or not keeps_average(arm, rate, steps)):
+        return None
+    return without_task(f"evaluate of arm {name!r}", AVERAGE_IF_KEPT if found is None else found)
 
 
 def _check_evaluate(evaluate: Any, arms: Mapping[str, Any]) -> dict[str, Evaluate | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import operator
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,8 @@ import numpy as np
 
 from adaptive_optax.study.engine.chunks import Curves
 from adaptive_optax.study.engine.trials import TELEMETRY
+from adaptive_optax.study.evaluation import Evaluate
+from adaptive_optax.study.judged import describe_evaluate
 
 Train = Callable[["Run"], Any]
 """A training function: `train(run)` trains one trial, and returns its final metric unless it reported it."""
@@ -36,6 +39,7 @@ class Run:
     >>> from adaptive_optax import study
     >>> run = study.Run("adam", 0.1, 0, 100, build=lambda learning_rate, steps: optax.adam(learning_rate))
     >>> state = run.transformation.init({"w": 1.0})
+    >>> run.report(0, 2.3)  # before training
     >>> run.report(50, 0.7)
     """
 
@@ -45,6 +49,8 @@ class Run:
     steps: int
     build: Callable[[float, int], Any] = dataclasses.field(repr=False)
     _on_report: Callable[[float], None] = dataclasses.field(default=lambda fraction: None, repr=False)
+    _evaluate: Evaluate | None = dataclasses.field(default=None, repr=False)
+    _called: set[str] = dataclasses.field(default_factory=set, init=False, repr=False)
     _metrics: dict[int, float] = dataclasses.field(default_factory=dict, init=False, repr=False)
     _telemetry: dict[int, list[float]] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
@@ -55,6 +61,23 @@ class Run:
         An optax transformation for the standard arms; for the user's own, whatever they return.
         """
         return self.build(self.learning_rate, self.steps)
+
+    def eval_params(self, params: Any, opt_state: Any) -> Any:
+        """Returns the parameters to judge: the metrics that the function reports must be theirs.
+
+        For an arm that is judged by an average (`"adam:constant:averaged"`, `:ema`, `"schedule_free:adam"`,
+        one of your own with `judged_by` or `average_parameters`) it is the average in the optimizer's state.
+        For the others it is `params`, so that one script serves all arms. A study in which a trial of an
+        averaging arm ends without this call is refused: it would judge the wrong parameters.
+
+        Batch statistics are the function's own: recompute them for an average (`swap_averaged` shows how).
+
+        Args:
+            params: The trained parameters.
+            opt_state: The state of `transformation`.
+        """
+        self._called.add("eval_params")
+        return params if self._evaluate is None else self._evaluate(params, opt_state)
 
     def report(self, step: int, metric: Any, telemetry: Any = None) -> None:
         """Reports the metric after a number of training steps.
@@ -82,7 +105,11 @@ class Run:
 
 
 def run_trial(train: Train, run: Run) -> Curves:
-    """Calls a training function; a trial that raises has diverged, and its results keep the traceback."""
+    """Calls a training function; a trial that raises has diverged, and its results keep the traceback.
+
+    Raises:
+        ValueError: If the trial succeeded, but did not ask for the parameters that its arm is judged by.
+    """
     error = ""
     try:
         returned = train(run)
@@ -97,6 +124,12 @@ def run_trial(train: Train, run: Run) -> Curves:
         frames = raised.__traceback__ and raised.__traceback__.tb_next  # without this function's own
         error = "".join(traceback.format_exception(type(raised), raised, frames))
         run._metrics[max([run.steps, *run._metrics])] = float("nan")
+    last = run._metrics[max(run._metrics)]
+    if run._evaluate is not None and "eval_params" not in run._called and math.isfinite(last):
+        raise ValueError(
+            f"arm {run.arm!r} is judged by {describe_evaluate(run._evaluate).by}: train must report the "
+            "metric of run.eval_params(params, opt_state), but a trial ended without calling it."
+        )
     return Curves(
         training=np.zeros(0, np.float32),
         validation=np.array([*run._metrics.values()], float),

@@ -94,12 +94,14 @@ class FunctionTrainer:
         arms: The arms by name: functions of learning rate and steps.
         steps: Training steps per trial.
         base_seed: Other than 0, it gives every trial another seed.
+        evaluates: What arms are judged by, if not their trained parameters.
     """
 
     function: Train
     arms: Mapping[str, Callable[[float, int], Any]]
     steps: int
     base_seed: int = 0
+    evaluates: Mapping[str, Evaluate | None] = dataclasses.field(default_factory=dict)
 
     def chunks(self, keys: Sequence[Key]) -> list[list[Key]]:
         """Leaves every trial alone."""
@@ -116,6 +118,7 @@ class FunctionTrainer:
                 self.steps,
                 self.arms[key.arm],
                 lambda fraction, done=i: on_progress((done + fraction) / len(keys)),
+                self.evaluates.get(key.arm),
             )
             found[key] = run_trial(self.function, run)
             on_progress((i + 1) / len(keys))

@@ -90,9 +90,15 @@ def _next_step(record: Record, verdict: Verdict) -> tuple[str, list[str]]:
             "set whether higher or lower metrics are better, or try other learning rates.",
             _repeated(
                 record,
-                f"study.Task(..., maximize={opposite})",
+                f"study.{'Task' if record.details.dataset else 'compare'}(..., maximize={opposite})",
                 "--maximize" if opposite else "--minimize",
             ),
+        )
+    if v.reason == "unknown direction":
+        return (
+            "say which metrics are better. If lower ones are, report the metric before training, "
+            "run.report(0, metric), or pass maximize=False; if higher ones are:",
+            _repeated(record, "study.compare(..., maximize=True)", "--maximize"),
         )
     if v.reason == "undefined metric":
         return "evaluate the metric on the initial parameters, and fix what is not finite.", []

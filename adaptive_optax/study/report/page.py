@@ -337,7 +337,7 @@ def _run(record: Record) -> dict[str, str]:
     rows = {
         "Baseline": details.baseline,
         "Metric": f"{details.metric_name}, {record.direction.better} is better",
-        "Judged": data and _judged(record),
+        "Judged": _judged(record) if data or set(details.judged.values()) - {TRAINED} else "",
         "Training": f"{details.steps:,} steps"
         + (f", batches of {details.batch_size:,}" if details.batch_size else ""),
         "Seeds": f"{seeds_used(record)}; {tuning_seeds(record)}",

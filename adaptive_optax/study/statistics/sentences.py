@@ -94,8 +94,19 @@ def untrained_sentence(
         f"{visible(arm)} against {visible(baseline)} is undecided: the metric of {visible(untrained)} is "
         f"{'better' if at_seeds else 'no better'} after training (mean {after:.4g}) than before "
         f"({before:.4g}){at_seeds}, and its best learning rate, {rate:g}, is on the edge of those tried. "
-        f"If {other} metrics are better, the task needs maximize={not direction.maximize}; if not, try other "
+        f"If {other} metrics are better, set maximize={not direction.maximize}; if not, try other "
         "learning rates."
+    )
+
+
+def direction_sentence(arm: str, baseline: str, at_edge: str, rate: float) -> str:
+    """Says why there is no verdict on an arm: nothing shows which metrics are better."""
+    return (
+        f"{visible(arm)} against {visible(baseline)} is undecided: the best learning rate of "
+        f"{visible(at_edge)}, {rate:g}, is on the edge of those tried, as if the metric had the wrong "
+        "direction, and no metric before training shows which is right. Pass maximize=True if higher metrics "
+        "are better; if not, report the metric before training, run.report(0, metric), or pass "
+        "maximize=False."
     )
 
 

@@ -35,7 +35,8 @@ class Verdict:
             table lacks best_metric.
         diverged: The numbers of diverged trials of arm and baseline.
         reason: Why nothing was tested: "deterministic task"; "nothing measured" or "too few measured" if
-            trials diverged; "untrained" or "undefined metric" (see `Comparison.verdicts`). Otherwise "".
+            trials diverged; "untrained", "unknown direction" or "undefined metric" (see
+            `Comparison.verdicts`). Otherwise "".
         sentence: The verdict in one plain sentence.
     """
 
