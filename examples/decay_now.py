@@ -1,9 +1,9 @@
 """Should the learning rate of a run under way decay now? Asked at three of its checkpoints.
 
-A network that puts boxes around digits is trained with Adam at a constant rate. At three steps of that run,
-the study goes on from the checkpoint in five ways: at the constant rate, linearly to 0, as 1 - sqrt, at half
-the rate, and with an average of the parameters. What they gain over the constant rate, on the same batches,
-answers the question; the later checkpoints show whether waiting would have lost it.
+A network that puts boxes around digits is trained with Adam at a constant rate. From three checkpoints of
+that run, the study continues it in five ways: at the constant rate, with a linear decay to 0, with one like
+1 - sqrt(t/T), at half the rate, and with the parameters averaged. What they gain over the constant rate, on
+the same batches, answers the question.
 
     pip install -e .[examples]
     python examples/decay_now.py

@@ -258,6 +258,23 @@ def test_a_negative_metric_needs_a_margin_before_training(no_training):
     )
 
 
+STARTS = """
+starts = [study.Start(jnp.full(3, 2.0 - i), ao.adam(0.1).init(jnp.ones(3)), step=i) for i in (0, 1)]
+"""
+
+
+def test_decay_now_prints_where_its_files_are():
+    Path("mine.py").write_text(MODULE + STARTS)
+    result = call("decay-now", "mine:starts", "--steps", 4, "--seeds", 5, "--out", "now", "--same-end")
+    assert result.exit_code == 0, result.output
+    for file in ("decay_now.png", "report_0.html", "report_1.html"):
+        assert f": now/{file}" in result.output and (Path("now") / file).exists()
+    check_refused(
+        call("decay-now", "mine:starts", "--task", "mine:one_argument"),
+        "task must be a study.Task for decay_now",
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -3,11 +3,18 @@
 import re
 from pathlib import Path
 
+import pytest
+
 DOCS = Path(__file__).parents[1] / "docs"
 
 
 def code_of(page, number=0):
     return re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), flags=re.DOTALL)[number]
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
 
 
 def run(page, number=0):
@@ -32,4 +39,4 @@ def test_a_run_under_way_is_told_whether_to_decay(capsys):
     names = run("decay_now.md")
     assert names["found"].steps == (0, 300)
     assert names["found"].best(0).decision == "worse" and names["found"].best().decision == "better"
-    assert capsys.readouterr().out.startswith("Decay now: from step 300")
+    assert capsys.readouterr().out.startswith("Yes: from step 300, ")

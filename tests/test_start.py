@@ -198,9 +198,66 @@ def test_it_says_whether_to_decay_now_and_what_waiting_costs(found):
     assert found.steps == (0, 40)
     assert found.comparisons[0].verdicts["linear"].decision == "worse"
     assert found.best().decision == "better" and found.best(0).decision == "worse"
-    assert found.sentence.startswith("Decay now: from step 40, ")
-    assert "waiting lost nothing" in found.sentence
     assert repr(found) == found.sentence
+    best = min(study.decay.DECAYS, key=lambda arm: found.comparisons[1].verdicts[arm].effect)
+    decaying, averaging, waiting, continued = found.sentence.split(". ")
+    assert decaying.startswith(f"Yes: from step 40, {best} ends ")
+    assert decaying.endswith("16 seeds)") and "lower than the constant rate over the next 8 steps" in decaying
+    decision = found.comparisons[1].verdicts["constant:averaged"].decision
+    assert averaging.startswith(f"Averaging the parameters at the constant rate is {decision}: ")
+    assert waiting.startswith(f"Each goes on for 8 steps: {best} from step 40 ends ")
+    assert waiting.endswith("lower than from step 0, after 40 more steps of training")
+    assert continued == "The run went on with sgd at a rate of 0.2."
+
+
+def test_a_no_comes_first_even_if_averaging_helps(found):
+    early = study.DecayNow(found.steps[:1], found.comparisons[:1], "sgd")
+    assert early.sentence.startswith(
+        "No: from step 0, every decay is worse over the next 8 steps; the best of "
+    )
+
+
+def test_runs_that_end_together_show_what_waiting_costs():
+    settings = {"steps": STEPS, "optimizer": "sgd", "seeds": 8, "margin": 1e-3, "same_end": True}
+    found = study.decay_now(TASK, checkpoints((36, 40)), **settings)
+    assert [comparison.details.steps for comparison in found.comparisons] == [12, 8]
+    waiting = found.sentence.split(". ")[2]
+    assert waiting.startswith("All end at step 48: ") and "so waiting cost" in waiting
+
+
+def test_its_report_speaks_of_no_tuning(found, tmp_path, capsys):
+    found.comparisons[1].to_html(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "from step 40, does another arm beat constant?" in page
+    page = page.partition("</style>")[2]
+    assert "tuning" not in page and "tuned rates" not in page and "best peak rate" not in page
+    assert page.count("<figure>") == 3 and "parameters and different orders" not in page
+    found.comparisons[1].print_summary()
+    assert "tuning" not in capsys.readouterr().out
+    assert len(found.comparisons[1].plot().axes) == 3
+    assert "Best peak" not in repr(found.comparisons[1])
+
+
+def test_a_start_is_shown_in_a_few_words():
+    assert repr(checkpoints((0,))[0]) == "Start(step=0, 16 parameters)"
+
+
+def test_what_cannot_be_taken_over_is_said():
+    found = study.decay_now(
+        TASK, study.Start(jnp.ones(16), ()), steps=4, learning_rate=0.1, seeds=5, margin=1.0
+    )
+    assert found.sentence.endswith(
+        "adam at a rate of 0.1, whose moments begin anew: the state holds none for it."
+    )
+
+
+def test_an_injected_rate_of_optax_is_read():
+    inject = optax.inject_hyperparams(optax.adam)
+    for tx in (inject(0.05), optax.chain(optax.clip(1e6), inject(0.05))):
+        start = study.Start(jnp.ones(16), tx.init(jnp.ones(16)))
+        found = study.decay_now(TASK, start, steps=4, seeds=5, margin=1.0)
+        assert found.comparisons[0].details.best_rates["linear"] == 0.05
+        assert not found.new_moments
 
 
 def test_its_table_and_picture_show_every_checkpoint(found):
@@ -210,6 +267,8 @@ def test_its_table_and_picture_show_every_checkpoint(found):
     row = table[(table["step"] == 40) & (table["arm"] == "1-sqrt")].iloc[0]
     assert (row["gain"], row["low"], row["high"]) == (verdict.effect, *verdict.interval)
     axes = found.plot().axes[0]
+    assert axes.get_title(loc="left") == "metric minus the constant rate's, lower is better"
+    assert "constant rate" in [each.get_text() for each in axes.texts]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["0", "40"]
     assert axes.get_yscale() == "symlog"  # the loss at the beginning would hide the gain at the end
 
@@ -218,7 +277,7 @@ def test_the_rate_is_read_from_the_state_and_the_optimizer_may_be_ones_own(tmp_p
     start = checkpoints((2,), ao.adam, 0.05)
     settings = {"steps": 4, "seeds": 5, "margin": 1.0, "out": tmp_path}
     one = study.decay_now(TASK, start, optimizer=lambda rate: ao.adam(rate), **settings)
-    assert set(one.comparisons[0].details.best_rates.values()) == {float(np.float32(0.05))}
+    assert set(one.comparisons[0].details.best_rates.values()) == {0.05}
     assert (tmp_path / "step_2" / "study.json").exists()
     assert "waiting" not in one.sentence
 
@@ -226,10 +285,14 @@ def test_the_rate_is_read_from_the_state_and_the_optimizer_may_be_ones_own(tmp_p
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"start": []}, "start must be a study.Start, or several"),
-        ({"start": [3]}, "start must be a study.Start, or several"),
+        ({"start": []}, "start must be a study.Start, or several, got list"),
+        ({"start": [3]}, "start must be a study.Start, or several, got list of int"),
+        ({"start": {"w": jnp.ones(9)}}, "start must be a study.Start, or several, got dict"),
+        ({"task": lambda run: 1.0}, "task must be a study.Task for decay_now, .* got a training function"),
+        ({"same_end": 3}, "same_end must be True or False"),
+        ({"start": study.Start(jnp.ones(16), optax.adam(0.1).init(jnp.ones(16)))}, r"--learning-rate 3e-3"),
         ({"start": 2 * checkpoints((0,))}, r"start must have checkpoints of different steps, got \[0, 0\]"),
-        ({"start": study.Start(jnp.ones(16), ())}, "learning_rate must be given: .* got none"),
+        ({"start": study.Start(jnp.ones(16), ())}, "learning_rate must be given, .* got none"),
         ({"optimizer": "adamax"}, "optimizer must be one of"),
         ({"optimizer": 3}, "optimizer must name one of"),
         ({"learning_rate": -1.0}, "learning_rates must be one or more positive"),
@@ -237,4 +300,4 @@ def test_the_rate_is_read_from_the_state_and_the_optimizer_may_be_ones_own(tmp_p
 )
 def test_mistaken_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        study.decay_now(TASK, **{"start": checkpoints((0,)), "steps": 4, "margin": 1.0} | arguments)
+        study.decay_now(**{"task": TASK, "start": checkpoints((0,)), "steps": 4, "margin": 1.0} | arguments)

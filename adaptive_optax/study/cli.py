@@ -8,7 +8,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import jax
 import typer
@@ -246,18 +246,31 @@ def decay_now_command(
         str,
         typer.Argument(
             metavar="MODULE:START",
-            help="Where a run is: a study.Start, several (checkpoints of one run), or a function without "
-            "arguments that returns them.",
+            help="Where a run of a study.Task is: a study.Start, several (checkpoints of one run), or a "
+            "function without arguments that returns them.",
             show_default=False,
         ),
     ],
     task: Annotated[
         str | None,
-        typer.Option(help="MODULE:TASK.", show_default="task, in the same module"),
+        typer.Option(help="MODULE:TASK, a study.Task.", show_default="task, in the same module"),
     ] = None,
-    steps: Annotated[int, typer.Option(help="The steps that are left.")] = 1000,
+    steps: Annotated[
+        int, typer.Option(help="For how many steps to go on from each checkpoint: those that are left.")
+    ] = 1000,
+    same_end: Annotated[
+        bool,
+        typer.Option(
+            "--same-end",
+            help="Go on from earlier checkpoints for longer, so that all end where the newest does.",
+        ),
+    ] = False,
     learning_rate: Annotated[
-        float | None, typer.Option(help="The run's rate now.", show_default="read from the optimizer's state")
+        float | None,
+        typer.Option(
+            help="The run's rate now. Needed if the state does not hold it, as that of optax.adam(3e-3).",
+            show_default="read from the optimizer's state",
+        ),
     ] = None,
     optimizer: Annotated[
         str,
@@ -277,7 +290,7 @@ def decay_now_command(
     cpu_devices: CpuDevices = 0,
     show_traceback: Traceback = False,
 ) -> None:
-    """Says whether a run under way should decay its learning rate now, and what waiting would cost."""
+    """Says whether a run under way should decay its learning rate now, or later."""
     from adaptive_optax.study.decay import decay_now
 
     console = Console(highlight=False)
@@ -285,11 +298,11 @@ def decay_now_command(
         folder = None if out is None else check_folder("--out", out)
         _split_cpu(cpu_devices)
         starts = load_starts(start)
-        loaded = load_task(f"{start.rpartition(':')[0]}:task" if task is None else task)
+        loaded: Any = load_subject(f"{start.rpartition(':')[0]}:task" if task is None else task)
         made_by = optimizer if optimizer in OPTIMIZERS else load_function("--optimizer", optimizer)
         found = decay_now(
             loaded, starts, steps=steps, learning_rate=learning_rate, optimizer=made_by, seeds=seeds,
-            margin=margin, out=folder,
+            margin=margin, out=folder, same_end=same_end,
         )  # fmt: skip
         console.print(found.sentence, markup=False)
         print_summary(found.comparisons[-1], console)
@@ -299,11 +312,13 @@ def decay_now_command(
                 folder / "decay_now.csv": lambda path: found.table.to_csv(path, index=False),
                 picture: lambda path: found.plot().savefig(path, dpi=150),
             }
+            labels = {picture: "Picture"}
             for step, comparison in zip(found.steps, found.comparisons, strict=True):
-                files[folder / f"report_{step}.html"] = comparison.to_html
+                report = folder / f"report_{step}.html"
+                files[report], labels[report] = comparison.to_html, f"Report from step {step:,}"
             lost = _write(files, show_traceback)
-            if picture not in lost:
-                console.print(f"\nPicture: {picture}", markup=False)
+            written = {path: what for path, what in labels.items() if path not in lost}
+            console.print("", *(f"{what}: {path}" for path, what in written.items()), sep="\n", markup=False)
             if lost:
                 raise typer.Exit(FAILED)
 

@@ -47,6 +47,7 @@ class Details:
         margin: The margin of equivalence in the metric's units; None for a relative one.
         maximize: Whether higher metrics are better.
         direction_stated: Whether the task or the call says so; a training function alone does not.
+        start_step: The step of the run under way from which arms go on; None if they begin anew.
         out: The folder in which trials are saved.
         own_rates: The arms that were tuned over rates that they declare, not over those given to all.
         looks: The number of fresh seeds at each look so far, this one last; empty before the first.
@@ -84,6 +85,7 @@ class Details:
     margin: float | None
     maximize: bool = False
     direction_stated: bool = True
+    start_step: int | None = None
     out: str | None = None
     own_rates: Sequence[str] = ()
     looks: Sequence[int]
@@ -113,6 +115,16 @@ class Details:
     def direction(self) -> Direction:
         """Which metrics are better."""
         return Direction(self.maximize)
+
+    @property
+    def tuned(self) -> bool:
+        """Whether some arm had several rates to choose from; a run under way usually has its rate."""
+        return not self.grid or any(len(rates) > 1 for rates in self.grid.values())
+
+    @property
+    def goes_on(self) -> bool:
+        """Whether a run under way goes on at its own rate: no arm was chosen by tuning."""
+        return self.start_step is not None and not self.tuned
 
     @property
     def seconds_a_step(self) -> Mapping[str, float]:
@@ -217,6 +229,7 @@ _READERS: dict[str, Callable[[Any], Any]] = {
     "margin": _optional(_number),
     "maximize": _exactly(bool),
     "direction_stated": _exactly(bool),
+    "start_step": _optional(_exactly(int)),
     "out": _optional(_exactly(str)),
     "own_rates": _list_of(_exactly(str)),
     "looks": _list_of(_exactly(int)),

@@ -59,10 +59,12 @@ def recommend(record: Record) -> Recommendation:
         raise ValueError(record.verdict().sentence)
     better = [arm for arm, verdict in verdicts.items() if verdict.decision == "better"]
     if better:
-        arm = record.best_in_tuning(better)
+        arm, how = record.best_in_tuning(better), "did best in tuning"
+        if record.details.goes_on:
+            arm, how = min(better, key=lambda arm: record.cost_of(verdicts[arm])), "ends best"
         reason = verdicts[arm].sentence
         if len(better) > 1:
-            reason = f"{reason[:-1]}; of the {len(better)} arms that are better, it did best in tuning."
+            reason = f"{reason[:-1]}; of the {len(better)} arms that are better, it {how}."
     else:
         arm, reason = _simplest(record.details, verdicts)
     return Recommendation(arm, record.details.best_rates[arm], code_for(record.details, arm), reason)

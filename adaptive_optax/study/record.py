@@ -181,6 +181,10 @@ class Record:
             return self.verdicts[arm]
         return self.verdicts[self.best_in_tuning(others)]
 
+    def cost_of(self, verdict: Verdict) -> float:
+        """The cost of an arm's mean difference from the baseline; infinity if there is none."""
+        return math.inf if math.isnan(verdict.effect) else self.direction.cost(verdict.effect)
+
     def best_in_tuning(self, arms: Iterable[str]) -> str:
         """Returns the arm whose best rate did best on the tuning seeds, the first of them at a tie.
 

@@ -63,7 +63,8 @@ class Comparison(Record):
         except ValueError as error:
             found.append(str(error))
         rates = ", ".join(f"{visible(arm)} {rate:g}" for arm, rate in self.details.best_rates.items())
-        return "\n".join([*found, f"Best peak rates: {rates}."] if rates else found)
+        heading = "Best peak rates" if self.details.tuned else "Peak rates"
+        return "\n".join([*found, f"{heading}: {rates}."] if rates else found)
 
     @property
     def info(self) -> dict[str, Any]:
@@ -122,7 +123,8 @@ class Comparison(Record):
         """Draws metric against peak rate, paired differences with their intervals, and curves.
 
         Args:
-            picture: "rates", "differences", "curves" or "effective_rates"; None for all four in one figure.
+            picture: "rates", "differences", "curves" or "effective_rates"; None for all in one figure, but
+                for those that have nothing to show.
         """
         from adaptive_optax.study.report import figures  # import matplotlib only when drawing
 

@@ -18,7 +18,7 @@ from adaptive_optax.interop.transfer import carry_moments
 from adaptive_optax.study.task import ModelState, Params, Task
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Start:
     """A checkpoint of a run under way.
 
@@ -47,6 +47,10 @@ class Start:
 
     def __post_init__(self) -> None:
         check_integer("step", self.step, "[0, inf)")
+
+    def __repr__(self) -> str:
+        count = sum(np.size(x) for x in jax.tree.leaves(self.params))
+        return f"Start(step={self.step}, {count:,} parameters)"
 
 
 class Origin(NamedTuple):

@@ -185,6 +185,7 @@ class TaskSubject:
                 name: describe_judged(task, spec.function, spec.evaluate, self._rates[name], steps)
                 for name, spec in self.specs.items()
             },
+            "start_step": None if self._start is None else int(self._start.step),
             "mode": self._mode,
             "chunk": self._chunk,
             "devices": tuple(device.device_kind for device in jax.devices()),

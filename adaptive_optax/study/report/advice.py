@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,12 +16,17 @@ from adaptive_optax.study.record import Record
 from adaptive_optax.study.report.findings import equivalence_margin, judge_all, judged_by, metric_format
 from adaptive_optax.study.statistics.verdict import Verdict
 
+YES, NO, UNDECIDED = "Yes", "No", "Not decided"
+
 
 class Answer(NamedTuple):
     """The answer to the question whether the arm that did best in tuning beats the baseline.
 
+    Of a run under way the question is whether any arm does.
+
     Attributes:
         question: The question.
+        arm: The arm whose verdict the sentence is; "" if it is none's.
         answer: "Yes", "No", "Not decided" or "Not judged".
         sentence: The verdict behind the answer, or why there is none.
         chosen: How the arm was chosen; "" if nothing was judged.
@@ -33,6 +38,7 @@ class Answer(NamedTuple):
     """
 
     question: str
+    arm: str
     answer: str
     sentence: str
     chosen: str
@@ -44,28 +50,36 @@ class Answer(NamedTuple):
 
 
 def answer(record: Record) -> Answer:
-    """Answers whether the arm that did best in tuning beats the baseline."""
+    """Answers whether the arm that did best in tuning, or any if nothing was tuned, beats the baseline."""
     try:
         recommendation, why_not = recommend(record), ""
     except ValueError as error:
         recommendation, why_not = None, str(error)
-    _, headline, reason = judge_all(record)
+    verdicts, headline, reason = judge_all(record)
     details = record.details
     baseline, rivals = details.baseline, len(details.rivals)
+    of_any = f"does another arm beat {baseline}?"
+    if details.start_step is not None:
+        of_any = f"from step {details.start_step:,}, {of_any}"
     if headline is None:
-        question = f"does another arm beat {baseline}?"
         next_step, code = _suggest_margin(record) if details.looks else ("", [])
-        return Answer(question, "Not judged", reason, "", [], next_step, code, recommendation, why_not)
+        return Answer(of_any, "", "Not judged", reason, "", [], next_step, code, recommendation, why_not)
+    if details.goes_on:
+        short, arm, sentence = _of_several(verdicts, record)
+        next_step, code = _next_step(record, verdicts[arm]) if short == UNDECIDED else ("", [])
+        warnings = list(filter(None, [_coarse_metric(record, verdicts[arm])])) if arm else []
+        return Answer(of_any, arm, short, sentence, "", warnings, next_step, code, recommendation, why_not)
     chosen = "An arm is one way to train: an optimizer with its learning-rate schedule."
     if rivals > 1:
         chosen = f"Of the {rivals} arms besides {baseline}, {headline.arm} did best in tuning. {chosen}"
     rival, base = (judged_by(record, arm).by for arm in (headline.arm, baseline))
     if {rival, base} != {TRAINED.by}:
         chosen += f" {headline.arm} was judged by {rival}; {baseline} by {base}."
-    short = {"better": "Yes", "worse": "No", "equivalent": "No", "undecided": "Not decided"}
+    short = {"better": YES, "worse": NO, "equivalent": NO, "undecided": UNDECIDED}
     next_step, code = _next_step(record, headline)
     return Answer(
         f"does {headline.arm} beat {baseline}?",
+        headline.arm,
         short[headline.decision],
         headline.sentence,
         chosen,
@@ -75,6 +89,29 @@ def answer(record: Record) -> Answer:
         recommendation,
         why_not,
     )
+
+
+def _of_several(verdicts: Mapping[str, Verdict], record: Record) -> tuple[str, str, str]:
+    """Answers whether any of several arms is better than the baseline.
+
+    Returns:
+        The answer; the arm that speaks for it, "" if several do; and a sentence.
+    """
+    if better := [verdict for verdict in verdicts.values() if verdict.decision == "better"]:
+        best = min(better, key=record.cost_of)
+        return YES, best.arm, best.sentence
+    if all(verdict.decision == "undecided" for verdict in verdicts.values()):
+        best = min(verdicts.values(), key=record.cost_of)
+        return UNDECIDED, best.arm, best.sentence
+    if len(verdicts) == 1:
+        only = next(iter(verdicts.values()))
+        return NO, only.arm, only.sentence
+    found = {
+        decision: [arm for arm, verdict in verdicts.items() if verdict.decision == decision]
+        for decision in ("worse", "equivalent", "undecided")
+    }
+    listed = "; ".join(f"{decision}: {', '.join(arms)}" for decision, arms in found.items() if arms)
+    return NO, "", f"no other arm is better ({listed})."
 
 
 # ---- What to do next ----
@@ -145,7 +182,8 @@ def _more_seeds(record: Record, seeds: int) -> tuple[str, list[str]]:
     if out is None:
         later = f"With a folder as {option}, later {call}s train only new trials."
         advice = f"repeat the {call}{more}. {later}"
-    again = f"study.compare(..., seeds={asked}, out={folder})"
+    start = "" if record.details.start_step is None else "start=..., "
+    again = f"study.compare(..., {start}seeds={asked}, out={folder})"
     return advice, _repeated(record, again, "--seeds", option_value)
 
 

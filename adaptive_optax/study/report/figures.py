@@ -38,9 +38,19 @@ PICTURES = {
 
 
 def pictures_of(record: Record) -> list[str]:
-    """The names of the pictures that have something to show: a training function may report no telemetry."""
-    measured = np.isfinite(record.telemetry_curves).any()
-    return [name for name in PICTURES if measured or name != "effective_rates" or record.details.mode]
+    """The names of the pictures that have something to show.
+
+    Without tuning there is one rate. A training function may report no telemetry, and only the final metric.
+    """
+    details = record.details
+    reported = np.isfinite(record.validation_curves).sum(axis=1)
+    shown = {
+        "rates": details.tuned,
+        "differences": True,
+        "curves": details.dataset is not None or not len(reported) or reported.max() != 1,
+        "effective_rates": details.mode is not None or np.isfinite(record.telemetry_curves).any(),
+    }
+    return [name for name in PICTURES if shown[name]]
 
 
 # One picture of the report: 330 units wide with text of size 11, readable on a phone of 320 px.
@@ -55,7 +65,7 @@ _SVG: dict[Any, Any] = {
 
 
 def plot(record: Record, *, theme: str = "light") -> Figure:
-    """Makes a figure with all pictures, not registered with pyplot.
+    """Makes a figure with all pictures that have something to show, not registered with pyplot.
 
     Args:
         record: What to draw.
@@ -63,16 +73,17 @@ def plot(record: Record, *, theme: str = "light") -> Figure:
     """
     check_choice("theme", theme, THEMES)
     rivals = len(record.details.rivals)
-    figure = Figure(figsize=(11.0, 2 * max(4.6, 1.4 + 0.52 * rivals)), layout="constrained")
+    shown = pictures_of(record)
+    # An odd last picture fills its row.
+    rows: Any = [[*shown[i : i + 2], *shown[i : i + 2]][:2] for i in range(0, len(shown), 2)]
+    figure = Figure(figsize=(11.0, len(rows) * max(4.6, 1.4 + 0.52 * rivals)), layout="constrained")
     figure.set_facecolor(THEMES[theme].paper)
     titles = {
         "rates": "Tuning: every arm has its own best rate",
         "differences": "Verdict: paired differences",
-        "curves": "Training at the best rates",
+        "curves": "Training" + " at the best rates" * record.details.tuned,
         "effective_rates": "Telemetry: effective learning rates",
     }
-    shown = pictures_of(record)
-    rows: Any = [[*PICTURES][:2], [shown[2], shown[-1]]]  # without telemetry, the curves fill their row
     for name, axes in figure.subplot_mosaic(rows).items():
         PICTURES[name](record, axes, theme=theme)
         title = titles[name]

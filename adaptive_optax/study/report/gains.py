@@ -9,7 +9,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from adaptive_optax._core.checks import check_choice
-from adaptive_optax._core.drawing import THEMES, dress, plain, set_range
+from adaptive_optax._core.drawing import THEMES, dress, plain, set_range, text
+from adaptive_optax._core.names import shortened
 from adaptive_optax.study.record import Record
 from adaptive_optax.study.report.figures import add_legend
 from adaptive_optax.study.report.pictures import arm_styles
@@ -27,8 +28,10 @@ def plot_gains(steps: Sequence[int], records: Sequence[Record], *, theme: str = 
     colours, last = THEMES[theme], records[-1]
     figure = Figure(figsize=(6.4, 4.8), layout="constrained", facecolor=colours.paper)
     axes = figure.subplots()
-    better = "above 0 is better" if last.direction.maximize else "below 0 is better"
-    dress(axes, colours, f"gain in {last.details.metric_name} over the constant rate", "step of the run")
+    metric = shortened(last.details.metric_name, 24)
+    dress(axes, colours, "", "step of the run at which the arms began")
+    title = f"{metric} minus the constant rate's, {last.direction.better} is better"
+    axes.set_title(title, loc="left", color=colours.muted, fontsize="medium", parse_math=False)
     styles = arm_styles(last, theme)
     span = (max(steps) - min(steps)) or 1
     seen = [np.zeros(1)]
@@ -49,6 +52,9 @@ def plot_gains(steps: Sequence[int], records: Sequence[Record], *, theme: str = 
         )
         seen += [low, high]
     axes.axhline(0, color=styles[last.details.baseline]["color"], linewidth=1)
+    between = (steps[0] + steps[1]) / 2 if len(steps) > 1 else steps[0] - 0.25 * span  # clear of the bars
+    below = {"ha": "center", "va": "top", "fontsize": "small"}
+    text(axes, between, 0, "constant rate", color=colours.ink, **below)
     values = np.concatenate(seen)
     values = values[np.isfinite(values)]
     set_range(axes, float(values.min()), float(values.max()), log=False)
@@ -58,7 +64,7 @@ def plot_gains(steps: Sequence[int], records: Sequence[Record], *, theme: str = 
         axes.set_yscale("symlog", linthresh=2 * resolved, linscale=2.0)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: plain(value)))
     axes.set_xticks(list(steps), [f"{step:,}" for step in steps])
-    axes.set_xlim(min(steps) - 0.1 * span, max(steps) + 0.1 * span)
-    axes.set_xlabel(f"step of the run at which the arms began ({better})", color=colours.muted)
+    room = 0.1 * span if len(steps) > 1 else 0.4 * span
+    axes.set_xlim(min(steps) - room, max(steps) + room)
     add_legend(figure, last, theme)
     return figure

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from adaptive_optax._core.drawing import MINUS, THEMES
+from adaptive_optax._core.drawing import MINUS, THEMES, plain
 from adaptive_optax._core.names import shortened, visible
 from adaptive_optax.study.engine.progress import duration
 from adaptive_optax.study.engine.store import write_atomically
@@ -71,11 +71,11 @@ def print_summary(record: Record, console: Console) -> None:
         record: The comparison.
         console: Where to print.
     """
-    verdicts, headline, _ = judge_all(record)
+    verdicts = judge_all(record)[0]
     found = answer(record)
     console.print(Text(visible(f"{found.answer}: {found.sentence}"), style="bold"))
     for verdict in verdicts.values():
-        if headline is None or verdict.arm != headline.arm:
+        if verdict.arm != found.arm:
             console.print(Text(visible(verdict.sentence)))
     console.print(_summary_table(record, verdicts, console))
     details = record.details
@@ -187,22 +187,22 @@ _TEMPLATES = jinja2.Environment(
 
 def _page(record: Record) -> str:
     details = record.details
-    verdicts, headline, _ = judge_all(record)
+    verdicts = judge_all(record)[0]
     found = answer(record)
     rivals = len(details.rivals)
     return _TEMPLATES.get_template("report.html").render(
         title=f"{details.task}: {found.question}",
         setting=(
-            f"{rivals} arm{'s' * (rivals > 1)} against {details.baseline}, each at its own best peak "
-            f"learning rate; {details.steps:,} steps, {seeds_used(record)}"
+            f"{rivals} arm{'s' * (rivals > 1)} against {details.baseline}, {_rates_used(record)}; "
+            f"{details.steps:,} steps, {seeds_used(record)}"
         ),
         themes=[{"name": name, "colours": theme._asdict().items()} for name, theme in THEMES.items()],
         answer=found,
-        others=[v for arm, v in verdicts.items() if headline is None or arm != headline.arm],
+        others=[v for arm, v in verdicts.items() if arm != found.arm],
         pictures=_pictures(record, bool(verdicts)),
         verdict_table=verdict_table(record, verdicts),
         statistics_table=statistics_table(record, verdicts) if verdicts else None,
-        tuning_table=tuning_table(record),
+        tuning_table=tuning_table(record) if details.tuned else None,
         looks_table=looks_table(record),
         covers=_covers(record, bool(verdicts)),
         limits=_does_not_show(record, verdicts),
@@ -210,6 +210,14 @@ def _page(record: Record) -> str:
         command=shlex.join(details.command),
         trial_table=trial_table(record),
     )
+
+
+def _rates_used(record: Record) -> str:
+    details = record.details
+    if details.tuned:
+        return "each at its own best peak learning rate"
+    rates = sorted(set(details.best_rates.values()))
+    return f"at the rate{'s' * (len(rates) > 1)} {', '.join(map(plain, rates))}"
 
 
 class _Picture(NamedTuple):
@@ -238,7 +246,7 @@ def _pictures(record: Record, judged: bool) -> list[_Picture]:
             "Crosses at the edge: a trial diverged.",
         ),
         "curves": (
-            "Training at the best rates",
+            "Training" + " at the best rates" * details.tuned,
             f"Validation {metric} ({better}) over {seeds} fresh seeds, mean with a band of one standard "
             f"error{'; dotted: the training loss' * (len(record.training_steps) > 0)}. "
             "Diverged trials are excluded.",
@@ -280,10 +288,17 @@ def _covers(record: Record, judged: bool) -> str:
     rivals = len(details.rivals)
     several = f"{rivals} simultaneous comparisons and for " if rivals > 1 else ""
     allowance = f" Corrected intervals allow for {several}{again(record)}." if judged else ""
+    varied, fixed, shared = "different initial parameters and different orders of the batches", "", ""
+    if details.start_step is not None:
+        varied, fixed = "different orders of the batches", "where the run was, "
+    if details.tuned:
+        shared = (
+            " The seeds of the verdict were not used in tuning, but tuning and verdict share the validation "
+            "set."
+        )
     return (
-        "Variation between seeds: different initial parameters and different orders of the batches. "
-        f"Everything else is fixed: these tuned rates, this split of the data, {details.steps:,} steps. The "
-        "seeds of the verdict were not used in tuning, but tuning and verdict share the validation set."
+        f"Variation between seeds: {varied}. Everything else is fixed: {fixed}these "
+        f"{'tuned ' * details.tuned}rates, this split of the data, {details.steps:,} steps.{shared}"
         f"{allowance}"
     )
 
@@ -294,9 +309,15 @@ def _does_not_show(record: Record, verdicts: dict[str, Verdict]) -> list[str]:
         "Whether the result holds for another task, model or length of training: this is one task, "
         + (f"{details.parameters:,} parameters and " if details.parameters else "")
         + f"{details.steps:,} steps.",
-        "Whether it holds for other data: the rates were chosen on the validation set that judges them.",
-        "Anything about rates between those tried, or about settings that were not tuned.",
     ]
+    limits += (
+        [
+            "Whether it holds for other data: the rates were chosen on the validation set that judges them.",
+            "Anything about rates between those tried, or about settings that were not tuned.",
+        ]
+        if details.tuned
+        else ["Anything about other rates or settings: nothing was tuned."]
+    )
     if len(details.rivals) > 1:
         baseline = details.baseline
         limits.append(f"A ranking of the arms: each was compared only with {baseline}.")
@@ -340,7 +361,8 @@ def _run(record: Record) -> dict[str, str]:
         "Judged": _judged(record) if data or set(details.judged.values()) - {TRAINED} else "",
         "Training": f"{details.steps:,} steps"
         + (f", batches of {details.batch_size:,}" if details.batch_size else ""),
-        "Seeds": f"{seeds_used(record)}; {tuning_seeds(record)}",
+        "Start": "" if details.start_step is None else f"step {details.start_step:,} of a run under way",
+        "Seeds": seeds_used(record) + (f"; {tuning_seeds(record)}" if details.tuned else ""),
         "Data": data and f"{data.train:,} training and {data.validation:,} validation samples",
         "Parameters": details.parameters and f"{details.parameters:,}",
         "Execution": f"{_MODES.get(details.mode, details.mode)}{at_a_time}{sent}",

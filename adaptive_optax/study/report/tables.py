@@ -82,7 +82,7 @@ def verdict_table(record: Record, verdicts: dict[str, Verdict]) -> Table:
     """Lays out the metric on the fresh seeds and the decisions."""
     details, number = record.details, metric_format(record)
     headings = [
-        Heading("arm"), Heading("decision", kind="text"), Heading("best peak rate"),
+        Heading("arm"), Heading("decision", kind="text"), Heading("best " * details.tuned + "peak rate"),
         Heading(details.metric_name, "mean ± standard error"), Heading("difference"),
     ]  # fmt: skip
     headings += [Heading("in per cent"), Heading("interval")] if verdicts else []
@@ -241,8 +241,11 @@ def trial_table(record: Record) -> Table:
     def count(value: float) -> str:
         return written(value, ",.0f")
 
+    def phase(name: str) -> str:
+        return name if record.details.tuned or name == "verdict" else "not judged"
+
     columns = {
-        "arm": ("arm", str), "phase": ("phase", str), "learning_rate": ("peak rate", plain),
+        "arm": ("arm", str), "phase": ("phase", phase), "learning_rate": ("peak rate", plain),
         "seed": ("seed", str), "final_metric": ("final", number), "best_metric": ("best", number),
         "best_step": ("at step", count), "initial_metric": ("at the start", number),
         "steps_to_baseline": ("steps to the baseline's final", count),
