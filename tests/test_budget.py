@@ -180,7 +180,7 @@ def test_decaying_now_or_later_may_stop_at_different_seeds():
     )  # fmt: skip
     looks = [comparison.details.looks[-1] for comparison in found.comparisons]
     assert len(set(looks)) == 2
-    assert "From step 10 to step 20" in found.sentence and "nan" not in found.sentence
+    assert "lower than from step 10, after 10 more steps" in found.sentence and "nan" not in found.sentence
     assert found.best().seeds in (5, 6, 7) and len(found.table) == 2 * 5
     found.plot()
 
@@ -462,6 +462,11 @@ def test_status_knows_what_the_plan_wants(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         compare(tuning="race", out=tmp_path / "early", most=10)
     early = study.read_status(tmp_path / "early")
+    console = Console(width=100, file=io.StringIO())
+    early.print(console)
+    assert f"{early.finished} of at least {early.wanted} trials, no verdict yet" in console.file.getvalue()
+    assert "0 trials are running or waiting; the last trial finished" in console.file.getvalue()
+    assert set(early.table["seeds"]) == {"tuning"} and (early.table["diverged"] == 0).all()
     assert (early.table["to_judge"] == 5).all() and (early.table["to_tune"] == 4).all()
     compare(tuning="race", out=tmp_path)
     console = Console(width=100, file=io.StringIO())

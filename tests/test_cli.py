@@ -197,7 +197,8 @@ def test_a_training_function_is_compared(tmp_path):
     result = call("compare", "own_script:train_sgd", *arguments, "--steps", 4, "--out", tmp_path)
     assert result.exit_code == 0, result.output
     assert "train_sgd" in (tmp_path / "report.html").read_text()
-    assert "18 of 18 trials, judged with 5 seeds" in call("status", tmp_path).output
+    status = call("status", tmp_path).output
+    assert "18 of 18 trials, judged with 5 seeds" in status and "Finished; the last trial finished" in status
 
 
 @pytest.mark.parametrize(
@@ -273,6 +274,13 @@ def test_decay_now_prints_where_its_files_are():
         call("decay-now", "mine:starts", "--task", "mine:one_argument"),
         "task must be a study.Task for decay_now",
     )
+    status = call("status", "now").output
+    assert status.index("now/step_0:") < status.index("now/step_1:") and status.count("Finished") == 2
+
+
+def test_status_of_what_is_not_there():
+    check_refused(call("status", "nowhere"), "there is no folder 'nowhere'")
+    check_refused(call("status", "."), "path must be a folder that compare saves to, got '.'")
 
 
 @pytest.mark.parametrize(

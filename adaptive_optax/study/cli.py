@@ -330,11 +330,15 @@ def status_command(
     ],
     show_traceback: Traceback = False,
 ) -> None:
-    """Shows how far a study has come that runs elsewhere: in another process, or on a cluster."""
-    from adaptive_optax.study.status import read_status
+    """Shows the progress of a study in another process or on a cluster."""
+    from adaptive_optax.study.status import read_status, studies_in
 
+    console = Console(highlight=False)
     with _plain_errors(show_traceback):
-        read_status(folder).print(Console(highlight=False))
+        for each in studies_in(folder):
+            if each != Path(folder):  # of `decay-now`
+                console.print(f"{each}:", markup=False)
+            read_status(each).print(console)
 
 
 def main() -> None:

@@ -133,7 +133,8 @@ def compare(
             This checks the procedure itself, which must then find no difference.
         mode: How trials are trained, "scan", "step" or "vmap"; None chooses.
         chunk: Trials per call on each device; None chooses.
-        progress: Whether to show a progress bar; None shows it in a terminal.
+        progress: True shows a progress bar, False nothing. None shows it in a terminal; elsewhere, except in
+            a notebook, it writes a plain line to the standard error every half a minute.
         maximize: Whether higher metrics are better. None: as the task says; lower for a training function,
             which gets no verdict if that looks wrong (`Comparison.verdicts`).
         executor: Where to train: any `concurrent.futures.Executor`, such as a process pool (spawned, not
@@ -307,7 +308,11 @@ def compare(
     rounds = next_rounds()
     trials = len(lacking(rounds)) + len(arms) * looks_at[0]
     open_ended = plan is not None or tuning == "race"
-    with one_study(), TrialProgress(trials, progress, direction, steps, open_ended) as bar:
+    open_ended = open_ended or growth > 0
+    shown = TrialProgress(
+        trials, progress, direction, steps, open_ended, subject.name, isinstance(subject, TaskSubject)
+    )
+    with one_study(), shown as bar:
         try:
             most = max(looks_at[0], *(len(found.running) * found.seeds for found in rounds.values()))
             trainer, chosen = subject.trainer(store, executor, trials=most)

@@ -1,4 +1,4 @@
-"""How far a study has come that runs elsewhere, read from its folder without disturbing it."""
+"""The progress of a study in another process, read from its folder without disturbing it."""
 
 from __future__ import annotations
 
@@ -30,9 +30,11 @@ class Status(NamedTuple):
 
     Attributes:
         details: What was asked for, and what tuning has chosen so far.
-        table: One row per arm: finished and wanted trials of tuning and of the verdict, the leading rate, the
-            mean final metric there with its standard error, and failed trials.
-        running: Chunks that processes are training now.
+        table: One row per arm: finished and wanted trials of tuning and of the verdict; the leading rate, the
+            mean final metric there with its standard error, and the seeds that it is of ("tuning" or
+            "fresh"); and trials that diverged, those that raised among them.
+        running: Jobs that processes have claimed: they run, or wait in an executor's queue. A job is a trial
+            of a training function, or a chunk of a task's.
         seconds_since: Seconds since the last trial finished; NaN if none has.
     """
 
@@ -51,21 +53,28 @@ class Status(NamedTuple):
         """The number of trials that are known to be wanted; grids may still grow."""
         return int(self.table[["to_tune", "to_judge"]].to_numpy().sum())
 
+    @property
+    def is_done(self) -> bool:
+        """Whether there is a verdict on all that is wanted so far."""
+        return bool(self.details.looks) and not self.running and self.finished == self.wanted
+
     def print(self, console: Console | None = None) -> None:
         """Prints the state of every arm."""
         console = Console(highlight=False) if console is None else console
         details = self.details
         of_most = "" if details.sequential is None else f" of at most {details.sequential.most}"
         judged = f"judged with {details.looks[-1]}{of_most} seeds" if details.looks else "no verdict yet"
-        console.print(
-            Text(visible(f"{details.task}: {self.finished} of {self.wanted} trials, {judged}"), "bold")
-        )
-        if np.isfinite(self.seconds_since):
-            ago = duration(self.seconds_since)
-            console.print(f"{self.running} chunks are running; the last trial finished {ago} ago.")
+        total = f"{'at least ' * (not self.is_done)}{self.wanted}"
+        console.print(Text(visible(f"{details.task}: {self.finished} of {total} trials, {judged}"), "bold"))
+        job = "trial" if details.dataset is None else "chunk"
+        jobs = f"{self.running} {job}{'s' * (self.running != 1)}"
+        verb = "is" if self.running == 1 else "are"
+        state = "Finished" if self.is_done else f"{jobs} {verb} running or waiting"
+        ago = f"; the last trial finished {duration(self.seconds_since)} ago"
+        console.print(f"{state}{ago * bool(np.isfinite(self.seconds_since))}.")
         table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
         table.add_column("arm", overflow="fold")
-        for name in ("tuning", "fresh", "rate", "metric", "failed"):
+        for name in ("tuning", "fresh", "rate", "metric", "of seeds", "diverged"):
             table.add_column(name, justify="right", no_wrap=True)
         for arm, row in self.table.to_dict("index").items():
             error = f" ± {row['standard_error']:.2g}" if np.isfinite(row["standard_error"]) else ""
@@ -76,7 +85,8 @@ class Status(NamedTuple):
                 f"{row['judged']}/{row['to_judge']}",
                 f"{row['learning_rate']:g}" if known else "-",
                 f"{row['final_metric']:.4g}{error}" if known else "-",
-                str(row["failed"]),
+                str(row["seeds"]) if known else "-",
+                str(row["diverged"]),
             )
         console.print(table)
 
@@ -91,6 +101,8 @@ def read_status(path: str | os.PathLike[str]) -> Status:
         ValueError: If it is not a folder of `compare`, or its study was begun by an earlier version.
     """
     folder = Path(path)
+    if not folder.is_dir():
+        raise ValueError(f"path must be a folder that compare saves to; there is no folder {str(path)!r}.")
     try:
         details = Details.from_json(json.loads((folder / DETAILS).read_text()))
     except (OSError, ValueError) as error:
@@ -101,6 +113,18 @@ def read_status(path: str | os.PathLike[str]) -> Status:
     rows = {arm: _row(details, arm, results) for arm in details.arms}
     since = time.time() - newest if newest else float("nan")
     return Status(details, pd.DataFrame.from_dict(rows, orient="index"), _running(folder), since)
+
+
+def studies_in(path: str | os.PathLike[str]) -> list[Path]:
+    """The folders of the studies in a folder: itself, or those of `decay_now`'s checkpoints, in order."""
+    folder = Path(path)
+    if not (folder / DETAILS).exists():
+        steps = {
+            file.parent: file.parent.name.removeprefix("step_") for file in folder.glob(f"step_*/{DETAILS}")
+        }
+        if found := {each: int(step) for each, step in steps.items() if step.isdecimal()}:
+            return sorted(found, key=found.__getitem__)
+    return [folder]
 
 
 def _finished(folder: Path) -> tuple[Results, float]:
@@ -154,5 +178,6 @@ def _row(details: Details, arm: str, results: Results) -> dict[str, object]:
         "learning_rate": best,
         "final_metric": mean,
         "standard_error": error,
-        "failed": sum(bool(str(results[key].error)) for key in [*tuned, *fresh]),
+        "seeds": "fresh" if fresh else "tuning",
+        "diverged": sum(not np.isfinite(x) for x in [*tuned.values(), *fresh.values()]),
     }

@@ -39,6 +39,7 @@ class Runner:
             None if executor is None else Jobs(executor, trainer, store.path if store else None)
         )
         self.results: Results = store.read() if store else {}
+        self._known: set[Key] = set()  # trials of this round that were there before
         self._exchange()
 
     def close(self) -> None:
@@ -50,6 +51,8 @@ class Runner:
         """Trains the trials that are not yet in `results`."""
         if self.store is not None:
             self.store.admit(keys)
+        self._known = {key for key in keys if key in self.results}
+        self.progress.found(len(self._known))
         chunks = [chunk for chunk in self.trainer.chunks(keys) if self._missing(chunk)]
         if self.jobs is not None:
             self._send(chunks, phase, self.jobs)
@@ -65,6 +68,10 @@ class Runner:
     def _missing(self, chunk: Sequence[Key]) -> list[Key]:
         return [key for key in chunk if key not in self.results]
 
+    def _found_elsewhere(self, chunk: Sequence[Key]) -> None:
+        """Counts what another process has trained in the meantime."""
+        self.progress.found(len([key for key in chunk if key not in self._known]))
+
     def _finish(self, chunk: list[Key], phase: str) -> bool:
         """Trains the missing trials of a chunk unless another process is; returns whether it is finished."""
         with self._claim(chunk) as is_mine:
@@ -77,7 +84,7 @@ class Runner:
                 self.progress.took(time.perf_counter() - began, len(missing))
                 self._keep(found, phase)
             elif not missing:
-                self.progress.advance(len(chunk))
+                self._found_elsewhere(chunk)
             return is_mine or not missing
 
     def _send(self, chunks: list[list[Key]], phase: str, jobs: Jobs) -> None:
@@ -99,7 +106,7 @@ class Runner:
                     if missing:
                         taken.append(chunk)
                     else:
-                        self.progress.advance(len(chunk))
+                        self._found_elsewhere(chunk)
                 self.progress.describe(f"{phase}: {len(running)} jobs")
                 for future in list(done_of(running)):
                     if trained := self._receive(future, running, jobs, phase):
