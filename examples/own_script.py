@@ -1,7 +1,7 @@
 """A verdict on one's own training script: should its learning rate decay?
 
 `train` below is a plain training loop: a small network on the digits of scikit-learn, with batches
-split over all devices (a mesh inside the function is its own business). The lines marked with > are all that
+split over all devices (a function may use any mesh). The lines marked with > are all that
 a study asks of it: take what differs between trials from `run`, report the metric, return the final one.
 
     pip install -e .[examples]
@@ -108,6 +108,7 @@ def main() -> None:
         seeds=options.seeds,
         tuning_seeds=2,
         margin=0.005,
+        metric_name="error rate",
         executor=executor,
         out=options.out,
     )

@@ -1,7 +1,7 @@
-"""A verdict on a PyTorch script: an arm may return anything, here an optimizer with its scheduler.
+"""A verdict on a PyTorch script: should Adam's learning rate decay?
 
-The study needs nothing of a framework: `train(run)` returns a number, and an arm makes whatever the script
-wants from a learning rate and the number of steps.
+The study needs nothing of a framework: `train(run)` returns a number. `run.schedule` gives the rates of a
+standard arm, here for PyTorch's LambdaLR. The lines marked with > are all that a study asks of the script.
 
     pip install -e .[study] scikit-learn torch
     python examples/own_script_torch.py
@@ -21,44 +21,25 @@ from sklearn.datasets import load_digits
 from adaptive_optax import study
 
 
-def constant(learning_rate: float, steps: int) -> Any:
-    """Adam at one rate."""
-
-    def build(parameters: Any) -> tuple[Any, Any]:
-        return torch.optim.Adam(parameters, lr=learning_rate), None
-
-    return build
-
-
-def one_cycle(learning_rate: float, steps: int) -> Any:
-    """Adam with PyTorch's one-cycle schedule."""
-
-    def build(parameters: Any) -> tuple[Any, Any]:
-        optimizer = torch.optim.Adam(parameters, lr=learning_rate)
-        return optimizer, torch.optim.lr_scheduler.OneCycleLR(optimizer, learning_rate, steps)
-
-    return build
-
-
-def train(run: study.Run) -> float:
+def train(run: study.Run) -> float:  # > before: train(learning_rate, seed, steps)
     """Trains a small network; returns its error rate on the validation set."""
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(labels))  # one split for all trials
     images = torch.tensor(images[order] / 16, dtype=torch.float32)
     labels = torch.tensor(labels[order])
-    torch.manual_seed(run.seed)
+    torch.manual_seed(run.seed)  # > before: an argument
     model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 10))
-    optimizer, scheduler = run.transformation(model.parameters())
-    for step in range(run.steps):
+    optimizer = torch.optim.Adam(model.parameters(), lr=1.0)  # > before: lr=learning_rate
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, run.schedule)  # > new: 1.0 times the arm's rate
+    for step in range(run.steps):  # > before: an argument
+        if step % 50 == 0:
+            run.report(step, error_rate(model, images, labels))  # > before: print
         chosen = torch.randint(1200, (32,))
         loss = torch.nn.functional.cross_entropy(model(images[chosen]), labels[chosen])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
-        if step % 50 == 0:
-            run.report(step, error_rate(model, images, labels))
+        scheduler.step()  # > new
     return error_rate(model, images, labels)
 
 
@@ -70,18 +51,18 @@ def error_rate(model: Any, images: Any, labels: Any) -> float:
 
 def command_line() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Compares one-cycle with a constant rate, in PyTorch.")
+    parser = argparse.ArgumentParser(description="Compares two decays with a constant rate, in PyTorch.")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--seeds", type=int, default=8)
     return parser
 
 
 def main() -> None:
-    """Compares one-cycle with a constant rate."""
+    """Compares two decays with a constant rate."""
     options = command_line().parse_args()
     comparison = study.compare(
         train,
-        {"constant": constant, "one_cycle": one_cycle},
+        ["adam:constant", "adam:linear", "adam:cosine"],
         learning_rates=[3e-3, 1e-2, 3e-2],
         steps=options.steps,
         seeds=options.seeds,

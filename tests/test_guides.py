@@ -29,8 +29,13 @@ def test_a_script_of_ones_own_gets_a_verdict(capsys):
     assert capsys.readouterr().out.startswith("linear is better than constant")
 
 
+def test_a_pytorch_script_follows_the_arms_schedule():
+    pytest.importorskip("torch")
+    assert run("own_script.md", 1)["comparison"].verdict().decision == "better"
+
+
 def test_an_average_in_a_script_of_ones_own_is_judged(capsys):
-    names = run("own_script.md", 1)
+    names = run("own_script.md", 2)
     assert names["comparison"].verdict().decision == "better"
     assert capsys.readouterr().out.startswith("sgd:constant:averaged is better")
 

@@ -600,6 +600,42 @@ def test_what_needs_a_task_cannot_judge_a_function():
         compare(descend, {"a": constant, "b": arm})
 
 
+# ---- Schedules and names ----
+
+
+@pytest.mark.parametrize("schedule", ["constant", "halved", "linear", "one_cycle", "inverse_sqrt"])
+def test_the_schedule_of_a_standard_arm_is_a_number_for_any_framework(schedule):
+    name = f"sgd:{schedule}"
+    run = study.Run(name, 0.1, 0, 30, build=study.arm(name))
+    state, params = run.transformation.init(np.ones(1, np.float32)), np.ones(1, np.float32)
+    for step in range(30):
+        updates, state = run.transformation.update(np.ones(1, np.float32), state, params)
+        rate = run.schedule(step)
+        assert type(rate) is float
+        np.testing.assert_allclose(-updates[0], rate, rtol=1e-5)
+    run.schedule(5000)
+
+
+def test_an_arm_of_ones_own_has_no_schedule_of_its_name():
+    with pytest.raises(ValueError, match="run.schedule must be called for a standard arm .*got 'mine'"):
+        study.Run("mine", 0.1, 0, 30, build=constant).schedule(0)
+
+
+def test_an_average_without_a_schedule_is_told_its_name():
+    with pytest.raises(ValueError, match="did you mean adam:constant:averaged?"):
+        study.arm("adam:averaged")
+
+
+def test_a_function_is_named_in_the_report(tmp_path):
+    compare(train, name="my network", metric_name="error").to_html(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "<h1>my network: " in page and "error, lower is better" in page
+    with pytest.raises(ValueError, match="must be left out for a study.Task"):
+        compare(own_script.task(), ["sgd:constant", "sgd:linear"], name="mine")
+    with pytest.raises(ValueError, match="name must be"):
+        compare(train, name=3)
+
+
 # ---- Which metrics are better, and what is used ----
 
 

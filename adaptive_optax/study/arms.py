@@ -88,6 +88,13 @@ SCHEDULE_FREE: dict[str, Callable[[Any], Call]] = {
     ),
     "sgd": lambda rate: call(optimizers.sgd, rate),
 }
+
+
+def _warmed_up(peak: Any, steps: int) -> Call:
+    """The rate of schedule-free averaging."""
+    return call(optax.warmup_constant_schedule, 0.0, peak, max(1, steps // 10))
+
+
 SHORT_NAMES = {"ema": "adam:constant:ema"} | {name: f"{name}:constant" for name in ESTIMATORS}
 
 
@@ -127,6 +134,21 @@ class NamedArm:
         """The rates to tune over, if those of other arms mean nothing to this one; otherwise None."""
         return FACTORS if self.optimizer in ESTIMATORS else None
 
+    def schedule_of(self, learning_rate: Any, total_steps: int) -> Callable[[Any], Any]:
+        """Returns the schedule of the learning rate, a function of the number of steps taken.
+
+        Examples:
+            >>> from adaptive_optax import study
+            >>> round(float(study.arm("adam:linear").schedule_of(0.1, 100)(25)), 6)
+            0.075
+        """
+        if self.schedule == "schedule_free":
+            found = made(_warmed_up(learning_rate, total_steps))
+        else:
+            found = made(SCHEDULES[self.schedule](learning_rate, total_steps))
+        found = found.learning_rate if self.schedule == "one_cycle" else found
+        return found if callable(found) else lambda step: found
+
     def code(self, learning_rate: float, total_steps: int) -> str:
         """Writes the statements that build this transformation as `tx`, with their imports.
 
@@ -142,7 +164,7 @@ class NamedArm:
     def _calls(self, peak: Any, steps: int) -> dict[str, Any]:
         """The calls that build the transformation, by the names that they have in code."""
         if self.schedule == "schedule_free":
-            schedule = call(optax.warmup_constant_schedule, 0.0, peak, max(1, steps // 10))
+            schedule = _warmed_up(peak, steps)
             base = SCHEDULE_FREE[self.optimizer](schedule)
             tx = call(optax.contrib.schedule_free, base, schedule, b1=0.9)
             return {"schedule": schedule, "base": base, "tx": tx}
@@ -224,8 +246,9 @@ def arm(name: str) -> NamedArm:
             f"arm {name!r}: the optimizer must be one of {', '.join(OPTIMIZERS)}, got {optimizer!r}; {_NAMED}"
         )
     if schedule not in SCHEDULES:
+        meant = f"did you mean {optimizer}:constant:{schedule}?" if schedule in AVERAGES else _NAMED
         raise ValueError(
-            f"arm {name!r}: the schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}; {_NAMED}"
+            f"arm {name!r}: the schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}; {meant}"
         )
     if colon and suffix not in AVERAGES:
         raise ValueError(

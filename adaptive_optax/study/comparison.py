@@ -73,6 +73,8 @@ def compare(
     maximize: bool | None = None,
     executor: Any = None,
     start: Start | None = None,
+    name: str | None = None,
+    metric_name: str | None = None,
 ) -> Comparison:
     r"""Measures which of several ways to train is better on a task, each at its own best learning rate.
 
@@ -141,11 +143,13 @@ def compare(
             forked), `dask.distributed`'s `Client.get_executor()` or `mpi4py.futures`' pool; or submitit's.
             A job is a chunk of a task's trials, or one call of a training function. None trains in this
             process. Needs cloudpickle (the extra "cluster").
-
         start: A run under way, from which every arm goes on for `steps` steps, with its parameters and
             moments, on the same batches for equal seeds; schedules begin now. `decay_now` asks the question.
+        name: What a training function is called in the report; None for the function's own name.
+        metric_name: What its metric is called there; None for "metric".
 
-    `evaluate`, `validation_points`, `paired_batches`, `mode`, `chunk` and `start` are for tasks alone.
+    `evaluate`, `validation_points`, `paired_batches`, `mode`, `chunk` and `start` are for tasks alone; `name`
+    and `metric_name` for training functions, since a task has its own.
 
     Returns:
         The comparison. Diverged trials are outcomes too. They are counted, and judged by the worse of their
@@ -211,7 +215,13 @@ def compare(
         "chunk": chunk,
         "start": start,
     }
+    names = {"name": name, "metric_name": metric_name}
+    for argument, given in names.items():
+        if given is not None:
+            check_name(argument, given)
     if isinstance(task, Task):
+        if any(given is not None for given in names.values()):
+            raise ValueError("name and metric_name must be left out for a study.Task, which has its own.")
         if maximize is not None:
             task = dataclasses.replace(task, maximize=bool(maximize))
         subject = TaskSubject(task, arms, grids, steps, base_seed=base_seed, **for_tasks)
@@ -219,7 +229,7 @@ def compare(
             subject.check_relative_margin()
     elif callable(task):
         _refuse_given(for_tasks)
-        subject = FunctionSubject(task, arms, grids, steps, base_seed=base_seed, maximize=maximize)
+        subject = FunctionSubject(task, arms, grids, steps, base_seed=base_seed, maximize=maximize, **names)
     else:
         raise ValueError(
             f"task must be a study.Task or a function train(run) -> metric, got {type(task).__name__}."

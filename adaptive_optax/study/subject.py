@@ -206,6 +206,8 @@ class FunctionSubject:
         steps: Training steps per trial.
         base_seed: Part of all seeds.
         maximize: Whether higher metrics are better; None if the call does not say.
+        name: What the function is called in reports; None for its own name.
+        metric_name: What the metric is called there; None for "metric".
 
     Raises:
         ValueError: If an arm cannot be called, or is judged by what needs a task.
@@ -220,24 +222,28 @@ class FunctionSubject:
         *,
         base_seed: int,
         maximize: bool | None,
+        name: str | None = None,
+        metric_name: str | None = None,
     ):
-        for name, arm in arms.items():
+        for each, arm in arms.items():
             if not callable(arm):
                 raise ValueError(
-                    f"arm {name!r} must be a function of (learning_rate, total_steps), "
+                    f"arm {each!r} must be a function of (learning_rate, total_steps), "
                     f"got {type(arm).__name__}."
                 )
-        self._says = maximize
+        self._says, self._name, self._metric_name = maximize, name, metric_name or "metric"
         self.maximize: bool = bool(maximize)
         self.plan: Plan = Plan(steps, ())
         self._evaluates: dict[str, Evaluate | None] = {
-            name: _without_task(name, arm, grids[name][0], steps) for name, arm in arms.items()
+            each: _without_task(each, arm, grids[each][0], steps) for each, arm in arms.items()
         }
         self._function, self._arms, self._base_seed = function, dict(arms), base_seed
 
     @property
     def name(self) -> str:
         """The function's name."""
+        if self._name is not None:
+            return self._name
         function = self._function
         while isinstance(function, functools.partial):
             function = function.func
@@ -271,7 +277,7 @@ class FunctionSubject:
     def details(self) -> dict[str, Any]:
         """What is known of a function: nothing but what it returns."""
         return {
-            "metric_name": "metric",
+            "metric_name": self._metric_name,
             "devices": (),
             "judged": {name: describe_evaluate(evaluate) for name, evaluate in self._evaluates.items()},
             "direction_stated": self._says is not None,

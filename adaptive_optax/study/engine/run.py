@@ -10,13 +10,16 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from adaptive_optax.study.engine.chunks import Curves
 from adaptive_optax.study.engine.trials import TELEMETRY
-from adaptive_optax.study.evaluation import Evaluate
+from adaptive_optax.study.evaluation import Evaluate, declared
 from adaptive_optax.study.judged import describe_evaluate
 
+BLOCK = 1024  # rates of a schedule that are computed at a time
 Train = Callable[["Run"], Any]
 """A training function: `train(run)` trains one trial, and returns its final metric unless it reported it."""
 
@@ -53,6 +56,7 @@ class Run:
     _called: set[str] = dataclasses.field(default_factory=set, init=False, repr=False)
     _metrics: dict[int, float] = dataclasses.field(default_factory=dict, init=False, repr=False)
     _telemetry: dict[int, list[float]] = dataclasses.field(default_factory=dict, init=False, repr=False)
+    _rates: dict[int, np.ndarray] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     @functools.cached_property
     def transformation(self) -> Any:
@@ -61,6 +65,38 @@ class Run:
         An optax transformation for the standard arms; for the user's own, whatever they return.
         """
         return self.build(self.learning_rate, self.steps)
+
+    def schedule(self, step: int) -> float:
+        """Returns the learning rate of a standard arm after a number of steps, for any framework.
+
+        `"adam:cosine"` then drives PyTorch's Adam as well: with a rate of 1,
+        `torch.optim.lr_scheduler.LambdaLR(optimizer, run.schedule)` sets the rates. Only the rate is
+        scheduled: `"adam:one_cycle"` also has a momentum, which is in `transformation` alone.
+
+        Args:
+            step: The number of steps taken, at least 0.
+
+        Raises:
+            ValueError: If the arm is one of the user's own.
+
+        Examples:
+            >>> from adaptive_optax import study
+            >>> run = study.Run("adam:linear", 0.1, 0, 100, build=study.arm("adam:linear"))
+            >>> round(run.schedule(50), 6)
+            0.05
+        """
+        schedule_of = declared(self.build, "schedule_of")
+        if schedule_of is None:
+            raise ValueError(
+                f"run.schedule must be called for a standard arm such as 'adam:cosine', got {self.arm!r}, "
+                "which is one of your own."
+            )
+        block, within = divmod(_step(step), BLOCK)
+        if block not in self._rates:
+            at = jnp.arange(block * BLOCK, (block + 1) * BLOCK)
+            found = jax.vmap(schedule_of(self.learning_rate, self.steps))(at)
+            self._rates[block] = np.broadcast_to(np.asarray(found, float), BLOCK)
+        return float(self._rates[block][within])
 
     def eval_params(self, params: Any, opt_state: Any) -> Any:
         """Returns the parameters to judge: the metrics that the function reports must be theirs.
