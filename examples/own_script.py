@@ -9,7 +9,7 @@ a study asks of it: take what differs between trials from `run`, report the metr
 
 It takes about a minute on two CPU cores. `--workers 2` trains in two processes at a time instead; any other
 `concurrent.futures.Executor` works in the same way. With `--out`, finished trials are kept: run it again to
-resume, or with more `--seeds` to add some; `adaptive-optax status OUT` shows how far it has come.
+resume, or with more `--seeds` to add some; `adaptive-optax status OUT` shows its progress.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ are wrong; its metric is the accuracy. `--task text` is a character-level transf
 manual. Eleven ways to train are compared with constant Adam, paired by seed: decays, and what people use in
 place of a decay, such as averaged parameters, schedule-free AdamW, and estimates of the rate.
 
-Peak learning rates race on a few seeds: those that can hardly win drop out (`tuning="race"`). Each arm then
+Peak learning rates race on a few seeds: those with little chance drop out (`tuning="race"`). Each arm then
 runs at its best rate on fresh seeds until it is decided (`seeds=study.Sequential(...)`).
 
     pip install -e .[examples]

@@ -94,7 +94,7 @@ def test_an_arm_stops_when_it_is_decided(raced):
         arm: count for arm, count in stopped.items() if arm != "base"
     }
     assert verdicts == study.judge(comparison.table, baseline="base", margin=0.02, sequential=PLAN)
-    assert "this was look 1 of 5, after 5 of at most 12 seeds" in verdicts["far"].sentence
+    assert ", 5 seeds. This was look 1 of 5; the last one has 12 seeds." in verdicts["far"].sentence
     assert len(called) == len(set(called)) == len(comparison.table)
 
 
@@ -380,7 +380,7 @@ def test_unequal_numbers_of_seeds_are_shown(raced, tmp_path):
     assert all(f"0 of {count}" in words for count in stopped.values())
     assert "up to 3 tuning seeds" in words
     assert re.search(
-        r"Raced: of 16 rates dropped out \d+ after 1 seed, \d+ after 2 seeds; their means are", words
+        r"\d+ of 16 rates dropped out of the race, \d+ after 1 seed, \d+ after 2 seeds; their means", words
     )
     assert "(1 seed)" in words
     assert {arm: len(paired_differences(comparison, arm)) for arm in ("far", "same")} == {

@@ -363,16 +363,16 @@ def test_sentences_say_which_look_it_was():
     table["arm"] = np.repeat(list(arms), 32)
     verdicts = judge(table[table["seed"] < 13], baseline="base", sequential=PLAN)
     assert verdicts["good"].sentence.endswith(
-        "lower (adjusted for 3 arms and 9 looks), 5 seeds; this was look 1 of 9, after 5 of at most 32 seeds."
+        "lower (adjusted for 3 arms and 9 looks), 5 seeds. This was look 1 of 9; the last one has 32 seeds."
     )
     assert verdicts["same"].sentence == (
-        "same is equivalent to base, within 1 %: final metric the same at all 5 seeds; this was look 1 of 9, "
-        "after 5 of at most 32 seeds."
+        "same is equivalent to base, within 1 %: final metric the same at all 5 seeds. This was look 1 of 9; "
+        "the last one has 32 seeds."
     )
     close = verdicts["close"]
     assert close.sentence.endswith(
         f"13 seeds; about {close.seeds_needed} seeds would settle it, if the true effect equals the observed "
-        "one; this was look 5 of 9, after 13 of at most 32 seeds."
+        "one. This was look 5 of 9; the last one has 32 seeds."
     )
 
 

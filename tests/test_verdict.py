@@ -599,7 +599,11 @@ def test_sentences():
     )
     table = make_table({"base": b, "arm": b - 0.1 + noise, "lost": np.array([0.5, 0.7, np.nan, np.nan])})
     verdicts = judge(table, baseline="base", look=1)
-    assert verdicts["arm"].sentence.endswith("lower (adjusted for 2 arms and added seeds), 4 seeds.")
+    assert verdicts["arm"].sentence.endswith(
+        "lower (adjusted for 2 arms; wider, so that seeds may be added later), 4 seeds."
+    )
+    again = judge(table, baseline="base", look=2)["arm"].sentence
+    assert again.endswith("lower (adjusted for 2 arms and added seeds), 4 seeds.")
     assert verdicts["lost"].sentence.endswith(
         "; 2 of 4 trials of lost diverged, counted as the worst metric."
     )

@@ -198,7 +198,7 @@ def arm(name: str) -> NamedArm:
     | exponential | smoothly down to 1 % of the peak |
     | step | times 0.8 every T/8 steps, down to 21 % |
     | linear, cosine | down to 0 |
-    | 1-sqrt | down to 0, as one minus the root of the share of steps |
+    | 1-sqrt | down to 0 like 1 - sqrt(t/T) |
     | halved | half the peak throughout: what a run under way may change to |
     | warmup_cosine | up for T/10, then down to 0 |
     | warmup_stable_decay | up for T/10, constant, down over the last T/5 |

@@ -104,7 +104,8 @@ def compare_command(
         ),
     ] = "8",
     tuning: Annotated[
-        str, typer.Option(help="grid: every rate on every tuning seed. race: rates that cannot win drop out.")
+        str,
+        typer.Option(help="grid: every rate on every tuning seed. race: those with little chance drop out."),
     ] = "grid",
     tuning_seeds: Annotated[int, typer.Option(help="Seeds for choosing the rates.")] = 3,
     margin: Margin = None,

@@ -105,7 +105,7 @@ def compare(
             undecided arms and the baseline get more seeds, until every arm is decided; an arm that more seeds
             cannot decide (a deterministic task, or no trial that did not diverge) stops too. All looks
             together err with probability 0.05. In `out` a plan must be kept, with its baseline, arms and
-            rates.
+            rates: after its last look no seeds can be added.
         steps: Training steps per trial, from 1 to 2,147,483,647.
         tuning_seeds: Seeds for choosing the rates, from 1 to 1000.
         baseline: The arm that the others are compared with; the first by default.

@@ -201,14 +201,14 @@ def decay_now(
 ) -> DecayNow:
     r"""Asks whether a run under way should decay its learning rate now.
 
-    From each checkpoint the run goes on for `steps` steps in five ways, on the same batches for equal seeds.
-    A training function cannot do that: the run must be one of a `study.Task`.
+    From each checkpoint the run continues for `steps` steps in five ways, on the same batches for equal
+    seeds. A training function cannot do that: the run must be one of a `study.Task`.
 
     | arm | the learning rate over the next `steps` steps |
     |---|---|
     | constant | unchanged: what the others are compared with |
     | linear | down to 0 |
-    | 1-sqrt | down to 0 as $1 - \sqrt{t / T}$ |
+    | 1-sqrt | down to 0 like $1 - \sqrt{t / T}$ |
     | halved | half of it, from now on |
     | constant:averaged | unchanged, and the average of the parameters is judged |
 

@@ -183,8 +183,9 @@ def seeds_used(record: Record) -> str:
 
 def tuning_seeds(record: Record) -> str:
     """Formats the number of tuning seeds."""
-    most = "up to " * (record.details.tuning == "race")
-    return f"{most}{record.details.tuning_seeds} tuning seeds"
+    count = record.details.tuning_seeds
+    most = "up to " * (record.details.tuning == "race" and count > 1)
+    return f"{most}{count} tuning seed{'s' * (count > 1)}"
 
 
 def dropped_out(record: Record) -> str:
@@ -198,7 +199,8 @@ def dropped_out(record: Record) -> str:
     rates = sum(len(found.rates) for found in tuned)
     if not after:
         return ""
-    return f" Raced: of {rates} rates dropped out {', '.join(after)}; their means are over these seeds."
+    dropped = f"{sum(counts.values())} of {rates} rates dropped out of the race"
+    return f" {dropped}, {', '.join(after)}; their means are over these seeds."
 
 
 def equivalence_margin(record: Record) -> float:

@@ -22,6 +22,7 @@ from adaptive_optax.study.report.findings import (
     probability,
     signed,
     tuned_rates,
+    tuning_seeds,
     written,
 )
 from adaptive_optax.study.statistics.paired import mean_and_error
@@ -162,15 +163,14 @@ def tuning_table(record: Record) -> TuningTable:
             kind = "strong" if found.best[i] else "weak" if lost else ""
             cells.append(TunedRate(plain(rate), text, kind))
         arms.append(TunedArm(arm, cells))
-    most = f"up to {details.tuning_seeds}" if raced else str(details.tuning_seeds)
     notes = (
-        f"Peak rates, and the mean final {details.metric_name} of {most} tuning seeds; bold: "
+        f"Peak rates, and the mean final {details.metric_name} of {tuning_seeds(record)}; bold: "
         "the best, used for the verdict."
     )
     if raced:
         notes += (
-            " Raced: a rate that could hardly win any more dropped out, after as many seeds as its "
-            "parentheses say; the best rate stopped once it was alone."
+            " The rates raced: one with little chance of winning dropped out, after the number of seeds in "
+            "parentheses; the best one stopped when no other was left."
         )
     if any(found.diverged.any() for found in tuned.values()):
         notes += " A rate at which a trial diverged has no mean."

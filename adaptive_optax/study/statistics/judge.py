@@ -33,7 +33,7 @@ from adaptive_optax.study.statistics.paired import (
     seeds_needed,
     unscaled,
 )
-from adaptive_optax.study.statistics.sentences import verdict_sentence
+from adaptive_optax.study.statistics.sentences import LATER, verdict_sentence
 from adaptive_optax.study.statistics.sequential import Sequential
 from adaptive_optax.study.statistics.verdict import Verdict
 
@@ -171,7 +171,7 @@ def spending_of(look: int | None) -> Spending:
     if look is None:
         return Spending()
     share = 0.5**look
-    return Spending(share, share, (share / 2, share / 2), "added seeds")
+    return Spending(share, share, (share / 2, share / 2), "added seeds" if look > 1 else LATER)
 
 
 def planned_spending(plan: Sequential, alpha: float, arms: int) -> list[Spending]:

@@ -11,6 +11,8 @@ from adaptive_optax.study.direction import Direction
 from adaptive_optax.study.statistics.paired import MOST_SEEDS, mean_and_error
 from adaptive_optax.study.statistics.verdict import Verdict
 
+LATER = "seeds that may be added later"  # what the first look's interval is adjusted for
+
 
 def verdict_sentence(
     verdict: Verdict,
@@ -50,7 +52,10 @@ def verdict_sentence(
     start = _number(near, decimals) if low * high > 0 else _change(near, decimals)
     level, ends = f"{100 * (1 - alpha):g} % interval", f"{start} to {_change(far, decimals)}"
     if adjustments:
-        ends += f" (adjusted for {' and '.join(adjustments)})"
+        now = [each for each in adjustments if each != LATER]
+        notes = [f"adjusted for {' and '.join(now)}"] * bool(now)
+        notes += ["wider, so that seeds may be added later"] * (LATER in adjustments)
+        ends += f" ({'; '.join(notes)})"
     if v.reason:
         text = f"{undecided}: {found} at each of {seeds}, without any "
         text += f"variation ({v.reason}), so there is no interval over seeds"
@@ -65,14 +70,14 @@ def verdict_sentence(
         text = f"{arm} is equivalent to {baseline}, within {zone}: {seen}"
     else:
         text = f"{arm} is {v.decision} than {baseline}: {found}, {level} {ends}, {seeds}"
-    if place is not None:
-        look, looks, most = place
-        text += f"; this was look {look} of {looks}, after {v.seeds} of at most {most} seeds"
     if lost := _lost(v):
         text += f"; {lost} diverged, counted as the worst metric"
         if dropped := v.seeds - v.measured:
             text += f", excluding {dropped} seed{'s' * (dropped > 1)} at which both did"
-    return text + "."
+    if place is None:
+        return f"{text}."
+    look, looks, most = place
+    return f"{text}. This was look {look} of {looks}; the last one has {most} seeds."
 
 
 def untrained_sentence(

@@ -67,7 +67,9 @@ class Sequential:
     Args:
         first: Seeds at the first look, from 5: with fewer, the level of a first look (0.005) needs a t above
             7, which even an effect of d = 2 rarely reaches.
-        most: Seeds at the last look, from `first` to 100,000. An arm that is then undecided stays so.
+        most: Seeds at the last look, from `first` to 100,000. An arm that is then undecided stays so: a plan
+            cannot be extended, and its folder takes no more seeds. Another study, with another base seed and
+            folder, may decide; so choose `most` as large as you can afford.
 
     Raises:
         ValueError: If an argument is out of range.
