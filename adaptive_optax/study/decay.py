@@ -156,8 +156,10 @@ class DecayNow:
         if ends[0] != ends[1]:
             more = f"{ends[1] - ends[0]:,} more steps of training"
             return f"Each goes on for {last.details.steps:,} steps: {begun} ends {where}, after {more}."
-        what = "cost nothing" if not resolved or self.direction.cost(mean) < 0 else "cost that"
-        return f"All end at step {ends[0]:,}: {begun} ends {where}, so waiting {what}."
+        cost = self.direction.cost(mean) > 0
+        what = "waiting cost that" if cost else "waiting was better"
+        what = what if resolved else "no cost of waiting was found"
+        return f"All end at step {ends[0]:,}: {begun} ends {where}; {what}."
 
     def _number(self, value: float) -> str:
         from adaptive_optax.study.report.findings import metric_format  # as in `plot`

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from adaptive_optax._core.checks import check_choice
-from adaptive_optax._core.drawing import THEMES, dress, plain, set_range, text
+from adaptive_optax._core.drawing import THEMES, dress, plain, set_range
 from adaptive_optax._core.names import shortened
 from adaptive_optax.study.record import Record
 from adaptive_optax.study.report.figures import add_legend
@@ -53,8 +53,8 @@ def plot_gains(steps: Sequence[int], records: Sequence[Record], *, theme: str = 
         seen += [low, high]
     axes.axhline(0, color=styles[last.details.baseline]["color"], linewidth=1)
     between = (steps[0] + steps[1]) / 2 if len(steps) > 1 else steps[0] - 0.25 * span  # clear of the bars
-    below = {"ha": "center", "va": "top", "fontsize": "small"}
-    text(axes, between, 0, "constant rate", color=colours.ink, **below)
+    above = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+    axes.annotate("constant rate", (between, 0), color=colours.ink, fontsize="small", **above)
     values = np.concatenate(seen)
     values = values[np.isfinite(values)]
     set_range(axes, float(values.min()), float(values.max()), log=False)
