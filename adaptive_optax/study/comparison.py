@@ -112,7 +112,9 @@ def compare(
             margin is required.
         out: A folder in which every finished chunk is saved. Called again, even after a crash, the study
             resumes where it stopped; several processes may share the folder. A training function is
-            recognized by its code and what it uses of its own module; changes elsewhere are not seen.
+            recognized by its code and what it uses of its own module: functions, classes and values, of a
+            namespace of options those that it reads by name. Changes in other modules are not seen; a warning
+            names values in which none can be seen.
         evaluate: What is judged, overriding the arms' own choice: a function for all arms, or a mapping from
             arms to functions, or to None for the trained parameters. An arm not named here is judged by its
             own `evaluate` (`judged_by`); without one, by the average it keeps (`average_parameters`); without
