@@ -117,7 +117,7 @@ class TaskSubject:
             given = function, self.task, self.plan, evaluates[name], self._rates[name]
             compilation, origin = check_arm(name, *given), None
             if start is not None:
-                origin = origin_of(start, function(self._rates[name], steps).init(start.params))
+                origin = origin_of(start, function(self._rates[name], steps).init(start.params), name)
                 compilation = check_arm(name, *given, origin)
             stream = 0 if paired_batches else stream_of(name)
             self.specs[name] = ArmSpec(function, compilation, evaluates[name], stream, origin)

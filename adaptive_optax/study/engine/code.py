@@ -150,7 +150,7 @@ class _Digests:
         if isinstance(value, property):
             return (yield from _each((value.fget, value.fset, value.fdel)))
         if isinstance(value, functools.cached_property):
-            return (yield (value.func,))
+            return [(yield value.func)]
         if type(value).__module__ in _EMPTY:
             return []
         if type(value) in (dict, types.MappingProxyType):
