@@ -18,11 +18,12 @@ from own_script import ARMS, constant, train
 import adaptive_optax as ao
 from adaptive_optax import study
 from adaptive_optax.study.engine import jobs
-from adaptive_optax.study.engine.chunks import Key
+from adaptive_optax.study.engine.chunks import NO_STEPS, Curves, Key
 from adaptive_optax.study.engine.code import digest_code
 from adaptive_optax.study.engine.jobs import check_executor
 from adaptive_optax.study.engine.progress import TrialProgress
 from adaptive_optax.study.engine.runner import Runner
+from adaptive_optax.study.engine.store import ArmPrograms, Store
 from adaptive_optax.study.engine.trainers import FunctionTrainer
 
 SETTINGS = {"learning_rates": [0.1, 0.3], "steps": 40, "seeds": 5, "tuning_seeds": 2, "growth": 0}
@@ -206,7 +207,8 @@ def test_an_arm_whose_every_trial_raises_ends_the_study_and_shows_the_first():
         return 1.0
 
     with pytest.raises(
-        RuntimeError, match=r"all 4 trials of arm 'linear' raised; the first:(?s:.*)no 0.1"
+        RuntimeError,
+        match=r"all 4 trials of arm 'linear' raised, the first with KeyError: 'no 0.1'(?s:.*)no 0.1"
     ) as error:
         compare(function)
     assert len(error.value.comparison.table) == 8  # nothing that was computed is lost
@@ -296,17 +298,59 @@ def test_a_folder_resumes_and_adds_seeds(tmp_path, undisturbed, monkeypatch):
     assert len(calls) == len(undisturbed.table) + 4 and more.details.looks == (5, 7)
 
 
-def test_a_trial_that_raised_is_not_trained_again(tmp_path, monkeypatch):
+def test_trials_that_raised_run_again_when_what_they_lacked_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(own_script, "calls", [])
+    calls, there = own_script.calls, tmp_path / "data"
+
     def function(run):
         own_script.calls.append(run)
-        if run.seed == 1000:
-            raise RuntimeError("once")
+        if run.seed >= 1000 and run.arm == "linear":
+            there.read_text()
         return 1.0 + run.seed
 
-    monkeypatch.setattr(own_script, "calls", [])
-    found, again = compare(function, out=tmp_path), compare(function, out=tmp_path)
-    assert len(own_script.calls) == len(found.table)
-    pd.testing.assert_frame_equal(again.table, found.table)
+    found = compare(function, out=tmp_path / "out")
+    raised = found.table[found.table["error"] != ""]
+    assert len(raised) == 5 and len(calls) == len(found.table)
+    there.write_text("")
+    calls.clear()
+    again = compare(function, out=tmp_path / "out")
+    assert len(calls) == 5 and not again.table["error"].any()
+    calls.clear()
+    pd.testing.assert_frame_equal(compare(function, out=tmp_path / "out").table, again.table)
+    assert not calls
+
+
+def test_an_arm_whose_trials_all_raised_is_tried_again(tmp_path):
+    there = tmp_path / "data"
+
+    def function(run):
+        if run.arm == "linear":
+            there.read_text()
+        return 1.0 + run.seed
+
+    with pytest.raises(RuntimeError, match="'linear' raised, the first with FileNotFoundError: ") as error:
+        compare(function, out=tmp_path / "out")
+    assert "from which the study can resume; trials that raised run again." in error.value.__notes__[0]
+    there.write_text("")
+    assert compare(function, out=tmp_path / "out").verdict()
+
+
+def test_another_process_does_not_repeat_what_was_repeated(tmp_path):
+    key = Key("a", 0.1, 0)
+    failed, trained = (_outcome(error) for error in ("Traceback", ""))
+    stores = [Store(tmp_path, {}, {"a": ArmPrograms(False, lambda rate: {"code": "x"})}) for _ in range(2)]
+    stores[0].write({key: failed})
+    for store in stores:
+        store.read()
+        store.forget_raised()
+        assert not store.read()
+    stores[0].write({key: trained})
+    assert str(stores[1].read()[key].error) == "" and not stores[1].read()
+
+
+def _outcome(error):
+    steps = np.array([1])
+    return Curves(np.zeros(0), np.ones(1), np.zeros((0, 4)), steps, NO_STEPS, np.array(error))
 
 
 def test_a_changed_function_or_arm_is_refused(tmp_path):

@@ -16,6 +16,7 @@ import inspect
 import math
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from adaptive_optax._core.checks import check_bool, check_choice, check_integer, check_name, check_scalar
 from adaptive_optax._core.ranges import check_hyperparameter
@@ -84,7 +86,8 @@ def compare(
     Instead of a task, the first argument may be the user's own training function, in any framework:
     `train(run)` trains as its `Run` says, once per trial, and returns the final metric (or reports it, or
     yields metrics). It alone knows which devices it uses. A trial that raises is an outcome: it counts as
-    diverged, and the table keeps its traceback.
+    diverged, and the table keeps its traceback. With `out`, the next call runs it again: what it lacked may be
+    there by then.
 
     Args:
         task: What to train: a task, or a function `train(run) -> metric`.
@@ -344,7 +347,7 @@ def compare(
             partial = so_far()
             vars(error)["comparison"] = partial
             if len(partial.table):
-                error.add_note(_note(len(partial.table), store, list(asked)))
+                error.add_note(_note(partial.table, store, list(asked)))
             raise
         finally:
             if runner is not None:
@@ -359,16 +362,22 @@ def _refuse_broken(results: Results, arms: Mapping[str, Any]) -> None:
     for name in arms:
         errors = [str(curves.error) for key, curves in results.items() if key.arm == name]
         if errors and all(errors):
-            raise RuntimeError(f"all {len(errors)} trials of arm {name!r} raised; the first:\n\n{errors[0]}")
+            which = "the only trial" if len(errors) == 1 else f"all {len(errors)} trials"
+            named = [line for line in errors[0].splitlines() if re.match(r"[\w.]+(:|$)", line)]
+            first = f", the first with {named[-1]}" if named else ""
+            raise RuntimeError(f"{which} of arm {name!r} raised{first}\n\n{errors[0]}")
 
 
-def _note(count: int, store: Store | None, keys: Sequence[Key]) -> str:
-    note = f"The {count} finished trials are in this exception's attribute 'comparison'"
+def _note(table: pd.DataFrame, store: Store | None, keys: Sequence[Key]) -> str:
+    count, raised = len(table), int((table["error"] != "").sum())
+    trials = "1 finished trial is" if count == 1 else f"{count} finished trials are"
+    note = f"The {trials} in this exception's attribute 'comparison'"
     kept = store.count(keys) if store else 0
     if store is None or not kept:
         return f"{note}."
     which = "" if kept == count else f"{kept} of them "
-    return f"{note}, and {which}in {str(store.path)!r}, from which the study can resume."
+    note = f"{note}, and {which}in {str(store.path)!r}, from which the study can resume"
+    return f"{note}; trials that raised run again." if raised else f"{note}."
 
 
 def _versions() -> dict[str, str]:

@@ -38,7 +38,11 @@ class Runner:
         self.jobs: Jobs | None = (
             None if executor is None else Jobs(executor, trainer, store.path if store else None)
         )
-        self.results: Results = store.read() if store else {}
+        self.results: Results = {}
+        if store is not None:
+            found = store.read()
+            store.forget_raised()  # what was missing may be there now
+            self.results |= {key: curves for key, curves in found.items() if not str(curves.error)}
         self._exchange()
 
     def close(self) -> None:

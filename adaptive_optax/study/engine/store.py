@@ -21,7 +21,7 @@ import os
 import tempfile
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -148,6 +148,7 @@ class Store:
         self._study = digest(json.dumps(self._description, sort_keys=True).encode())
         self._results: Results = {}  # what has been read from the folder so far
         self._read: set[str] = set()
+        self._outdated: dict[str, int] = {}  # files whose trials run again, with the time of their last change
         self._notices: list[str] = []
         try:
             for folder in (self.path / "trials", self.path / "locks", self.path / "set_aside"):
@@ -321,10 +322,22 @@ class Store:
 
     def write(self, results: Results) -> None:
         """Writes a finished chunk."""
-        name = digest(repr(sorted(results)).encode()) + ".npz"
-        write_atomically(self.path / "trials" / name, pack(results, self._known_identity))
-        self._read.add(name)
+        path = self._file_of(results)
+        write_atomically(path, pack(results, self._known_identity))
+        self._read.add(path.name)
         self._results |= results
+
+    def _file_of(self, keys: Iterable[Key]) -> Path:
+        return self.path / "trials" / (digest(repr(sorted(keys)).encode()) + ".npz")
+
+    def forget_raised(self) -> None:
+        """Forgets the trials that raised, so that they run again; their files stay until they are replaced."""
+        for key in [key for key, curves in self._results.items() if str(curves.error)]:
+            del self._results[key]
+            path = self._file_of([key])
+            with contextlib.suppress(OSError):
+                self._outdated[path.name] = path.stat().st_mtime_ns
+                self._read.discard(path.name)  # another process may replace it
 
     def count(self, keys: Sequence[Key]) -> int:
         """How many of these trials are known to be in the folder."""
@@ -349,8 +362,9 @@ class Store:
         ages = {}
         for path in self.path.glob("trials/*.npz"):
             with contextlib.suppress(FileNotFoundError):  # another process has set it aside
-                if path.name not in self._read:
-                    ages[path] = path.stat().st_mtime_ns, path.name
+                changed = path.stat().st_mtime_ns
+                if path.name not in self._read and self._outdated.get(path.name) != changed:
+                    ages[path] = changed, path.name
         return sorted(ages, key=lambda path: ages[path])
 
     def _accept(self, path: Path) -> Results | None:
