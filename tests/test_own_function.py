@@ -420,6 +420,21 @@ def test_threads_give_it_too_and_need_no_pickling(undisturbed):
     pd.testing.assert_frame_equal(found.table, undisturbed.table)
 
 
+def test_open_locks_stay_below_the_limit_of_open_files(tmp_path):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 100
+    enough = 2 * in_use + 40  # half of it is free for locks
+    settings = {"learning_rates": np.geomspace(0.01, 0.3, 10), "tuning_seeds": enough // 10, "steps": 1}
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, limits[1]))
+        with concurrent.futures.ThreadPoolExecutor(2) as executor:
+            found = compare(train, executor=executor, out=tmp_path, **settings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(found.table) > enough
+
+
 def test_what_cannot_travel_is_named(spawned):
     lock = threading.Lock()
     with pytest.raises(ValueError, match="executor: train cannot be sent to another process: .*lock"):

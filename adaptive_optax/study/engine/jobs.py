@@ -107,6 +107,18 @@ class Jobs:
         return not informing.done() or number <= self._informed.setdefault(worker, self._submitted)
 
 
+def most_jobs(store: bool) -> int:
+    """How many jobs to submit at a time; of a folder each keeps a lock's file open, so half of what may be."""
+    if not store:
+        return MOST_JOBS
+    try:
+        import resource
+    except ImportError:  # on Windows, where a process may open thousands
+        return MOST_JOBS
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MOST_JOBS if files == resource.RLIM_INFINITY else max(1, min(MOST_JOBS, files // 2))
+
+
 def done_of(futures: Collection[Any]) -> Iterator[Any]:
     """Waits a moment for some futures to be done, and yields them."""
     if all(isinstance(future, concurrent.futures.Future) for future in futures):

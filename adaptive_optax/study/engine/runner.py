@@ -12,7 +12,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from adaptive_optax.study.engine.chunks import Key, Results, pack, unpack
-from adaptive_optax.study.engine.jobs import MOST_JOBS, POLL_SECONDS, Jobs, done_of
+from adaptive_optax.study.engine.jobs import POLL_SECONDS, Jobs, done_of, most_jobs
 from adaptive_optax.study.engine.progress import TrialProgress
 from adaptive_optax.study.engine.store import Store
 from adaptive_optax.study.engine.trainers import Trainer
@@ -88,10 +88,10 @@ class Runner:
         """Trains chunks on the executor's workers; those that another process is training come last."""
         running: dict[Any, tuple[list[Key], contextlib.ExitStack]] = {}
         began = time.perf_counter()
-        waiting, taken = list(chunks), []
+        waiting, taken, most = list(chunks), [], most_jobs(self.store is not None)
         try:
             while waiting or taken or running:
-                while waiting and len(running) < MOST_JOBS:
+                while waiting and len(running) < most:
                     chunk = waiting.pop(0)
                     with contextlib.ExitStack() as claim:
                         is_mine = claim.enter_context(self._claim(chunk))
