@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import functools
+import json
 import multiprocessing
 import os
 import shutil
@@ -208,7 +209,7 @@ def test_an_arm_whose_every_trial_raises_ends_the_study_and_shows_the_first():
 
     with pytest.raises(
         RuntimeError,
-        match=r"all 4 trials of arm 'linear' raised, the first with KeyError: 'no 0.1'(?s:.*)no 0.1"
+        match=r"all 4 trials of arm 'linear' raised, the first with KeyError: 'no 0.1'(?s:.*)no 0.1",
     ) as error:
         compare(function)
     assert len(error.value.comparison.table) == 8  # nothing that was computed is lost
@@ -579,3 +580,34 @@ def test_the_report_says_what_a_trial_raised(tmp_path):
     page = (tmp_path / "report.html").read_text()
     assert "ValueError: too &lt;steep&gt;" in page
     assert page.count('data-heading="raised"') == 18 and 'data-heading="compiled"' not in page
+
+
+def test_status_needs_only_to_read_and_says_what_is_not_there_yet(tmp_path, monkeypatch):
+    compare(train, out=tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "study.json").write_text("{}")
+    store = Store(tmp_path / "out", {**json.loads((tmp_path / "out" / "study.json").read_text())["study"]})
+    with store.claim([Key("linear", 0.1, 7)]):
+        open_file = os.open
+
+        def read_only(path, flags, *more, **settings):
+            if flags & (os.O_RDWR | os.O_WRONLY | os.O_CREAT):
+                raise PermissionError(13, "Permission denied", path)
+            return open_file(path, flags, *more, **settings)
+
+        monkeypatch.setattr(os, "open", read_only)
+        status = study.read_status(tmp_path / "out")
+    assert status.finished == status.wanted == 18 and status.running == 1
+    for folder, reason in (
+        ("empty", "it holds no study yet"),
+        ("begun", "its study has just begun, and no trial yet"),
+        ("absent", "there is no such folder"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            study.read_status(tmp_path / folder)
+
+
+def test_the_class_of_an_executor_is_no_executor():
+    with pytest.raises(ValueError, match="executor must be .*, got the class ThreadPoolExecutor"):
+        compare(train, executor=concurrent.futures.ThreadPoolExecutor)

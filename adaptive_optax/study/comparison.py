@@ -86,8 +86,8 @@ def compare(
     Instead of a task, the first argument may be the user's own training function, in any framework:
     `train(run)` trains as its `Run` says, once per trial, and returns the final metric (or reports it, or
     yields metrics). It alone knows which devices it uses. A trial that raises is an outcome: it counts as
-    diverged, and the table keeps its traceback. With `out`, the next call runs it again: what it lacked may be
-    there by then.
+    diverged, and the table keeps its traceback. With `out`, the next call runs it again: what it lacked may
+    be there by then.
 
     Args:
         task: What to train: a task, or a function `train(run) -> metric`.
@@ -369,7 +369,7 @@ def _refuse_broken(results: Results, arms: Mapping[str, Any]) -> None:
 
 
 def _note(table: pd.DataFrame, store: Store | None, keys: Sequence[Key]) -> str:
-    count, raised = len(table), int((table["error"] != "").sum())
+    count, raised = len(table), any(table["error"].tolist())
     trials = "1 finished trial is" if count == 1 else f"{count} finished trials are"
     note = f"The {trials} in this exception's attribute 'comparison'"
     kept = store.count(keys) if store else 0

@@ -108,7 +108,7 @@ class Jobs:
 
 
 def most_jobs(store: bool) -> int:
-    """How many jobs to submit at a time; of a folder each keeps a lock's file open, so half of what may be."""
+    """How many jobs to submit at a time: with a folder each keeps a file open, of which half the limit."""
     if not store:
         return MOST_JOBS
     try:
@@ -146,11 +146,9 @@ def check_executor(executor: Any) -> None:
         ValueError: If it has no `submit`, or if its processes are forked: JAX has threads, and a fork of it
             may wait forever for a lock that one of them held.
     """
-    if not callable(getattr(executor, "submit", None)):
-        raise ValueError(
-            "executor must be a concurrent.futures.Executor, or None to train here, "
-            f"got {type(executor).__name__}."
-        )
+    if isinstance(executor, type) or not callable(getattr(executor, "submit", None)):
+        got = f"the class {executor.__name__}" if isinstance(executor, type) else type(executor).__name__
+        raise ValueError(f"executor must be a concurrent.futures.Executor, or None to train here, got {got}.")
     context = getattr(executor, "_mp_context", None)
     if context is not None and context.get_start_method() == "fork":
         raise ValueError(

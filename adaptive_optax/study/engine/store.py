@@ -148,7 +148,9 @@ class Store:
         self._study = digest(json.dumps(self._description, sort_keys=True).encode())
         self._results: Results = {}  # what has been read from the folder so far
         self._read: set[str] = set()
-        self._outdated: dict[str, int] = {}  # files whose trials run again, with the time of their last change
+        self._outdated: dict[
+            str, int
+        ] = {}  # files whose trials run again, with the time of their last change
         self._notices: list[str] = []
         try:
             for folder in (self.path / "trials", self.path / "locks", self.path / "set_aside"):
@@ -331,7 +333,7 @@ class Store:
         return self.path / "trials" / (digest(repr(sorted(keys)).encode()) + ".npz")
 
     def forget_raised(self) -> None:
-        """Forgets the trials that raised, so that they run again; their files stay until they are replaced."""
+        """Forgets the trials that raised, so that they run again; their files stay until then."""
         for key in [key for key, curves in self._results.items() if str(curves.error)]:
             del self._results[key]
             path = self._file_of([key])
