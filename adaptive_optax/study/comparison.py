@@ -87,7 +87,8 @@ def compare(
     `train(run)` trains as its `Run` says, once per trial, and returns the final metric (or reports it, or
     yields metrics). It alone knows which devices it uses. A trial that raises is an outcome: it counts as
     diverged, and the table keeps its traceback. With `out`, the next call runs it again: what it lacked may
-    be there by then.
+    be there by then. Under `jax.distributed` every process calls the function with the same trials in the
+    same order, so that one trial may use the devices of all; what process 0 returns and reports counts.
 
     Args:
         task: What to train: a task, or a function `train(run) -> metric`.

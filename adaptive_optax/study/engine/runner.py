@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from adaptive_optax.study.engine.chunks import Key, Results, pack, unpack
+from adaptive_optax.study.engine.chunks import Key, Results, pack, read_arrays, unpack
 from adaptive_optax.study.engine.jobs import POLL_SECONDS, Jobs, done_of, most_jobs
 from adaptive_optax.study.engine.progress import TrialProgress
 from adaptive_optax.study.engine.store import Store
@@ -22,7 +23,8 @@ class Runner:
     """Trains the requested trials and collects their curves in `results`.
 
     Processes that share a store share the work: each claims chunks that no other process is running. Under
-    `jax.distributed` the chunks are divided among the processes and the results exchanged.
+    `jax.distributed` the chunks are divided among the processes and the results exchanged; or every process
+    trains all (`Trainer.divides`), and process 0 saves its results and gives them to the others.
 
     Args:
         trainer: Trains the trials.
@@ -56,7 +58,11 @@ class Runner:
             self.store.admit(keys)
         chunks = [chunk for chunk in self.trainer.chunks(keys) if self._missing(chunk)]
         if self.jobs is not None:
-            self._send(chunks, phase, self.jobs)
+            if not (self._is_together() and jax.process_index()):
+                self._send(chunks, phase, self.jobs)
+        elif self._is_together():
+            for chunk in chunks:
+                self._train(chunk, phase)
         else:
             waiting = chunks[jax.process_index() :: jax.process_count()]
             while waiting:
@@ -74,15 +80,22 @@ class Runner:
         with self._claim(chunk) as is_mine:
             missing = self._missing(chunk)
             if is_mine and missing:
-                self.progress.describe(f"{chunk[0].arm} ({phase})")
-                began = time.perf_counter()
-                with self.progress.part(len(missing)) as part:
-                    found = self.trainer.train(missing, part)
-                self.progress.took(time.perf_counter() - began, len(missing))
-                self._keep(found, phase)
+                self._train(missing, phase)
             elif not missing:
                 self.progress.advance(len(chunk))
             return is_mine or not missing
+
+    def _is_together(self) -> bool:
+        return jax.process_count() > 1 and not self.trainer.divides
+
+    def _train(self, keys: list[Key], phase: str) -> None:
+        """Trains trials in this process."""
+        self.progress.describe(f"{keys[0].arm} ({phase})")
+        began = time.perf_counter()
+        with self.progress.part(len(keys)) as part:
+            found = self.trainer.train(keys, part)
+        self.progress.took(time.perf_counter() - began, len(keys))
+        self._keep(found, phase)
 
     def _send(self, chunks: list[list[Key]], phase: str, jobs: Jobs) -> None:
         """Trains chunks on the executor's workers; those that another process is training come last."""
@@ -147,22 +160,45 @@ class Runner:
     def _keep(self, found: Results, phase: str) -> None:
         """Saves and shows the results of a chunk."""
         self.results |= found  # first: on a full disk they are not lost
-        if self.store is not None:
+        if self.store is not None and not (self._is_together() and jax.process_index()):
             self.store.write(found)
         for key, each in found.items():
             self.progress.seen(phase, key, each.validation[-1])
 
     def _exchange(self) -> None:
-        """Gives every process of a distributed study the results of all."""
+        """Gives every process of a distributed study the results of all, or those of process 0."""
         if jax.process_count() == 1:
             return
-        mine = np.frombuffer(pack(self.results) if self.results else b"", np.uint8)
+        mine = np.frombuffer(_pack_all(self.results), np.uint8)
         sizes = np.asarray(multihost_utils.process_allgather(np.array([mine.size]))).ravel()
         padded = np.zeros(max(int(sizes.max()), 1), np.uint8)
         padded[: mine.size] = mine
-        for size, data in zip(sizes, multihost_utils.process_allgather(padded), strict=True):
-            if size:
-                self.results |= unpack(np.asarray(data[:size]).tobytes())
+        found = multihost_utils.process_allgather(padded)
+        each = [
+            _unpack_all(np.asarray(data[:size]).tobytes()) for size, data in zip(sizes, found, strict=True)
+        ]
+        if self._is_together():
+            self.results = each[0]
+        else:
+            for results in each:
+                self.results |= results
+
+
+def _pack_all(results: Results) -> bytes:
+    """Serializes results whose curves may differ in shape, which those of one file must not."""
+    groups: dict[Any, Results] = {}
+    for key, curves in results.items():
+        groups.setdefault(tuple(np.shape(each) for each in curves), {})[key] = curves
+    file = io.BytesIO()
+    np.savez(file, *(np.frombuffer(pack(group), np.uint8) for group in groups.values()))
+    return file.getvalue()
+
+
+def _unpack_all(data: bytes) -> Results:
+    results: Results = {}
+    for packed in read_arrays(data).values():
+        results |= unpack(packed.tobytes())
+    return results
 
 
 def agree(value: Sequence[float]) -> list[float]:

@@ -34,6 +34,11 @@ class ArmSpec(NamedTuple):
 class Trainer(Protocol):
     """Trains trials."""
 
+    @property
+    def divides(self) -> bool:
+        """Whether the processes of a distributed program divide the chunks, or all train every one."""
+        ...
+
     def chunks(self, keys: Sequence[Key]) -> list[list[Key]]:
         """Divides trials into those that are trained together."""
         ...
@@ -60,6 +65,11 @@ class TaskTrainer:
     plan: Plan
     placement: Placement
     base_seed: int = 0
+
+    @property
+    def divides(self) -> bool:
+        """A program runs on the devices of one process."""
+        return True
 
     def chunks(self, keys: Sequence[Key]) -> list[list[Key]]:
         """Groups trials that share a compiled program, as many as the placement takes."""
@@ -89,6 +99,9 @@ class TaskTrainer:
 class FunctionTrainer:
     """Calls the user's own training function, once per trial.
 
+    Under `jax.distributed` every process calls it with the same trials in the same order, so that it may
+    train over the devices of all of them; the results of process 0 count.
+
     Attributes:
         function: The training function.
         arms: The arms by name: functions of learning rate and steps.
@@ -100,6 +113,11 @@ class FunctionTrainer:
     arms: Mapping[str, Callable[[float, int], Any]]
     steps: int
     base_seed: int = 0
+
+    @property
+    def divides(self) -> bool:
+        """Collectives in the function need all processes."""
+        return False
 
     def chunks(self, keys: Sequence[Key]) -> list[list[Key]]:
         """Leaves every trial alone."""
