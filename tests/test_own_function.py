@@ -9,6 +9,7 @@ import shutil
 import threading
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 import own_script
@@ -220,6 +221,12 @@ def test_an_arm_whose_every_trial_raises_ends_the_study_and_shows_the_first():
     [
         (lambda run: None, "train must return the final metric or report it"),
         (lambda run: "high", "metric must be a number, got 'high'"),
+        (lambda run: "0.5", "metric must be a number, got '0.5'"),
+        (lambda run: np.complex64(1), "metric must be a number"),
+        (lambda run: jnp.ones((), jnp.complex64), "metric must be a number"),
+        (lambda run: 1j, "metric must be a number"),
+        (lambda run: True, "metric must be a number, got True"),
+        (lambda run: np.ones(2).sum() > 1, "metric must be a number"),
         (lambda run: run.report(-1, 0.0), "step must be an integer of at least 0, got -1"),
         (lambda run: run.report(1.5, 0.0), "step must be an integer"),
         (

@@ -239,7 +239,7 @@ def compare(
         baseline=baseline,
         arms=tuple(arms),
         usual_arms=usual_arms,
-        own_arms={name: name for name in arms if listed and name.isidentifier()},
+        own_arms=_sources(arms, listed),
         steps=steps,
         tuning=tuning,
         tuning_seeds=tuning_seeds,
@@ -410,6 +410,13 @@ def _check_arms(arms: Any) -> tuple[dict[str, Arm], dict[str, str]]:
         check_name("the name of an arm", name)
     arms = {name: named_arm(each) if isinstance(each, str) else each for name, each in arms.items()}
     return arms, {name: each.__name__ for name, each in arms.items() if isinstance(each, NamedArm)}
+
+
+def _sources(arms: Mapping[str, Arm], listed: bool) -> dict[str, str]:
+    """Where the user's own arms come from, if known: what they say, or their names in a list."""
+    said = {name: declared(each, "source") for name, each in arms.items()}
+    named = {name: name for name in arms if listed and name.isidentifier()}
+    return named | {name: source for name, source in said.items() if isinstance(source, str)}
 
 
 _NAME_THEM = "give a dictionary with a name for each"
