@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 import threading
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -441,6 +442,54 @@ def test_open_locks_stay_below_the_limit_of_open_files(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, limits)
     assert len(found.table) > enough
+
+
+def test_a_trial_that_kills_its_worker_is_named_and_does_not_stop_the_study_for_ever(tmp_path):
+    def kills(run):
+        if run.seed == 1 and run.arm == "linear" and run.learning_rate == 0.1:
+            os._exit(1)
+        return 1.0 + run.seed + run.learning_rate
+
+    def attempt():
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as executor:
+            return compare(kills, executor=executor, out=tmp_path, progress=False)
+
+    named = "arm 'linear' at learning rate 0.1 with seed 1."
+    with pytest.raises(BrokenProcessPool) as first:
+        attempt()
+    assert f"A worker process died while these trials ran: {named}" in first.value.__notes__
+    assert "The next call runs them last, and one at a time." in first.value.__notes__
+    with pytest.raises(BrokenProcessPool) as second:
+        attempt()
+    assert len(second.value.comparison.table) == 8  # all others of tuning, and this one
+    assert "It counts as diverged from now on; call again to go on." in second.value.__notes__
+    found = attempt()
+    failed = found.table[found.table["error"] != ""]
+    assert len(failed) == 1 and "died in this trial" in failed["error"].iloc[0] and len(found.table) == 18
+
+
+def test_a_trial_that_kills_every_worker_of_a_scheduler_is_an_outcome(tmp_path):
+    class Killed(Exception):
+        pass
+
+    Killed.__name__ = "KilledWorker"  # as Dask raises after several attempts
+
+    class Scheduler:
+        def submit(self, function, parcel, keys):
+            future = concurrent.futures.Future()
+            try:
+                if keys[0].seed == 1001:
+                    raise Killed("attempted 4 times")
+                future.set_result(function(parcel, keys))
+            except Exception as error:
+                future.set_exception(error)
+            return future
+
+    found = compare(train, executor=Scheduler())
+    failed = found.table[found.table["error"] != ""]
+    assert set(failed["seed"]) == {1001} and set(failed["diverged"]) == {True}
+    assert failed["error"].str.contains("Workers that tried this trial died: attempted 4 times").all()
 
 
 def test_what_cannot_travel_is_named(spawned):

@@ -37,7 +37,7 @@ from adaptive_optax.study.engine.jobs import check_executor, describe_executor
 from adaptive_optax.study.engine.progress import TrialProgress
 from adaptive_optax.study.engine.run import Train
 from adaptive_optax.study.engine.runner import Runner
-from adaptive_optax.study.engine.store import Look, Store
+from adaptive_optax.study.engine.store import DIED, Look, Store
 from adaptive_optax.study.engine.trials import one_study
 from adaptive_optax.study.evaluation import Arm, Evaluate, declared
 from adaptive_optax.study.result import FIRST_FRESH_SEED, Comparison, collect
@@ -370,7 +370,7 @@ def _refuse_broken(results: Results, arms: Mapping[str, Any]) -> None:
 
 
 def _note(table: pd.DataFrame, store: Store | None, keys: Sequence[Key]) -> str:
-    count, raised = len(table), any(table["error"].tolist())
+    count, raised = len(table), any(error and not error.startswith(DIED) for error in table["error"])
     trials = "1 finished trial is" if count == 1 else f"{count} finished trials are"
     note = f"The {trials} in this exception's attribute 'comparison'"
     kept = store.count(keys) if store else 0

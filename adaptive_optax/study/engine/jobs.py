@@ -15,6 +15,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,6 +76,19 @@ class Jobs:
                 os.unlink(self._parcel.file)
         if self._own_folder is not None:
             shutil.rmtree(self._own_folder, ignore_errors=True)
+
+    def check(self) -> None:
+        """Lets a worker do nothing, so that what breaks the executor next is not the executor's own fault."""
+        call_on(self._executor, os.getpid)
+
+    def in_process(self, running: Mapping[Any, list[Key]]) -> list[list[Key]]:
+        """Of the chunks in flight when the executor broke, those that its workers were training."""
+
+        def broke(future: Any) -> bool:
+            return not future.done() or isinstance(future.exception(), BrokenProcessPool)
+
+        chunks = [keys for future, keys in running.items() if broke(future)]
+        return chunks[: getattr(self._executor, "_max_workers", len(chunks))]  # they begin in this order
 
     def submit(self, keys: Sequence[Key]) -> Any:
         """Submits a chunk; returns its future."""

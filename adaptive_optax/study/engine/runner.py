@@ -6,6 +6,7 @@ import contextlib
 import io
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from jax.experimental import multihost_utils
 from adaptive_optax.study.engine.chunks import Key, Results, pack, read_arrays, unpack
 from adaptive_optax.study.engine.jobs import POLL_SECONDS, Jobs, done_of, most_jobs
 from adaptive_optax.study.engine.progress import TrialProgress
-from adaptive_optax.study.engine.store import Store
+from adaptive_optax.study.engine.store import DIED, Store
 from adaptive_optax.study.engine.trainers import Trainer
 
 
@@ -43,8 +44,8 @@ class Runner:
         self.results: Results = {}
         if store is not None:
             found = store.read()
-            store.forget_raised()  # what was missing may be there now
-            self.results |= {key: curves for key, curves in found.items() if not str(curves.error)}
+            again = store.forget_raised()  # what they lacked may be there now
+            self.results |= {key: curves for key, curves in found.items() if key not in again}
         self._exchange()
 
     def close(self) -> None:
@@ -101,15 +102,19 @@ class Runner:
         """Trains chunks on the executor's workers; those that another process is training come last."""
         running: dict[Any, tuple[list[Key], contextlib.ExitStack]] = {}
         began = time.perf_counter()
-        waiting, taken, most = list(chunks), [], most_jobs(self.store is not None)
+        suspected = self.store.suspected() if self.store else set[Key]()
+        waiting = sorted(chunks, key=lambda chunk: not suspected.isdisjoint(chunk))  # those come last
+        taken, most = [], most_jobs(self.store is not None)
         try:
             while waiting or taken or running:
-                while waiting and len(running) < most:
+                while waiting and len(running) < (most if suspected.isdisjoint(waiting[0]) else 1):
                     chunk = waiting.pop(0)
                     with contextlib.ExitStack() as claim:
                         is_mine = claim.enter_context(self._claim(chunk))
                         missing = self._missing(chunk)
                         if is_mine and missing:
+                            if not suspected.isdisjoint(missing):
+                                jobs.check()
                             job = jobs.submit(missing)
                             running[job] = missing, claim.pop_all()
                             continue
@@ -124,7 +129,10 @@ class Runner:
                 if not running and not waiting:
                     time.sleep(POLL_SECONDS * bool(taken))
                     waiting, taken = taken, []
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, BrokenProcessPool):
+                in_flight = {future: keys for future, (keys, _) in running.items()}
+                self._blame(error, jobs.in_process(in_flight), suspected, phase)
             for future in list(running):
                 future.cancel()
                 if future.done():  # what has finished is not lost with what failed
@@ -137,15 +145,46 @@ class Runner:
 
     def _receive(self, future: Any, running: dict[Any, Any], jobs: Jobs, phase: str) -> int:
         """Keeps the results of a job that is done; returns their number, 0 if it has to run again."""
-        keys, claim = running.pop(future)
-        with claim:
+        keys = running[future][0]
+        try:
             found = jobs.result(future, keys)
+        except BrokenProcessPool:
+            raise  # the caller looks at all that are in flight
+        except Exception as error:
+            # Dask has tried it on several workers, each of which died.
+            found = (
+                self.trainer.lost(keys, f"Workers that tried this trial died: {error}")
+                if _is_killed(error)
+                else None
+            )
+            if found is None:
+                with running.pop(future)[1]:
+                    raise
+        with running.pop(future)[1] as claim:
             if not isinstance(found, dict):
                 running[found] = keys, claim.pop_all()
                 return 0
             self._keep(found, phase)
             self.progress.advance(len(keys))
             return len(keys)
+
+    def _blame(self, error: BaseException, chunks: list[list[Key]], suspected: set[Key], phase: str) -> None:
+        """Says during which trials a worker died; one that did so before, and alone now, has an outcome."""
+        keys = [key for chunk in chunks for key in chunk]
+        if not keys:
+            return
+        named = [f"arm {key.arm!r} at learning rate {key.rate:g} with seed {key.seed}" for key in keys]
+        error.add_note(f"A worker process died while these trials ran: {'; '.join(named)}.")
+        if self.store is None:
+            return
+        if len(chunks) == 1 and suspected.issuperset(keys):
+            found = self.trainer.lost(keys, f"{DIED}, and in an earlier attempt at it.")
+            if found is not None:
+                self._keep(found, phase)
+                error.add_note("It counts as diverged from now on; call again to go on.")
+            return
+        self.store.suspect(keys)
+        error.add_note("The next call runs them last, and one at a time.")
 
     @contextlib.contextmanager
     def _claim(self, chunk: list[Key]) -> Iterator[bool]:
@@ -182,6 +221,11 @@ class Runner:
         else:
             for results in each:
                 self.results |= results
+
+
+def _is_killed(error: Exception) -> bool:
+    """Whether a scheduler has given up on a job whose workers died."""
+    return type(error).__name__ == "KilledWorker"
 
 
 def _pack_all(results: Results) -> bytes:

@@ -47,6 +47,10 @@ class Trainer(Protocol):
         """Trains a chunk, or a part of one."""
         ...
 
+    def lost(self, keys: Sequence[Key], error: str) -> Results | None:
+        """The outcomes of trials that ended their process; None if they are no outcomes."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TaskTrainer:
@@ -90,6 +94,11 @@ class TaskTrainer:
         )
         curves = compiled.run(trials, lambda step: on_progress(step / self.plan.steps))
         return {key: Curves(*each) for key, each in zip(keys, zip(*curves, strict=True), strict=True)}
+
+    def lost(self, keys: Sequence[Key], error: str) -> Results | None:
+        """A task's trials all run in the same way: it is not theirs."""
+        del keys, error
+        return None
 
     def _compiled_rate(self, key: Key) -> float | None:
         return key.rate if self.arms[key.arm].compilation == "per rate" else None
@@ -137,6 +146,19 @@ class FunctionTrainer:
             )
             found[key] = run_trial(self.function, run)
             on_progress((i + 1) / len(keys))
+        return found
+
+    def lost(self, keys: Sequence[Key], error: str) -> Results | None:
+        """They have diverged, as those that raised."""
+
+        def ended(run: Run) -> None:
+            del run
+            raise RuntimeError(error)
+
+        found: Results = {}
+        for key in keys:
+            curves = run_trial(ended, Run(key.arm, key.rate, key.seed, self.steps, self.arms[key.arm]))
+            found[key] = curves._replace(error=np.array(error))
         return found
 
     def _seed(self, seed: int) -> int:
