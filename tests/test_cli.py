@@ -75,6 +75,10 @@ number = 3
 scored = dataclasses.replace(task, metric=score, maximize=True)
 logarithm = dataclasses.replace(task, metric=turns_negative)
 unsaid = dataclasses.replace(task, metric=score)
+
+
+def raises(run):
+    return {}["nothing"]
 """
 
 # Modules that cannot be imported: their code, and what the sentence says.
@@ -484,6 +488,15 @@ def test_help_reads_well(command):
             assert each in words
     if command == ["lr-find"]:
         assert "lr_find.csv and lr_find.png" in text and "finished trials" not in text
+
+
+def test_an_arm_that_always_raises_is_named_with_what_it_raised():
+    arms = "a=mine:my_arm,b=mine:my_arm"
+    result = call(
+        "compare", "mine:raises", "--arms", arms, "--steps", 2, "--rates", "0.1", "--tuning-seeds", 1
+    )
+    assert result.exit_code == 1
+    assert re.search(r"trial of arm 'a' raised, the first with KeyError: 'nothing'; use", result.output)
 
 
 @pytest.mark.parametrize(

@@ -2,12 +2,15 @@
 
 import concurrent.futures
 import functools
+import json
 import multiprocessing
 import os
 import shutil
 import threading
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import optax
 import own_script
@@ -18,11 +21,12 @@ from own_script import ARMS, constant, train
 import adaptive_optax as ao
 from adaptive_optax import study
 from adaptive_optax.study.engine import jobs
-from adaptive_optax.study.engine.chunks import Key
+from adaptive_optax.study.engine.chunks import NO_STEPS, Curves, Key
 from adaptive_optax.study.engine.code import digest_code
 from adaptive_optax.study.engine.jobs import check_executor
 from adaptive_optax.study.engine.progress import TrialProgress
 from adaptive_optax.study.engine.runner import Runner
+from adaptive_optax.study.engine.store import ArmPrograms, Store
 from adaptive_optax.study.engine.trainers import FunctionTrainer
 
 SETTINGS = {"learning_rates": [0.1, 0.3], "steps": 40, "seeds": 5, "tuning_seeds": 2, "growth": 0}
@@ -206,7 +210,8 @@ def test_an_arm_whose_every_trial_raises_ends_the_study_and_shows_the_first():
         return 1.0
 
     with pytest.raises(
-        RuntimeError, match=r"all 4 trials of arm 'linear' raised; the first:(?s:.*)no 0.1"
+        RuntimeError,
+        match=r"all 4 trials of arm 'linear' raised, the first with KeyError: 'no 0.1'(?s:.*)no 0.1",
     ) as error:
         compare(function)
     assert len(error.value.comparison.table) == 8  # nothing that was computed is lost
@@ -217,6 +222,12 @@ def test_an_arm_whose_every_trial_raises_ends_the_study_and_shows_the_first():
     [
         (lambda run: None, "train must return the final metric or report it"),
         (lambda run: "high", "metric must be a number, got 'high'"),
+        (lambda run: "0.5", "metric must be a number, got '0.5'"),
+        (lambda run: np.complex64(1), "metric must be a number"),
+        (lambda run: jnp.ones((), jnp.complex64), "metric must be a number"),
+        (lambda run: 1j, "metric must be a number"),
+        (lambda run: True, "metric must be a number, got True"),
+        (lambda run: np.ones(2).sum() > 1, "metric must be a number"),
         (lambda run: run.report(-1, 0.0), "step must be an integer of at least 0, got -1"),
         (lambda run: run.report(1.5, 0.0), "step must be an integer"),
         (
@@ -296,17 +307,59 @@ def test_a_folder_resumes_and_adds_seeds(tmp_path, undisturbed, monkeypatch):
     assert len(calls) == len(undisturbed.table) + 4 and more.details.looks == (5, 7)
 
 
-def test_a_trial_that_raised_is_not_trained_again(tmp_path, monkeypatch):
+def test_trials_that_raised_run_again_when_what_they_lacked_is_there(tmp_path, monkeypatch):
+    monkeypatch.setattr(own_script, "calls", [])
+    calls, there = own_script.calls, tmp_path / "data"
+
     def function(run):
         own_script.calls.append(run)
-        if run.seed == 1000:
-            raise RuntimeError("once")
+        if run.seed >= 1000 and run.arm == "linear":
+            there.read_text()
         return 1.0 + run.seed
 
-    monkeypatch.setattr(own_script, "calls", [])
-    found, again = compare(function, out=tmp_path), compare(function, out=tmp_path)
-    assert len(own_script.calls) == len(found.table)
-    pd.testing.assert_frame_equal(again.table, found.table)
+    found = compare(function, out=tmp_path / "out")
+    raised = found.table[found.table["error"] != ""]
+    assert len(raised) == 5 and len(calls) == len(found.table)
+    there.write_text("")
+    calls.clear()
+    again = compare(function, out=tmp_path / "out")
+    assert len(calls) == 5 and not again.table["error"].any()
+    calls.clear()
+    pd.testing.assert_frame_equal(compare(function, out=tmp_path / "out").table, again.table)
+    assert not calls
+
+
+def test_an_arm_whose_trials_all_raised_is_tried_again(tmp_path):
+    there = tmp_path / "data"
+
+    def function(run):
+        if run.arm == "linear":
+            there.read_text()
+        return 1.0 + run.seed
+
+    with pytest.raises(RuntimeError, match="'linear' raised, the first with FileNotFoundError: ") as error:
+        compare(function, out=tmp_path / "out")
+    assert "from which the study can resume; trials that raised run again." in error.value.__notes__[0]
+    there.write_text("")
+    assert compare(function, out=tmp_path / "out").verdict()
+
+
+def test_another_process_does_not_repeat_what_was_repeated(tmp_path):
+    key = Key("a", 0.1, 0)
+    failed, trained = (_outcome(error) for error in ("Traceback", ""))
+    stores = [Store(tmp_path, {}, {"a": ArmPrograms(False, lambda rate: {"code": "x"})}) for _ in range(2)]
+    stores[0].write({key: failed})
+    for store in stores:
+        store.read()
+        store.forget_raised()
+        assert not store.read()
+    stores[0].write({key: trained})
+    assert str(stores[1].read()[key].error) == "" and not stores[1].read()
+
+
+def _outcome(error):
+    steps = np.array([1])
+    return Curves(np.zeros(0), np.ones(1), np.zeros((0, 4)), steps, NO_STEPS, np.array(error))
 
 
 def test_a_changed_function_or_arm_is_refused(tmp_path):
@@ -374,6 +427,69 @@ def test_threads_give_it_too_and_need_no_pickling(undisturbed):
     with concurrent.futures.ThreadPoolExecutor(2) as executor:
         found = compare(function, executor=executor)
     pd.testing.assert_frame_equal(found.table, undisturbed.table)
+
+
+def test_open_locks_stay_below_the_limit_of_open_files(tmp_path):
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    in_use = len(os.listdir("/proc/self/fd")) if os.path.exists("/proc/self/fd") else 100
+    enough = 2 * in_use + 40  # half of it is free for locks
+    settings = {"learning_rates": np.geomspace(0.01, 0.3, 10), "tuning_seeds": enough // 10, "steps": 1}
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (enough, limits[1]))
+        with concurrent.futures.ThreadPoolExecutor(2) as executor:
+            found = compare(train, executor=executor, out=tmp_path, **settings)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(found.table) > enough
+
+
+def test_a_trial_that_kills_its_worker_is_named_and_does_not_stop_the_study_for_ever(tmp_path):
+    def kills(run):
+        if run.seed == 1 and run.arm == "linear" and run.learning_rate == 0.1:
+            os._exit(1)
+        return 1.0 + run.seed + run.learning_rate
+
+    def attempt():
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(1, mp_context=context) as executor:
+            return compare(kills, executor=executor, out=tmp_path, progress=False)
+
+    named = "arm 'linear' at learning rate 0.1 with seed 1."
+    with pytest.raises(BrokenProcessPool) as first:
+        attempt()
+    assert f"A worker process died while these trials ran: {named}" in first.value.__notes__
+    assert "The next call runs them last, and one at a time." in first.value.__notes__
+    with pytest.raises(BrokenProcessPool) as second:
+        attempt()
+    assert len(second.value.comparison.table) == 8  # all others of tuning, and this one
+    assert "It counts as diverged from now on; call again to go on." in second.value.__notes__
+    found = attempt()
+    failed = found.table[found.table["error"] != ""]
+    assert len(failed) == 1 and "died in this trial" in failed["error"].iloc[0] and len(found.table) == 18
+
+
+def test_a_trial_that_kills_every_worker_of_a_scheduler_is_an_outcome(tmp_path):
+    class Killed(Exception):
+        pass
+
+    Killed.__name__ = "KilledWorker"  # as Dask raises after several attempts
+
+    class Scheduler:
+        def submit(self, function, parcel, keys):
+            future = concurrent.futures.Future()
+            try:
+                if keys[0].seed == 1001:
+                    raise Killed("attempted 4 times")
+                future.set_result(function(parcel, keys))
+            except Exception as error:
+                future.set_exception(error)
+            return future
+
+    found = compare(train, executor=Scheduler())
+    failed = found.table[found.table["error"] != ""]
+    assert set(failed["seed"]) == {1001} and set(failed["diverged"]) == {True}
+    assert failed["error"].str.contains("Workers that tried this trial died: attempted 4 times").all()
 
 
 def test_what_cannot_travel_is_named(spawned):
@@ -681,3 +797,34 @@ def test_seeds_that_never_differ_may_not_be_used():
     found = compare(lambda run: 1.0 + (run.arm == "linear")).verdict()
     assert found.reason == "deterministic task"
     assert found.sentence.endswith("Does train use run.seed?")
+
+
+def test_status_needs_only_to_read_and_says_what_is_not_there_yet(tmp_path, monkeypatch):
+    compare(train, out=tmp_path / "out")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "study.json").write_text("{}")
+    store = Store(tmp_path / "out", {**json.loads((tmp_path / "out" / "study.json").read_text())["study"]})
+    with store.claim([Key("linear", 0.1, 7)]):
+        open_file = os.open
+
+        def read_only(path, flags, *more, **settings):
+            if flags & (os.O_RDWR | os.O_WRONLY | os.O_CREAT):
+                raise PermissionError(13, "Permission denied", path)
+            return open_file(path, flags, *more, **settings)
+
+        monkeypatch.setattr(os, "open", read_only)
+        status = study.read_status(tmp_path / "out")
+    assert status.finished == status.wanted == 18 and status.running == 1
+    for folder, reason in (
+        ("empty", "it holds no study yet"),
+        ("begun", "its study has just begun, and no trial yet"),
+        ("absent", "there is no folder"),
+    ):
+        with pytest.raises(ValueError, match=reason):
+            study.read_status(tmp_path / folder)
+
+
+def test_the_class_of_an_executor_is_no_executor():
+    with pytest.raises(ValueError, match="executor must be .*, got the class ThreadPoolExecutor"):
+        compare(train, executor=concurrent.futures.ThreadPoolExecutor)

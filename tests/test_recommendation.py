@@ -13,7 +13,9 @@ from test_report import Page, changed, written_page
 
 from adaptive_optax import study
 from adaptive_optax.study.arms import AVERAGES, OPTIMIZERS, SCHEDULE_FREE, SCHEDULES
+from adaptive_optax.study.decay import _arms
 from adaptive_optax.study.details import Details
+from adaptive_optax.study.evaluation import declared
 from adaptive_optax.study.recommendation import code_for, simplicity
 
 EFFECTS = {"better": -0.05, "best": -0.1, "worse": 0.1, "equivalent": 0.0, "undecided": -0.01}
@@ -227,3 +229,29 @@ def test_it_works_on_a_loaded_comparison(tmp_path):
         "# After training, use the average of the parameters, which was judged.",
         "averaged = ao.swap_averaged(model, opt_state)  # after training",
     ]
+
+
+def test_rates_are_written_as_short_as_float32_allows():
+    details = found(C, f"{COS} is better", own=[COS]).details
+    for rate, written in ((float(np.float32(0.1)), "(0.1"), (0.1234567890123, "(0.1234567890123")):
+        details = dataclasses.replace(details, best_rates={C: rate, COS: rate})
+        assert written + ")" in code_for(details, C) and written + ", 1000)" in code_for(details, COS)
+
+
+@pytest.mark.parametrize("name", ["constant", "linear", "1-sqrt", "halved", "constant:averaged"])
+def test_the_code_of_an_arm_with_ones_own_optimizer_runs(name):
+    arms = _arms(lambda rate: optax.sgd(rate))
+    details = changed(found("constant", "other is better", own=["constant", "other"]), own_arms={}).details
+    sources = {"constant": declared(arms[name], "source")}
+    rates = {"constant": float(np.float32(0.1)), "other": 0.1}
+    code = code_for(dataclasses.replace(details, own_arms=sources, best_rates=rates, steps=4), "constant")
+    names = {"optimizer": lambda rate: optax.sgd(rate)}
+    exec(code, names)
+    params = jnp.ones(3)
+    assert "0.1000000" not in code
+    both = arms[name](0.1, 4), names["tx"]
+    states = [tx.init(params) for tx in both]
+    for _ in range(3):
+        steps = [tx.update(params, state, params) for tx, state in zip(both, states, strict=True)]
+        states = [state for _, state in steps]
+        np.testing.assert_array_equal(*(updates for updates, _ in steps))

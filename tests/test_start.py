@@ -1,6 +1,7 @@
 """Going on from a run under way: what is taken over, what begins now, and what decaying now gains."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +73,93 @@ def test_adam_of_either_library_goes_on_in_the_other(run, arm):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4), updates, expected)
 
 
+def in_groups(make, other=None):
+    return optax.multi_transform({"x": make(1e-3), "y": (other or make)(1e-3)}, {"a": "x", "b": "y"})
+
+
+def twice(scale_by):
+    return optax.chain(scale_by(), scale_by(b1=0.8), optax.scale_by_learning_rate(1e-3))
+
+
+@pytest.mark.parametrize(
+    "tx",
+    [
+        optax.masked(optax.adam(1e-3), {"a": True, "b": False}),
+        in_groups(optax.adam),
+        in_groups(optax.adam, optax.sgd),
+        in_groups(ao.adam, optax.adam),
+        optax.amsgrad(1e-3),
+        twice(optax.scale_by_adam),
+        twice(ao.scale_by_adam),
+        optax.adafactor(1e-3, min_dim_size_to_factor=2),
+        optax.rmsprop(1e-3, bias_correction=True),
+        ao.partition_by_path({"b": ao.adam(1e-3), ".*": ao.adamw(1e-3)}),
+    ],
+)
+def test_the_same_optimizer_goes_on_with_every_moment(tx):
+    same(carry_moments(after(tx), tx.init(PARAMS), PARAMS), after(tx))
+
+
+def test_accumulated_gradients_begin_now():
+    tx = optax.MultiSteps(optax.adam(optax.linear_schedule(1e-3, 0, 10)), 4).gradient_transformation()
+    run, new = after(tx, 7), tx.init(PARAMS)
+    state = carry_moments(run, new, PARAMS)
+    same(state.inner_opt_state[0], run.inner_opt_state[0])
+    expected = new._replace(inner_opt_state=None), new.inner_opt_state[1]
+    same((state._replace(inner_opt_state=None), state.inner_opt_state[1]), expected)
+
+
+@pytest.mark.parametrize("params", [jnp.ones(4), jnp.ones(()), {"w": jnp.ones(4)}])
+def test_a_count_is_no_moment(params):
+    run, arm = optax.adam(optax.constant_schedule(0.1)), optax.adam(optax.linear_schedule(0.1, 0.0, 30))
+    _, state = run.update(params, run.init(params), params)
+    found = carry_moments(state, arm.init(params), params)
+    assert int(found[0].count) == 1 and int(found[1].count) == 0
+
+
+COUNTERPARTS = {  # of one optimizer, whose moments are the same numbers
+    "adam": [ao.adam(1e-3), optax.adamw(1e-3), in_groups(optax.adam), in_groups(ao.adam)],
+    "rmsprop": [ao.rmsprop(1e-3), optax.rmsprop(1e-3), in_groups(optax.rmsprop)],
+    "corrected": [
+        ao.rmsprop(1e-3, bias_correction=True),
+        optax.rmsprop(1e-3, bias_correction=True),
+    ],
+    "centered": [ao.rmsprop(1e-3, centered=True), optax.rmsprop(1e-3, centered=True)],
+    "momentum": [
+        ao.sgd(1e-3, momentum=0.9),
+        optax.sgd(1e-3, momentum=0.9),
+        in_groups(lambda rate: optax.sgd(rate, 0.9)),
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("run", "arm"), [(run, arm) for family in COUNTERPARTS.values() for run in family for arm in family]
+)
+def test_moments_go_on_in_the_other_library_and_in_other_groups(run, arm):
+    updates, _ = arm.update(GRADIENTS, carry_moments(after(run), arm.init(PARAMS), PARAMS), PARAMS)
+    expected, _ = arm.update(GRADIENTS, after(arm), PARAMS)
+    compared = functools.partial(np.testing.assert_allclose, rtol=1e-3)  # weight decay differs
+    jax.tree.map(compared, updates, expected)
+
+
+@pytest.mark.parametrize("arm", [ao.adam(1e-3), optax.adam(1e-3)])
+def test_moments_go_on_without_the_maximum(arm):
+    state = carry_moments(after(optax.amsgrad(1e-3)), arm.init(PARAMS), PARAMS)
+    updates, _ = arm.update(GRADIENTS, state, PARAMS)
+    expected, _ = arm.update(GRADIENTS, after(arm), PARAMS)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), updates, expected)
+
+
+def test_shared_second_moments_go_on_per_coordinate():
+    run = after(ao.adam(1e-3, granularity="tensor"))
+    state = carry_moments(run, optax.adam(1e-3).init(PARAMS), PARAMS)
+    same(state[0].nu, jax.tree.map(jnp.full_like, PARAMS, run[0].nu))
+    coarser = carry_moments(state, ao.adam(1e-3, granularity="global").init(PARAMS), PARAMS)
+    mean = (6 * run[0].nu["a"] + 3 * run[0].nu["b"]) / 9
+    np.testing.assert_allclose(coarser[0].nu, mean, rtol=1e-6)
+
+
 def test_a_schedule_of_the_run_does_not_go_on():
     run = ao.adam(optax.linear_schedule(1.0, 0.0, 4))
     arm = ao.adam(optax.linear_schedule(0.5, 0.0, 10))
@@ -88,6 +176,13 @@ def test_an_average_begins_now():
 
 
 # ---- In a study ----
+
+
+class OwnState(NamedTuple):
+    """What a user's own transformation keeps."""
+
+    total: jax.Array
+
 
 CURVATURE, NOISE, RATE, STEPS, DIMENSIONS = 1.0, 1.0, 0.2, 8, 16
 TASK = quadratic_task(CURVATURE, NOISE, DIMENSIONS)
@@ -134,7 +229,8 @@ def test_arms_go_on_from_the_same_place_as_the_run_itself():
     arms = {"same": lambda rate, steps: ao.adam(rate), "optax's": lambda rate, steps: optax.adam(rate)}
     settings = SETTINGS | {"seeds": 5, "steps": 10, "learning_rates": [0.05]}
     from_run = study.compare(TASK, arms, start=study.Start(params, state), **settings)
-    fresh = study.compare(TASK, arms, start=study.Start(params, ()), **settings)
+    with pytest.warns(UserWarning, match="start.opt_state is None: arm .* begins with moments of zero"):
+        fresh = study.compare(TASK, arms, start=study.Start(params, None), **settings)
     ours, theirs = (from_run.table.query(f'arm == "{name}"')["final_metric"].to_numpy() for name in arms)
     np.testing.assert_allclose(ours, theirs, rtol=1e-4)
     assert np.abs(from_run.table["final_metric"] - fresh.table["final_metric"]).min() > 1e-6
@@ -166,6 +262,39 @@ def test_a_resumed_fork_is_recognized_by_where_it_began(tmp_path):
 def test_a_start_that_does_not_fit_is_refused(start, message):
     with pytest.raises(ValueError, match=message):
         study.compare(TASK, ARMS, start=start, **SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("opt_state", "message"),
+    [
+        ((), "'adam:constant' can go on with, .*ScaleByAdamState; got a tuple. Pass"),
+        ([{"count": 3}, {}], "got a list. Pass"),
+        (optax.sgd(0.1, momentum=0.9).init(jnp.ones(16)), "got optax.EmptyState, optax.TraceState. Pass"),
+        (
+            ao.adam(0.1).init({"z": jnp.ones(3)}),
+            "adaptive_optax.ScaleByAdamState.*, of other parameters or groups",
+        ),
+    ],
+)
+def test_a_state_without_moments_for_an_arm_is_refused(opt_state, message):
+    arms = ["adam:constant", "adam:linear"]
+    with pytest.raises(ValueError, match=f"start.opt_state must hold moments that arm .*{message}"):
+        study.compare(TASK, arms, start=study.Start(jnp.ones(16), opt_state), **SETTINGS)
+
+
+def test_an_optimizer_of_ones_own_must_declare_its_moments():
+    def own(rate, steps):
+        tx = optax.GradientTransformation(
+            lambda params: OwnState(jnp.zeros_like(params)),
+            lambda updates, state, params=None: (updates + 0.5 * state.total, OwnState(updates)),
+        )
+        return optax.chain(tx, optax.scale_by_learning_rate(rate))
+
+    start = study.Start(jnp.ones(16), own(0.1, 1).init(jnp.ones(16)))
+    with pytest.raises(
+        ValueError, match="got optax.EmptyState, test_start.OwnState. Declare those of test_start.Own"
+    ):
+        study.compare(TASK, {"own": own, "other": own}, start=start, **SETTINGS)
 
 
 def test_a_step_is_a_count():
@@ -248,9 +377,9 @@ def test_a_start_is_shown_in_a_few_words():
 
 
 def test_what_cannot_be_taken_over_is_said():
-    found = study.decay_now(
-        TASK, study.Start(jnp.ones(16), ()), steps=4, learning_rate=0.1, seeds=5, margin=1.0
-    )
+    start = study.Start(jnp.ones(16), None)
+    with pytest.warns(UserWarning, match="start.opt_state is None"):
+        found = study.decay_now(TASK, start, steps=4, learning_rate=0.1, seeds=5, margin=1.0)
     assert found.sentence.endswith(
         "adam at a rate of 0.1, whose moments begin anew: the state holds none for it."
     )

@@ -196,3 +196,17 @@ def test_a_claim_is_held_until_it_is_let_go(tmp_path):
         assert first and not second
     with Store(tmp_path, {}).claim(keys) as third:
         assert third
+
+
+def test_processes_of_one_program_call_a_function_with_the_same_trials(tmp_path):
+    results = [tmp_path / f"{k}.npz" for k in (0, 1)]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    given = "--port", port, "--function", "--out", tmp_path / "out"
+    for process in [start(result, "--process", k, *given) for k, result in enumerate(results)]:
+        finish(process)
+    assert_same(*results)
+    found = study.load(results[0]).table
+    assert not found["error"].any() and (found["final_metric"] == 1.0 + found["seed"]).all()
+    assert len(finished_chunks(tmp_path / "out")) == len(found)

@@ -107,7 +107,7 @@ def from_optax(
     if not trusted:
         slots = states_of(ScaleByAdamState, tx.init(params))
         for moments, slot in zip(kept, slots, strict=False):
-            _refuse_infinity_norm(moments, _decimal(slot.b2))
+            _refuse_infinity_norm(moments, decimal(slot.b2))
     return state_with_moments("from_optax", tx, params, kept)
 
 
@@ -207,7 +207,7 @@ def state_with_moments(
         )
         if (given.nu_max is None) != (slot.nu_max is None):
             raise ValueError(f"{owner}: amsgrad must be the same in the state and in tx.")
-        b1, b2 = given.decays or (_decimal(slot.b1), _decimal(slot.b2))
+        b1, b2 = given.decays or (decimal(slot.b1), decimal(slot.b2))
 
         def scalar(value):
             return jnp.asarray(value, unwrapped(slot.bound_sq).dtype)
@@ -295,7 +295,7 @@ def _refuse_infinity_norm(moments: AdamMoments, b2: float) -> None:
         )
 
 
-def _decimal(decay: Any) -> float:
+def decimal(decay: Any) -> float:
     """The decimal number before rounding: with 0.999 rounded to float32, 1 - b2 would be off by 1e-5."""
     return float(str(np.asarray(unwrapped(decay))))
 

@@ -14,9 +14,9 @@ import optax
 
 from adaptive_optax._core.checks import check_transformation
 from adaptive_optax._core.paths import paths_and_leaves
-from adaptive_optax._core.states import children, states_of, unwrapped, with_children
+from adaptive_optax._core.states import children, unwrapped, with_children
 from adaptive_optax._core.trees import OptState, Params
-from adaptive_optax.interop.adam_states import OPTAX_ADAM, from_optax, to_optax
+from adaptive_optax.interop.counterparts import counterpart
 from adaptive_optax.interop.state_nodes import (
     Node,
     holds_states,
@@ -31,7 +31,6 @@ from adaptive_optax.moments.formats import dense, encode_like
 from adaptive_optax.moments.granularity import regrouped
 from adaptive_optax.moments.storage import Role
 from adaptive_optax.monitoring.telemetry import TelemetryState
-from adaptive_optax.transforms.adam import ScaleByAdamState, scale_by_adam
 from adaptive_optax.transforms.momentum import TraceState
 
 
@@ -123,7 +122,8 @@ def transfer_state(
 def carry_moments(old_state: OptState, new_state: OptState, params: Params) -> OptState:
     """Takes over the moments of a state, with their counts and weights; everything else stays as it is.
 
-    A state of optax's Adam also fills one of this library's, and the reverse.
+    States are matched as in `transfer_state`. One that has none of its type gets the moments of its
+    `counterpart`, such as optax's Adam's for this library's.
 
     Args:
         old_state: The state of a run under way.
@@ -134,22 +134,45 @@ def carry_moments(old_state: OptState, new_state: OptState, params: Params) -> O
         The new state. Leaves that were not filled are the same objects as before.
     """
     shapes = {path: np.shape(x) for path, x in paths_and_leaves(params)}
-    states = [old_state]
-    if states_of(OPTAX_ADAM, old_state):
-        states.append(from_optax(old_state, scale_by_adam(), params, trusted=True))
-    elif states_of(ScaleByAdamState, old_state) and states_of(OPTAX_ADAM, new_state):
-        states.append(to_optax(old_state))
-    found = (node for state in states for node in nodes(state, ""))
-    old = [_without_schedule(node) for node in found if _has_moments(node, shapes)]
-    return _Transfer(old, shapes, rows=[], used=set()).rebuilt(new_state, "")
+    old = [_without_schedule(node) for node in nodes_with_moments(old_state, params)]
+    return _Transfer(old, shapes, rows=[], used=set(), converts=True).rebuilt(new_state, "")
+
+
+def nodes_with_moments(state: OptState, params: Params) -> list[Node]:
+    """Finds the states that hold moments: those that declare them, of `trace`, and of optax."""
+    shapes = {path: np.shape(x) for path, x in paths_and_leaves(params)}
+    return [node for node in nodes(state, "") if _has_moments(node, shapes)]
+
+
+def undeclared_states(x: OptState) -> Iterator[Any]:
+    """Finds the states of other libraries that hold arrays, and do not say which of them are moments."""
+    own = own_fields(x) if is_state(x) else {}
+    if is_state(x) or holds_states(x) or type(x) in (tuple, list, dict):
+        for name, child in children(x):
+            if name not in own:
+                yield from undeclared_states(child)
+    elif any(np.ndim(leaf) for leaf in jax.tree.leaves(x)):
+        yield x
 
 
 def _has_moments(node: Node, shapes: dict[str, tuple[int, ...]]) -> bool:
-    """Whether a state declares moments, is of `trace`, or is optax's and has a tree like the parameters."""
+    """Whether a state holds moments; one of optax that has a tree like the parameters does."""
     if moments_declared_by(type(node.state)) or isinstance(node.state, TraceState):
         return True
     foreign = type(node.state).__module__.partition(".")[0] == "optax"
-    return foreign and any(leaves.keys() >= shapes.keys() for leaves in node.fields.values())
+    accumulates = isinstance(node.state, optax.MultiStepsState)  # gradients of a step that is not complete
+    return foreign and not accumulates and any(_is_moment(each, shapes) for each in node.fields.values())
+
+
+def _is_moment(leaves: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> bool:
+    """Whether these are of the parameters, or of those that a mask shows; a count is an integer."""
+    of_params = leaves.keys() & shapes.keys()
+    return (
+        bool(of_params)
+        and (leaves.keys() <= shapes.keys() or leaves.keys() >= shapes.keys())
+        and all(jnp.issubdtype(jnp.result_type(leaves[path]), jnp.inexact) for path in of_params)
+        and all(np.shape(leaves[path]) or not shapes[path] for path in of_params)
+    )
 
 
 def _without_schedule(node: Node) -> Node:
@@ -195,12 +218,14 @@ class _Transfer:
         shapes: The shapes of the parameters, by path.
         rows: What has happened to the arrays of the new state so far.
         used: The places of the old arrays that the new state has taken up.
+        converts: Whether states that have none of their type are filled by their counterparts.
     """
 
     old: list[Node]
     shapes: dict[str, tuple[int, ...]]
     rows: list[TransferRow]
     used: set[str]
+    converts: bool = False
 
     def rebuilt(self, x: Any, path: str) -> Any:
         """The new state, filled from the old one where possible."""
@@ -236,7 +261,11 @@ class _Transfer:
         return with_repaired_moments(x) if resized else x
 
     def _matches(self, x: Any, own: Any, path: str) -> _Matches:
-        same = [self._regrouped(node, x) for node in self.old if type(node.state) is type(x)]
+        same = [node for node in self.old if type(node.state) is type(x)]
+        if self.converts and not same:
+            found = (counterpart(node, x, self.shapes) for node in self.old)
+            same = [node for node in found if node is not None]
+        same = [self._regrouped(node, x) for node in same]
         if isinstance(x, TelemetryState):
             same = [n if self._measures_same(n, x) else _without_measurement(n) for n in same]
         source = self._source(x, own, path, same)

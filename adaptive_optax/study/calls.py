@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
 MODULES = {"adaptive_optax": "ao", "optax.contrib": "optax.contrib", "optax": "optax"}  # names in code
 IMPORTS = {"ao.": "import adaptive_optax as ao", "optax.": "import optax"}
 WIDTH = 100  # of a line of code
@@ -51,6 +53,11 @@ def written(assignments: Mapping[str, Any]) -> str:
     body = "\n".join(lines)
     used = [line for prefix, line in IMPORTS.items() if f" {prefix}" in body or f"({prefix}" in body]
     return "\n".join([*used, *lines])
+
+
+def shortest(rate: float) -> float:
+    """The shortest number that is the same in float32, as a state holds 0.1 as 0.10000000149011612."""
+    return float(str(np.float32(rate))) if float(np.float32(rate)) == rate else rate
 
 
 def _expression(value: Any, names: Mapping[int, str], width: int) -> str:

@@ -351,9 +351,13 @@ def _report_saved_trials(partial: Comparison | None, out: str | None, console: C
     if partial is None or partial.table.empty:
         console.print("Stopped before the first trials had finished.")
         return
-    console.print(f"Stopped after {len(partial.table)} finished trials.")
+    count = len(partial.table)
+    console.print(f"Stopped after {count} finished trial{'s' * (count > 1)}.")
     if out is not None and any(Path(out).glob("trials/*.npz")):
-        console.print(f"They are saved in {out}; run the same command again to resume.", markup=False)
+        console.print(
+            f"{'They are' if count > 1 else 'It is'} saved in {out}; run the same command again to resume.",
+            markup=False,
+        )
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ import inspect
 import math
 import os
 import platform
+import re
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from adaptive_optax._core.checks import check_bool, check_choice, check_integer, check_name, check_scalar
 from adaptive_optax._core.ranges import check_hyperparameter
@@ -35,7 +37,7 @@ from adaptive_optax.study.engine.jobs import check_executor, describe_executor
 from adaptive_optax.study.engine.progress import TrialProgress
 from adaptive_optax.study.engine.run import Train
 from adaptive_optax.study.engine.runner import Runner
-from adaptive_optax.study.engine.store import Look, Store
+from adaptive_optax.study.engine.store import DIED, Look, Store
 from adaptive_optax.study.engine.trials import one_study
 from adaptive_optax.study.evaluation import Arm, Evaluate, declared
 from adaptive_optax.study.result import FIRST_FRESH_SEED, Comparison, collect
@@ -86,7 +88,9 @@ def compare(
     Instead of a task, the first argument may be the user's own training function, in any framework:
     `train(run)` trains as its `Run` says, once per trial, and returns the final metric (or reports it, or
     yields metrics). It alone knows which devices it uses. A trial that raises is an outcome: it counts as
-    diverged, and the table keeps its traceback.
+    diverged, and the table keeps its traceback. With `out`, the next call runs it again: what it lacked may
+    be there by then. Under `jax.distributed` every process calls the function with the same trials in the
+    same order, so that one trial may use the devices of all; what process 0 returns and reports counts.
 
     Args:
         task: What to train: a task, or a function `train(run) -> metric`.
@@ -114,7 +118,9 @@ def compare(
             margin is required.
         out: A folder in which every finished chunk is saved. Called again, even after a crash, the study
             resumes where it stopped; several processes may share the folder. A training function is
-            recognized by its code and what it uses of its own module; changes elsewhere are not seen.
+            recognized by its code and what it uses of its own module: functions, classes and values, of a
+            namespace of options those that it reads by name. Changes in other modules are not seen; a warning
+            names values in which none can be seen.
         evaluate: What is judged, overriding the arms' own choice: a function for all arms, or a mapping from
             arms to functions, or to None for the trained parameters. An arm not named here is judged by its
             own `evaluate` (`judged_by`); without one, by the average it keeps (`average_parameters`); without
@@ -246,7 +252,7 @@ def compare(
         baseline=baseline,
         arms=tuple(arms),
         usual_arms=usual_arms,
-        own_arms={name: name for name in arms if listed and name.isidentifier()},
+        own_arms=_sources(arms, listed),
         steps=steps,
         tuning=tuning,
         tuning_seeds=tuning_seeds,
@@ -359,7 +365,7 @@ def compare(
             partial = so_far()
             vars(error)["comparison"] = partial
             if len(partial.table):
-                error.add_note(_note(len(partial.table), store, list(asked)))
+                error.add_note(_note(partial.table, store, list(asked)))
             raise
         finally:
             if runner is not None:
@@ -374,16 +380,22 @@ def _refuse_broken(results: Results, arms: Mapping[str, Any]) -> None:
     for name in arms:
         errors = [str(curves.error) for key, curves in results.items() if key.arm == name]
         if errors and all(errors):
-            raise RuntimeError(f"all {len(errors)} trials of arm {name!r} raised; the first:\n\n{errors[0]}")
+            which = "the only trial" if len(errors) == 1 else f"all {len(errors)} trials"
+            named = [line for line in errors[0].splitlines() if re.match(r"[\w.]+(:|$)", line)]
+            first = f", the first with {named[-1]}" if named else ""
+            raise RuntimeError(f"{which} of arm {name!r} raised{first}\n\n{errors[0]}")
 
 
-def _note(count: int, store: Store | None, keys: Sequence[Key]) -> str:
-    note = f"The {count} finished trials are in this exception's attribute 'comparison'"
+def _note(table: pd.DataFrame, store: Store | None, keys: Sequence[Key]) -> str:
+    count, raised = len(table), any(error and not error.startswith(DIED) for error in table["error"])
+    trials = "1 finished trial is" if count == 1 else f"{count} finished trials are"
+    note = f"The {trials} in this exception's attribute 'comparison'"
     kept = store.count(keys) if store else 0
     if store is None or not kept:
         return f"{note}."
     which = "" if kept == count else f"{kept} of them "
-    return f"{note}, and {which}in {str(store.path)!r}, from which the study can resume."
+    note = f"{note}, and {which}in {str(store.path)!r}, from which the study can resume"
+    return f"{note}; trials that raised run again." if raised else f"{note}."
 
 
 def _versions() -> dict[str, str]:
@@ -415,6 +427,13 @@ def _check_arms(arms: Any) -> tuple[dict[str, Arm], dict[str, str]]:
         check_name("the name of an arm", name)
     arms = {name: named_arm(each) if isinstance(each, str) else each for name, each in arms.items()}
     return arms, {name: each.__name__ for name, each in arms.items() if isinstance(each, NamedArm)}
+
+
+def _sources(arms: Mapping[str, Arm], listed: bool) -> dict[str, str]:
+    """Where the user's own arms come from, if known: what they say, or their names in a list."""
+    said = {name: declared(each, "source") for name, each in arms.items()}
+    named = {name: name for name in arms if listed and name.isidentifier()}
+    return named | {name: source for name, source in said.items() if isinstance(source, str)}
 
 
 _NAME_THEM = "give a dictionary with a name for each"

@@ -347,4 +347,7 @@ def _arms(optimizer: Any) -> dict[str, Arm]:
         return optax.chain(build(learning_rate), average_parameters())
 
     arms: dict[str, Arm] = {name: functools.partial(scheduled, schedule=name) for name in (CONSTANT, *DECAYS)}
-    return arms | {AVERAGED: averaged}
+    arms |= {AVERAGED: averaged}
+    for name, each in arms.items():
+        vars(each)["source"] = f"optimizer({name})"  # for the code of a recommendation
+    return arms

@@ -35,7 +35,7 @@ class Details:
         arms: All arms, in the user's order.
         usual_arms: For the standard arms, the name that `study.arm` takes.
         own_arms: Where the user's own arms are defined, if known: "module:function",
-            "path/to/file.py:function" or "function".
+            "path/to/file.py:function", "function", or "optimizer(schedule)" in `decay_now`.
         judged: Which parameters of an arm are judged; for a training function, those that
             `Run.eval_params` returns.
         steps: Training steps per trial.

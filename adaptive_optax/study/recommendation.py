@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Mapping
 
 from adaptive_optax._core.names import visible
-from adaptive_optax.study.arms import ESTIMATORS, WARMED, NamedArm
+from adaptive_optax.study.arms import ESTIMATORS, SCHEDULES, WARMED, NamedArm
 from adaptive_optax.study.arms import arm as named_arm
-from adaptive_optax.study.calls import IMPORTS
+from adaptive_optax.study.calls import IMPORTS, shortest, written
 from adaptive_optax.study.details import Details
 from adaptive_optax.study.judged import TRAINED
 from adaptive_optax.study.record import Record
@@ -33,7 +34,9 @@ class Recommendation:
         arm: The arm's name.
         learning_rate: Its peak learning rate, the one found in tuning.
         code: The statements that build its optax transformation as `tx`, with their imports; then, if not the
-            trained parameters were judged, how to obtain those that were.
+            trained parameters were judged, how to obtain those that were. Names that it does not define are
+            the user's: the mapping `arms` that was compared, an arm's function, or `decay_now`'s `optimizer`;
+            and after training `params`, `opt_state` and what else the evaluation needs.
         reason: The evidence, in one sentence.
 
     Examples:
@@ -124,9 +127,11 @@ def _listed(names: Iterable[str]) -> str:
 
 def code_for(details: Details, arm: str) -> str:
     """Writes the statements that build an arm at its best rate, and how to obtain what was judged."""
-    rate, steps = details.best_rates[arm], details.steps
+    rate, steps = shortest(details.best_rates[arm]), details.steps
     if usual := details.usual_arms.get(arm):
         lines = named_arm(usual).code(rate, steps).splitlines()
+    elif scheduled := re.fullmatch(r"optimizer\((.+)\)", details.own_arms.get(arm, "")):
+        lines = _scheduled(scheduled[1], rate, steps)
     else:
         imports, made = _own(details, arm)
         lines = [*imports, f"tx = {made}({rate!r}, {steps})"]
@@ -134,6 +139,17 @@ def code_for(details: Details, arm: str) -> str:
     missing = [line for prefix, line in IMPORTS.items() if f" {prefix}" in judged.code and line not in lines]
     after = [f"# After training, {judged.then}."] * bool(judged.then) + [judged.code] * bool(judged.code)
     return "\n".join(map(visible, [*missing, *lines, *after]))
+
+
+def _scheduled(name: str, rate: float, steps: int) -> list[str]:
+    """The user's optimizer, a function of a learning rate or schedule, as `decay_now` tries it."""
+    schedule, _, average = name.partition(":")
+    lines = written({"learning_rate": SCHEDULES[schedule](rate, steps)}).splitlines()
+    tx = "optimizer(learning_rate)"
+    if average:
+        lines = [IMPORTS["ao."], IMPORTS["optax."], *(each for each in lines if each not in IMPORTS.values())]
+        tx = f"optax.chain({tx}, ao.average_parameters())"
+    return ["# optimizer is the function given to decay_now.", *lines, f"tx = {tx}"]
 
 
 def _own(details: Details, arm: str) -> tuple[list[str], str]:

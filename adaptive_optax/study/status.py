@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -106,8 +107,15 @@ def read_status(path: str | os.PathLike[str]) -> Status:
     try:
         details = Details.from_json(json.loads((folder / DETAILS).read_text()))
     except (OSError, ValueError) as error:
+        reason = f"{DETAILS} cannot be read"
+        if not folder.is_dir():
+            reason = "there is no such folder"
+        elif (folder / "study.json").exists() and isinstance(error, FileNotFoundError):
+            reason = "its study has just begun, and no trial yet"
+        elif isinstance(error, FileNotFoundError):
+            reason = "it holds no study yet"
         raise ValueError(
-            f"path must be a folder that compare saves to, got {str(path)!r}: {DETAILS} cannot be read."
+            f"path must be a folder that compare saves to, got {str(path)!r}: {reason}."
         ) from error
     results, newest = _finished(folder)
     rows = {arm: _row(details, arm, results) for arm in details.arms}
@@ -141,16 +149,24 @@ def _finished(folder: Path) -> tuple[Results, float]:
 
 def _running(folder: Path) -> int:
     """The number of chunks whose locks are held."""
-    held = 0
-    for file in folder.glob("locks/*"):
-        if file.name != "study":
-            lock = filelock.FileLock(file)
-            try:
-                lock.acquire(timeout=0)
-                lock.release()
-            except filelock.Timeout:
-                held += 1
-    return held
+    return sum(_is_held(file) for file in folder.glob("locks/*") if file.name != "study")
+
+
+def _is_held(file: Path) -> bool:
+    """Whether a process holds a lock; on Unix a file that may only be read tells."""
+    try:
+        if sys.platform == "win32":
+            with filelock.FileLock(file, timeout=0):
+                return False
+        import fcntl
+
+        with file.open("rb") as opened:
+            fcntl.flock(opened, fcntl.LOCK_SH | fcntl.LOCK_NB)  # closing releases it
+    except (filelock.Timeout, BlockingIOError):
+        return True
+    except OSError:  # it has been removed, or may not be read
+        return False
+    return False
 
 
 def _row(details: Details, arm: str, results: Results) -> dict[str, object]:

@@ -124,7 +124,7 @@ class TaskSubject:
             given = function, self.task, self.plan, evaluates[name], self._rates[name]
             compilation, origin = check_arm(name, *given), None
             if start is not None:
-                origin = origin_of(start, function(self._rates[name], steps).init(start.params))
+                origin = origin_of(start, function(self._rates[name], steps).init(start.params), name)
                 compilation = check_arm(name, *given, origin)
             stream = 0 if paired_batches else stream_of(name)
             self.specs[name] = ArmSpec(function, compilation, evaluates[name], stream, origin)
@@ -256,9 +256,9 @@ class FunctionSubject:
     def store(self, out: Any) -> Store:
         """Opens a folder; trials are recognized by the code of the function and of their arm."""
 
-        def code(arm: Any) -> ArmPrograms:
-            name = arm.__name__ if isinstance(arm, NamedArm) else digest_code(arm)
-            return ArmPrograms(False, lambda rate: {"code": name})
+        def code(name: str, arm: Any) -> ArmPrograms:
+            found = arm.__name__ if isinstance(arm, NamedArm) else digest_code(arm, f"arm {name!r}")
+            return ArmPrograms(False, lambda rate: {"code": found})
 
         description = {
             "train code": digest_code(self._function),
@@ -267,7 +267,7 @@ class FunctionSubject:
             "maximize": self.maximize,
             "environment": {"python": ".".join(platform.python_version_tuple()[:2])},
         }
-        return Store(out, description, {name: code(arm) for name, arm in self._arms.items()})
+        return Store(out, description, {name: code(name, arm) for name, arm in self._arms.items()})
 
     def trainer(self, store: Store | None, executor: Any, *, trials: int) -> tuple[Trainer, dict[str, Any]]:
         """Calls the function."""

@@ -15,6 +15,7 @@ import socket
 import tempfile
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,6 +77,19 @@ class Jobs:
         if self._own_folder is not None:
             shutil.rmtree(self._own_folder, ignore_errors=True)
 
+    def check(self) -> None:
+        """Lets a worker do nothing, so that what breaks the executor next is not the executor's own fault."""
+        call_on(self._executor, os.getpid)
+
+    def in_process(self, running: Mapping[Any, list[Key]]) -> list[list[Key]]:
+        """Of the chunks in flight when the executor broke, those that its workers were training."""
+
+        def broke(future: Any) -> bool:
+            return not future.done() or isinstance(future.exception(), BrokenProcessPool)
+
+        chunks = [keys for future, keys in running.items() if broke(future)]
+        return chunks[: getattr(self._executor, "_max_workers", len(chunks))]  # they begin in this order
+
     def submit(self, keys: Sequence[Key]) -> Any:
         """Submits a chunk; returns its future."""
         if self._parcel is None:
@@ -107,6 +121,18 @@ class Jobs:
         return not informing.done() or number <= self._informed.setdefault(worker, self._submitted)
 
 
+def most_jobs(store: bool) -> int:
+    """How many jobs to submit at a time: with a folder each keeps a file open, of which half the limit."""
+    if not store:
+        return MOST_JOBS
+    try:
+        import resource
+    except ImportError:  # on Windows, where a process may open thousands
+        return MOST_JOBS
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return MOST_JOBS if files == resource.RLIM_INFINITY else max(1, min(MOST_JOBS, files // 2))
+
+
 def done_of(futures: Collection[Any]) -> Iterator[Any]:
     """Waits a moment for some futures to be done, and yields them."""
     if all(isinstance(future, concurrent.futures.Future) for future in futures):
@@ -134,11 +160,9 @@ def check_executor(executor: Any) -> None:
         ValueError: If it has no `submit`, or if its processes are forked: JAX has threads, and a fork of it
             may wait forever for a lock that one of them held.
     """
-    if not callable(getattr(executor, "submit", None)):
-        raise ValueError(
-            "executor must be a concurrent.futures.Executor, or None to train here, "
-            f"got {type(executor).__name__}."
-        )
+    if isinstance(executor, type) or not callable(getattr(executor, "submit", None)):
+        got = f"the class {executor.__name__}" if isinstance(executor, type) else type(executor).__name__
+        raise ValueError(f"executor must be a concurrent.futures.Executor, or None to train here, got {got}.")
     context = getattr(executor, "_mp_context", None)
     if context is not None and context.get_start_method() == "fork":
         raise ValueError(

@@ -210,7 +210,10 @@ def _step(step: Any) -> int:
 
 
 def _number(name: str, value: Any) -> float:
+    kind = str(getattr(value, "dtype", type(value).__name__))  # a tensor's of any library
     try:
+        if isinstance(value, str | bytes) or "complex" in kind or "bool" in kind:
+            raise TypeError
         return float(value)  # NumPy cannot convert a tensor that requires gradients
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name} must be a number, got {value!r}.") from error

@@ -6,6 +6,7 @@
     layout.json     the placement: how trials are distributed over the devices
     trials/*.npz    one file per finished chunk
     locks/*         held by the process that runs a chunk, released by the system if it dies
+    died.json       trials during which a worker process died
     set_aside/*     files that could not be used; nothing reads them
 
 Files are written under a temporary name, flushed, and renamed, so a file is complete or absent. Every file is
@@ -21,7 +22,7 @@ import os
 import tempfile
 import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ from adaptive_optax.study.engine.chunks import (
 
 FORMAT = 2  # of the folder; increase it whenever the engine trains differently or the files change
 DETAILS = "details.json"
+DIED = "A worker process died in this trial"  # begins the error of one that is not tried again
 ANY_RATE = "any"  # replaces the rate, for an arm whose program takes it as an argument
 
 
@@ -148,6 +150,9 @@ class Store:
         self._study = digest(json.dumps(self._description, sort_keys=True).encode())
         self._results: Results = {}  # what has been read from the folder so far
         self._read: set[str] = set()
+        self._outdated: dict[
+            str, int
+        ] = {}  # files whose trials run again, with the time of their last change
         self._notices: list[str] = []
         try:
             for folder in (self.path / "trials", self.path / "locks", self.path / "set_aside"):
@@ -321,10 +326,37 @@ class Store:
 
     def write(self, results: Results) -> None:
         """Writes a finished chunk."""
-        name = digest(repr(sorted(results)).encode()) + ".npz"
-        write_atomically(self.path / "trials" / name, pack(results, self._known_identity))
-        self._read.add(name)
+        path = self._file_of(results)
+        write_atomically(path, pack(results, self._known_identity))
+        self._read.add(path.name)
         self._results |= results
+
+    def _file_of(self, keys: Iterable[Key]) -> Path:
+        return self.path / "trials" / (digest(repr(sorted(keys)).encode()) + ".npz")
+
+    def forget_raised(self) -> list[Key]:
+        """Forgets the trials that raised, so that they run again; their files stay until then."""
+        errors = {key: str(curves.error) for key, curves in self._results.items()}
+        forgotten = [key for key, error in errors.items() if error and not error.startswith(DIED)]
+        for key in forgotten:
+            del self._results[key]
+            path = self._file_of([key])
+            with contextlib.suppress(OSError):
+                self._outdated[path.name] = path.stat().st_mtime_ns
+                self._read.discard(path.name)  # another process may replace it
+        return forgotten
+
+    def suspected(self) -> set[Key]:
+        """The trials during which a worker process died."""
+        try:
+            return {Key(str(arm), float(rate), int(seed)) for arm, rate, seed in self._read_json("died.json")}
+        except (FileNotFoundError, Unusable, TypeError, ValueError):  # it only orders the trials
+            return set()
+
+    def suspect(self, keys: Iterable[Key]) -> None:
+        """Records trials during which a worker process died, so that they run last and alone."""
+        with self._lock:
+            self._save("died.json", sorted(self.suspected() | set(keys)))
 
     def count(self, keys: Sequence[Key]) -> int:
         """How many of these trials are known to be in the folder."""
@@ -349,8 +381,9 @@ class Store:
         ages = {}
         for path in self.path.glob("trials/*.npz"):
             with contextlib.suppress(FileNotFoundError):  # another process has set it aside
-                if path.name not in self._read:
-                    ages[path] = path.stat().st_mtime_ns, path.name
+                changed = path.stat().st_mtime_ns
+                if path.name not in self._read and self._outdated.get(path.name) != changed:
+                    ages[path] = changed, path.name
         return sorted(ages, key=lambda path: ages[path])
 
     def _accept(self, path: Path) -> Results | None:

@@ -34,12 +34,21 @@ class ArmSpec(NamedTuple):
 class Trainer(Protocol):
     """Trains trials."""
 
+    @property
+    def divides(self) -> bool:
+        """Whether the processes of a distributed program divide the chunks, or all train every one."""
+        ...
+
     def chunks(self, keys: Sequence[Key]) -> list[list[Key]]:
         """Divides trials into those that are trained together."""
         ...
 
     def train(self, keys: Sequence[Key], on_progress: OnProgress) -> Results:
         """Trains a chunk, or a part of one."""
+        ...
+
+    def lost(self, keys: Sequence[Key], error: str) -> Results | None:
+        """The outcomes of trials that ended their process; None if they are no outcomes."""
         ...
 
 
@@ -61,6 +70,11 @@ class TaskTrainer:
     placement: Placement
     base_seed: int = 0
 
+    @property
+    def divides(self) -> bool:
+        """A program runs on the devices of one process."""
+        return True
+
     def chunks(self, keys: Sequence[Key]) -> list[list[Key]]:
         """Groups trials that share a compiled program, as many as the placement takes."""
         groups: dict[tuple[str, float | None], list[Key]] = {}
@@ -81,6 +95,11 @@ class TaskTrainer:
         curves = compiled.run(trials, lambda step: on_progress(step / self.plan.steps))
         return {key: Curves(*each) for key, each in zip(keys, zip(*curves, strict=True), strict=True)}
 
+    def lost(self, keys: Sequence[Key], error: str) -> Results | None:
+        """A task's trials all run in the same way: it is not theirs."""
+        del keys, error
+        return None
+
     def _compiled_rate(self, key: Key) -> float | None:
         return key.rate if self.arms[key.arm].compilation == "per rate" else None
 
@@ -88,6 +107,9 @@ class TaskTrainer:
 @dataclasses.dataclass(frozen=True, eq=False)
 class FunctionTrainer:
     """Calls the user's own training function, once per trial.
+
+    Under `jax.distributed` every process calls it with the same trials in the same order, so that it may
+    train over the devices of all of them; the results of process 0 count.
 
     Attributes:
         function: The training function.
@@ -102,6 +124,11 @@ class FunctionTrainer:
     steps: int
     base_seed: int = 0
     evaluates: Mapping[str, Evaluate | None] = dataclasses.field(default_factory=dict)
+
+    @property
+    def divides(self) -> bool:
+        """Collectives in the function need all processes."""
+        return False
 
     def chunks(self, keys: Sequence[Key]) -> list[list[Key]]:
         """Leaves every trial alone."""
@@ -122,6 +149,19 @@ class FunctionTrainer:
             )
             found[key] = run_trial(self.function, run)
             on_progress((i + 1) / len(keys))
+        return found
+
+    def lost(self, keys: Sequence[Key], error: str) -> Results | None:
+        """They have diverged, as those that raised."""
+
+        def ended(run: Run) -> None:
+            del run
+            raise RuntimeError(error)
+
+        found: Results = {}
+        for key in keys:
+            curves = run_trial(ended, Run(key.arm, key.rate, key.seed, self.steps, self.arms[key.arm]))
+            found[key] = curves._replace(error=np.array(error))
         return found
 
     def _seed(self, seed: int) -> int:
