@@ -67,7 +67,7 @@ def recommend(record: Record) -> Recommendation:
             arm, how = min(better, key=lambda arm: record.cost_of(verdicts[arm])), "ends best"
         reason = verdicts[arm].sentence
         if len(better) > 1:
-            reason = f"{reason[:-1]}; of the {len(better)} arms that are better, it {how}."
+            reason = f"{reason} Of the {len(better)} arms that are better, it {how}."
     else:
         arm, reason = _simplest(record.details, verdicts)
     return Recommendation(arm, record.details.best_rates[arm], code_for(record.details, arm), reason)

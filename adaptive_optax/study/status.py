@@ -108,9 +108,7 @@ def read_status(path: str | os.PathLike[str]) -> Status:
         details = Details.from_json(json.loads((folder / DETAILS).read_text()))
     except (OSError, ValueError) as error:
         reason = f"{DETAILS} cannot be read"
-        if not folder.is_dir():
-            reason = "there is no such folder"
-        elif (folder / "study.json").exists() and isinstance(error, FileNotFoundError):
+        if (folder / "study.json").exists() and isinstance(error, FileNotFoundError):
             reason = "its study has just begun, and no trial yet"
         elif isinstance(error, FileNotFoundError):
             reason = "it holds no study yet"

@@ -32,30 +32,13 @@ import numpy as np
 from adaptive_optax.study.engine.chunks import digest, digest_arrays
 
 _PLAIN = {bool, int, float, complex, str, bytes, type(None), type(Ellipsis), type(NotImplemented), range}
-_EMPTY = {
-    "_thread",
-    "weakref",
-    "_weakrefset",
-    "_abc",
-}  # modules of locks and caches, which hold nothing to know
-_OF_CLASS = {  # what a class has besides its members; line numbers change with a comment
-    *(
-        "__module__",
-        "__dict__",
-        "__weakref__",
-        "__doc__",
-        "__annotations__",
-        "__annotate__",
-        "__annotate_func__",
-    ),
-    *(
-        "__annotations_cache__",
-        "__firstlineno__",
-        "__static_attributes__",
-        "__abstractmethods__",
-        "_abc_impl",
-    ),
-}
+# Modules of locks and caches, which hold nothing to know.
+_EMPTY = {"_thread", "weakref", "_weakrefset", "_abc"}
+# What a class has besides its members; line numbers change with a comment.
+_OF_CLASS = set(
+    "__module__ __dict__ __weakref__ __doc__ __annotations__ __annotate__ __annotate_func__ "
+    "__annotations_cache__ __firstlineno__ __static_attributes__ __abstractmethods__ _abc_impl".split()
+)
 _NAMESPACES = (argparse.Namespace, types.SimpleNamespace)
 _Parts = Generator[Any, str, list[str]]  # yields values, receives their digests, returns the parts of one
 
@@ -134,9 +117,8 @@ class _Digests:
         if isinstance(value, types.FunctionType):
             return (yield from self._function(value))
         if isinstance(value, types.CodeType):
-            return (
-                yield from _each((value.co_code, value.co_exceptiontable, value.co_consts, *_names(value)))
-            )
+            constants = value.co_code, value.co_exceptiontable, value.co_consts
+            return (yield from _each((*constants, *_names(value))))
         if isinstance(value, types.ModuleType):
             return [value.__name__]
         if isinstance(value, os.PathLike):
@@ -197,8 +179,8 @@ class _Digests:
         """The digests of a set's elements, each as if it were met first: their order is not determined."""
         found = []
         for each in value:
-            alone = _Digests(self.module, {key: (of, _kind(of)) for key, (of, known) in self.found.items()
-                                           if known == _kind(of)})  # fmt: skip
+            met = {key: (of, kind) for key, (of, kind) in self.found.items() if kind == _kind(of)}
+            alone = _Digests(self.module, met)
             found.append(alone.of(each))
             self.unknown |= alone.unknown
         return sorted(found)
@@ -210,9 +192,8 @@ class _Digests:
         kind = type(value)
         if (tensor := _tensor(value)) is not None:
             return (yield from _each((kind, *tensor)))
-        if any(
-            base.__module__.startswith("flax.linen") for base in kind.__mro__
-        ) and dataclasses.is_dataclass(kind):
+        is_linen = any(base.__module__.startswith("flax.linen") for base in kind.__mro__)
+        if is_linen and dataclasses.is_dataclass(kind):
             # Everything else in a module of Linen is numbered by the order in which modules are made.
             held = {field.name: getattr(value, field.name, None) for field in dataclasses.fields(kind)}
             return (yield from _each((kind, held)))

@@ -150,9 +150,8 @@ class Store:
         self._study = digest(json.dumps(self._description, sort_keys=True).encode())
         self._results: Results = {}  # what has been read from the folder so far
         self._read: set[str] = set()
-        self._outdated: dict[
-            str, int
-        ] = {}  # files whose trials run again, with the time of their last change
+        # Files whose trials run again, with the time of their last change.
+        self._outdated: dict[str, int] = {}
         self._notices: list[str] = []
         try:
             for folder in (self.path / "trials", self.path / "locks", self.path / "set_aside"):
