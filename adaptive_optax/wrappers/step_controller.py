@@ -58,7 +58,7 @@ class StepController:
     min_factor: float = 0.2
     max_factor: float = 2.0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name, interval in _RANGES.items():
             value = getattr(self, name)
             if isinstance(value, Tracer):
