@@ -95,6 +95,8 @@ def test_an_arm_stops_when_it_is_decided(raced):
     }
     assert verdicts == study.judge(comparison.table, baseline="base", margin=0.02, sequential=PLAN)
     assert ", 5 seeds. This was look 1 of 5; the last one has 12 seeds." in verdicts["far"].sentence
+    reason = comparison.recommend().reason  # in one sentence
+    assert reason.endswith(", 5 seeds; of the 2 arms that are better, it did best in tuning.")
     assert len(called) == len(set(called)) == len(comparison.table)
 
 

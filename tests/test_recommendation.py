@@ -70,7 +70,7 @@ C, COS, WARM, ONE, MEAN = (
         (
             (C, f"{COS} is best", f"{ONE} is better", f"{WARM} is worse"),
             COS,
-            " Of the 2 arms that are better, it did best in tuning.",
+            "; of the 2 arms that are better, it did best in tuning.",
         ),
         ((C, f"{COS} is worse"), C, "adam:cosine is worse than adam:constant: final"),
         ((C, f"{COS} is worse", f"{ONE} is worse"), C, "All 2 other arms are worse than adam:constant."),

@@ -14,6 +14,7 @@ from adaptive_optax.study.calls import IMPORTS, shortest, written
 from adaptive_optax.study.details import Details
 from adaptive_optax.study.judged import TRAINED
 from adaptive_optax.study.record import Record
+from adaptive_optax.study.statistics.sentences import without_look
 from adaptive_optax.study.statistics.verdict import Verdict
 
 # The schedules of the standard arms, the simplest first. An average, schedule-free averaging and an
@@ -65,9 +66,9 @@ def recommend(record: Record) -> Recommendation:
         arm, how = record.best_in_tuning(better), "did best in tuning"
         if record.details.goes_on:
             arm, how = min(better, key=lambda arm: record.cost_of(verdicts[arm])), "ends best"
-        reason = verdicts[arm].sentence
+        reason = without_look(verdicts[arm].sentence)
         if len(better) > 1:
-            reason = f"{reason} Of the {len(better)} arms that are better, it {how}."
+            reason = f"{reason[:-1]}; of the {len(better)} arms that are better, it {how}."
     else:
         arm, reason = _simplest(record.details, verdicts)
     return Recommendation(arm, record.details.best_rates[arm], code_for(record.details, arm), reason)

@@ -14,6 +14,9 @@ from adaptive_optax.study.statistics.verdict import Verdict
 LATER = "seeds that may be added later"  # what the first look's interval is adjusted for
 
 
+_LOOK = ". This was look "  # of a plan
+
+
 def verdict_sentence(
     verdict: Verdict,
     relative_margin: float,
@@ -77,7 +80,13 @@ def verdict_sentence(
     if place is None:
         return f"{text}."
     look, looks, most = place
-    return f"{text}. This was look {look} of {looks}; the last one has {most} seeds."
+    return f"{text}{_LOOK}{look} of {looks}; the last one has {most} seeds."
+
+
+def without_look(sentence: str) -> str:
+    """Leaves out which look of a plan a verdict is of."""
+    text, look, _ = sentence.rpartition(_LOOK)
+    return f"{text}." if look else sentence
 
 
 def untrained_sentence(
