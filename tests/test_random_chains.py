@@ -288,6 +288,14 @@ CHAINS = [
         leaps=True,
     ),
     Chain(
+        "adgd, rejecting",
+        lambda: ao.reject_nonfinite(optax.chain(ao.clip_by_global_norm(1e12), ao.adgd())),
+        shares=True,
+        rejects=True,
+        leaps=True,
+    ),
+    Chain("adgd, rejecting all that leaps", lambda: ao.reject_nonfinite(ao.adgd()), rejects=True, leaps=True),
+    Chain(
         "centred rms in 8-bit, Kahan summation, rejecting",
         lambda: ao.reject_nonfinite(
             ao.kahan_summation(ao.rmsprop(0.1, eps=0.0, centered=True, momentum=0.9, storage=INT8))
