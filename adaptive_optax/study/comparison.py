@@ -323,8 +323,7 @@ def compare(
 
     rounds = next_rounds()
     trials = len(lacking(rounds)) + len(arms) * looks_at[0]
-    open_ended = plan is not None or tuning == "race"
-    open_ended = open_ended or growth > 0
+    open_ended = plan is not None or tuning == "race" or growth > 0
     shown = TrialProgress(
         trials, progress, direction, steps, open_ended, subject.name, isinstance(subject, TaskSubject)
     )

@@ -28,7 +28,7 @@ from adaptive_optax.study.comparison import compare
 from adaptive_optax.study.direction import Direction
 from adaptive_optax.study.evaluation import Arm
 from adaptive_optax.study.result import Comparison
-from adaptive_optax.study.start import Start, origin_of
+from adaptive_optax.study.start import Start
 from adaptive_optax.study.statistics.paired import mean_and_error
 from adaptive_optax.study.statistics.sequential import Sequential
 from adaptive_optax.study.statistics.verdict import Verdict
@@ -298,7 +298,7 @@ def decay_now(
     name = optimizer if isinstance(optimizer, str) else getattr(optimizer, "__name__", "")
     fresh = arms[CONSTANT](learning_rate, steps).init(starts[-1].params)
     has_moments = any(np.size(leaf) > 1 for leaf in jax.tree.leaves(fresh))
-    new_moments = has_moments and not origin_of(starts[-1], fresh).carried
+    new_moments = has_moments and starts[-1].opt_state is None  # any other state without them is refused
     name = name if not name.startswith("<") else ""
     return DecayNow(tuple(numbers), tuple(comparisons), name or "the given optimizer", new_moments)
 
