@@ -127,6 +127,10 @@ from adaptive_optax.transforms.weight_decay import add_decoupled_weight_decay as
 from adaptive_optax.wrappers.accumulation import AccumulateGradientsState as AccumulateGradientsState
 from adaptive_optax.wrappers.accumulation import accumulate_gradients as accumulate_gradients
 from adaptive_optax.wrappers.accumulation import noise_scale as noise_scale
+from adaptive_optax.wrappers.error_control import ErrorControl as ErrorControl
+from adaptive_optax.wrappers.error_control import ErrorControlledState as ErrorControlledState
+from adaptive_optax.wrappers.error_control import error_controlled as error_controlled
+from adaptive_optax.wrappers.error_control import get_error_control as get_error_control
 from adaptive_optax.wrappers.freezing import FreezeState as FreezeState
 from adaptive_optax.wrappers.freezing import freeze as freeze
 from adaptive_optax.wrappers.kahan_summation import KahanSummationState as KahanSummationState

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from halves import Halves
 from lossy import Lossy
@@ -156,6 +157,27 @@ def given(tx: Any, **arguments: Any) -> optax.GradientTransformationExtraArgs:
 
     def update(updates, state, params=None, **extra_args):
         return tx.update(updates, state, params, **(arguments | extra_args))
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+def on_a_slope(tx: Any) -> optax.GradientTransformationExtraArgs:
+    """The transformation with the loss that it needs: one with the gradient, and a curvature like it."""
+
+    def update(updates, state, params=None, **extra_args):
+        given = [jnp.asarray(x) for x in jax.tree.leaves(params)]
+        slopes = [jnp.asarray(x) for x in jax.tree.leaves(updates)]
+
+        def loss(moved):
+            total = jnp.zeros((), jnp.float32)
+            for x, p, g in zip(jax.tree.leaves(moved), given, slopes, strict=True):
+                wide = functools.reduce(np.promote_types, (x.dtype, p.dtype, g.dtype, np.float32))
+                g, step = g.astype(wide), x.astype(wide) - p.astype(wide)
+                curved = jnp.abs(g) * jnp.square(jnp.abs(step)) / 2
+                total += jnp.sum((jnp.conj(g) * step).real + curved).astype(jnp.float32)
+            return total
+
+        return tx.update(updates, state, params, **(extra_args | {"value": 0.0, "value_fn": loss}))
 
     return optax.GradientTransformationExtraArgs(tx.init, update)
 
@@ -481,6 +503,35 @@ CASES = [
         "reduce_on_plateau",
         lambda: given(ao.reduce_on_plateau(), value=1.0),
         **STATELESS,
+    ),
+    *(
+        Case(
+            f"error_controlled_{name}",
+            "error_controlled",
+            # No limit is ever below the given rate: what probes find depends on all leaves.
+            lambda make=make: on_a_slope(make()),
+            shares=shares,
+        )
+        for name, make, shares in (
+            ("adam", lambda: ao.error_controlled(ao.scale_by_adam(), 1e-4, initial_learning_rate=0.3), ""),
+            (
+                "scheduled",
+                lambda: ao.error_controlled(
+                    ao.scale_by_adam(), optax.linear_schedule(1e-4, 0.0, 10), initial_learning_rate=0.3
+                ),
+                "",
+            ),
+            (
+                "gradient",
+                lambda: ao.error_controlled(
+                    ao.scale_by_adam(granularity=ao.Axis(-1)),
+                    1e-4,
+                    estimate="gradient",
+                    initial_learning_rate=0.3,
+                ),
+                SUMS,
+            ),
+        )
     ),
     Case(
         "injected",

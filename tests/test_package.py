@@ -42,6 +42,9 @@ SIGNATURES = {
     "scale_by_global_rms": "decay=0.9, eps=1e-08, initial_scale=0.0, eps_in_sqrt=True, "
     "bias_correction=False, *, centered=False, storage='float32'",
     "adgd": "max_learning_rate=None, *, initial_learning_rate=1e-06, rule='2020'",
+    "error_controlled": "direction, max_learning_rate=None, *, tolerance=0.35, every=10, estimate='value', "
+    "initial_learning_rate=1e-06, follow_schedule=True",
+    "get_error_control": "opt_state",
     "sgd": "learning_rate, momentum=None, nesterov=False, accumulator_dtype=None",
     "trace": "decay, nesterov=False, accumulator_dtype=None",
     "average_parameters": "power=8.0, *, decay=None",

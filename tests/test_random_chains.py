@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from cases import given
+from cases import given, on_a_slope
 from compiling import AS_IN_USE, QUICKLY
 
 import adaptive_optax as ao
@@ -295,6 +295,11 @@ CHAINS = [
         leaps=True,
     ),
     Chain("adgd, rejecting all that leaps", lambda: ao.reject_nonfinite(ao.adgd()), rejects=True, leaps=True),
+    Chain(
+        "error control, rejecting",
+        lambda: ao.reject_nonfinite(on_a_slope(ao.error_controlled(ao.scale_by_adam(eps=0.0), 0.1))),
+        rejects=True,
+    ),
     Chain(
         "centred rms in 8-bit, Kahan summation, rejecting",
         lambda: ao.reject_nonfinite(

@@ -1,4 +1,4 @@
-"""Flax: a train state whose `apply_gradients` forwards extra arguments, and states for nnx.
+"""Flax: a train state whose `apply_gradients` forwards extra arguments, and states and losses for nnx.
 
 `flax.nnx.Optimizer` works without changes, including `optimizer.update(model, grads, value=loss)`. Only a
 state that was made outside of it needs `optimizer_from_state`.
@@ -7,6 +7,7 @@ state that was made outside of it needs `optimizer_from_state`.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 import jax
@@ -16,7 +17,7 @@ from flax.training import train_state
 
 from adaptive_optax._core.checks import check_same_tree
 from adaptive_optax._core.paths import paths_and_leaves
-from adaptive_optax._core.trees import OptState, Updates
+from adaptive_optax._core.trees import OptState, Params, Updates
 
 State = TypeVar("State", bound="TrainState")
 Model = TypeVar("Model")
@@ -107,3 +108,57 @@ def optimizer_from_state(
     optimizer = nnx.Optimizer(model, optax.GradientTransformation(lambda params: state, tx.update), wrt=wrt)
     optimizer.tx = tx
     return optimizer
+
+
+def value_fn(
+    loss: Callable[..., Any],
+    model: nnx.Module,
+    *batch: Any,
+    wrt: nnx.filterlib.Filter = nnx.Param,
+    has_aux: bool = False,
+) -> Callable[[Params], jax.Array]:
+    """Makes the loss of a batch a function of the parameters, for `error_controlled` and line searches.
+
+    Call it before the gradient is taken: it keeps the model as it is now, with the counts of its random
+    streams, so that dropout falls on the same units. Calls of the function do not change the model.
+
+    In Flax linen it is a line of Python: `value_fn=lambda params: loss(params, batch)`.
+
+    Args:
+        loss: `loss(model, *batch)`, as for `nnx.value_and_grad`.
+        model: The model.
+        *batch: The other arguments of the loss.
+        wrt: As in `nnx.Optimizer`.
+        has_aux: Whether the loss returns a pair whose first element is the value.
+
+    Returns:
+        A function of the parameters, in the containers in which `nnx.Optimizer` passes them.
+
+    Examples:
+        >>> import adaptive_optax as ao, jax.numpy as jnp
+        >>> from adaptive_optax.integrations.flax import value_fn
+        >>> from flax import nnx
+        >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
+        >>> optimizer = nnx.Optimizer(model, ao.error_controlled(ao.scale_by_adam(), 0.1), wrt=nnx.Param)
+        >>> def loss(model, x):
+        ...     return jnp.mean(model(x) ** 2)
+        >>> @nnx.jit
+        ... def step(model, optimizer, x):
+        ...     f = value_fn(loss, model, x)
+        ...     value, grads = nnx.value_and_grad(loss)(model, x)
+        ...     optimizer.update(model, grads, value=value, value_fn=f)
+        ...     return value
+        >>> values = [float(step(model, optimizer, jnp.ones((4, 2)))) for _ in range(100)]
+        >>> values[-1] < 0.5 * values[0]
+        True
+    """
+    graphdef, params, rest = nnx.split(model, wrt, ...)
+    kept = jax.tree.map(lambda x: x, rest)  # its Variables share their values with the model's
+    structure = jax.tree.structure(params)
+
+    def value_of(params: Params) -> jax.Array:
+        own = structure.unflatten(jax.tree.leaves(params))
+        result = loss(nnx.merge(graphdef, own, kept, copy=True), *batch)
+        return result[0] if has_aux else result
+
+    return value_of

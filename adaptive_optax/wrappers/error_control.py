@@ -1,0 +1,549 @@
+"""A limit on the learning rate: the step for which a local model of the loss can be trusted.
+
+Gradient descent is Euler's method on the gradient flow. RMSprop bounds how far its steps move; a solver of
+differential equations bounds the error of its steps. Here the error is how much less the loss of the batch
+falls than its gradient promises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.typing import ArrayLike
+
+from adaptive_optax._core.checks import (
+    check_bool,
+    check_choice,
+    check_inexact,
+    check_integer,
+    check_params,
+    check_same_tree,
+    check_scalar,
+    check_transformation,
+)
+from adaptive_optax._core.paths import paths_and_leaves
+from adaptive_optax._core.precision import cast, incremented, scalar_dtype, scaled, updated_param
+from adaptive_optax._core.ranges import check_hyperparameter
+from adaptive_optax._core.state_check import check_state
+from adaptive_optax._core.states import carries_hyperparameters, one_state_of, unwrapped
+from adaptive_optax._core.transformation import transformation, with_array_state
+from adaptive_optax._core.trees import Count, Flag, OptState, Scalar
+from adaptive_optax._core.values import as_hyperparameter, value_at
+from adaptive_optax.schedules.height import peak_and_mean
+from adaptive_optax.transforms.match_parameter_dtype import outgoing
+from adaptive_optax.transforms.momentum_free import momentum_free_direction
+
+Estimate = Literal["value", "gradient"]
+"""What `error_controlled` computes at a probe."""
+
+# The scale of the limit is sought by a factor at every step. From where the error is negligible the limit
+# then grows at every probe until the error reaches the tolerance.
+_LEAP, _NEGLIGIBLE, _GROWTH, _LEAST_FACTOR = 4.0, 0.05, 2.0, 0.01
+_NEWEST = 0.7  # the weight of the newest probe in the curvature
+# Then it is held. Gradients that are mostly noise have errors up to about 1. A larger one that lasts is
+# curvature that has adapted to the step, where momentum keeps a step stable up to (1 + b1) / (1 - b1) = 19.
+_ADAPTED, _RELAXATION, _MOST_RELAXED = 1.5, 1.2, 4.0
+_UNSTABLE, _RETREAT = 10.0, 0.8
+_ERROR_DECAY, _LARGEST_ERROR = 0.8, 50.0
+_HIGHEST_RELIEF = 2.0
+_PROBES_PER_CHECK = 16
+_SAME_LOSS = 1e-2
+
+_SEEKING, _LOWERED, _GROWING, _FOUND = range(4)  # values of `phase`
+
+
+@carries_hyperparameters("learning_rate", "step_limit")
+class ErrorControlledState(NamedTuple):
+    """State of `error_controlled`; `get_error_control` reads it.
+
+    Attributes:
+        count: Number of steps taken.
+        inner_state: State of the direction.
+        learning_rate: The learning rate of the last step; before the first step, the one that it starts with.
+        step_limit: The limit of the last step.
+        longest: The longest step that can be trusted, as found by the probes, before a schedule's shape.
+        phase: 0 before the first probe, 1 while every probe has found the step too long, 2 while the limit
+            grows, 3 once it has been found.
+        relaxation: A factor in [1, 4] on the limit, for curvature that has adapted to the step.
+        peak: The highest value of a schedule, or the given number.
+        relief: A factor in [1, 2] on the limit, for a schedule that decays.
+        curvature: The mean curvature of the latest probes.
+        error: The mean error of the steps since the limit was found.
+        predicted: The decrease that the gradient promised in the last probe.
+        actual: The decrease that the last probe found.
+        probes: Number of probes.
+        silent: Number of probes that said nothing.
+        mismatches: Number of checks in which `value_fn(params)` was not `value`.
+        limited: Number of steps that were limited.
+    """
+
+    count: Count
+    inner_state: OptState
+    learning_rate: Scalar
+    step_limit: Scalar
+    longest: Scalar
+    phase: Count
+    relaxation: Scalar
+    peak: Scalar
+    relief: Scalar
+    curvature: Scalar
+    error: Scalar
+    predicted: Scalar
+    actual: Scalar
+    probes: Count
+    silent: Count
+    mismatches: Count
+    limited: Count
+
+
+class ErrorControl(NamedTuple):
+    """What `error_controlled` has measured.
+
+    Attributes:
+        learning_rate: The learning rate of the last step.
+        step_limit: Its limit; the learning rate is the smaller of it and the given one.
+        curvature: The curvature along the direction without momentum d, relative to the slope:
+            d'Hd / <g, d>, in units of 1 / learning rate. Without noise and momentum a learning rate of
+            2 / curvature is at the edge of stability; with momentum, steps along d are short-lived there, and
+            this says little about it.
+        predicted_decrease: The decrease of the loss that the gradient promised in the last probe.
+        actual_decrease: The decrease that the probe found.
+        error: 1 - actual / predicted.
+        probes: Number of probes.
+        silent_probes: Number of those that said nothing: a gradient of 0, a loss that is not finite, or
+            one that another batch had.
+        mismatches: Number of checks in which `value_fn(params)` was not `value`. If it is not 0, `value_fn`
+            has another batch, another key for dropout, or leaves out a term of the loss.
+        limited: The share of steps in which the limit was below the given learning rate, in [0, 1].
+    """
+
+    learning_rate: Scalar
+    step_limit: Scalar
+    curvature: Scalar
+    predicted_decrease: Scalar
+    actual_decrease: Scalar
+    error: Scalar
+    probes: Count
+    silent_probes: Count
+    mismatches: Count
+    limited: Scalar
+
+
+def error_controlled(
+    direction: optax.GradientTransformation,
+    max_learning_rate: optax.ScalarOrSchedule | None = None,
+    *,
+    tolerance: ArrayLike = 0.35,
+    every: int = 10,
+    estimate: Estimate = "value",
+    initial_learning_rate: ArrayLike = 1e-6,
+    follow_schedule: bool = True,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Limits the learning rate to the longest step for which a linear model of the loss can be trusted.
+
+    Use it as a safeguard: a learning rate that is far too high then trains about as well as a good one. It
+    does not replace tuning: what it finds is often within a factor of 2 of the best rate, and sometimes not.
+
+    A probe asks what the loss f of the batch does along the direction without momentum,
+    $d = D^{-1} g$ for Adam ($D = \sqrt{\hat v} + \epsilon$). The gradient promises that f falls by
+    $h \langle g, d \rangle$ in a step of learning rate h. The error is the part that is not kept:
+
+    $$
+    E(h) = 1 - \frac{f(\theta) - f(\theta - h d)}{h \langle g, d \rangle}
+         = \frac{h}{2} \kappa + O(h^2), \qquad
+    \kappa = \frac{\langle d, H d \rangle}{\langle g, d \rangle}
+    $$
+
+    So E = 0 for a tiny step, 1/2 at the minimum along d, and 1 where the loss is what it was. The limit L is
+    found once and then held:
+
+    1. It starts at `initial_learning_rate` and is multiplied by 4 at every step while E < 0.05, then by
+       2 at every probe, where $\kappa$ is averaged. This is a warm-up: the learning rate is
+       $\min(\alpha(t), L)$, where $\alpha$ is `max_learning_rate`.
+    2. When $E \ge \text{tolerance}$, $L = \text{tolerance} \cdot 2 / \kappa$. From then on the learning
+       rate is
+
+    $$
+    \eta_t = \min\big( \alpha(t), \; L \, r \, p \, \alpha(t) / \max \alpha \big).
+    $$
+
+    A schedule's shape multiplies the limit, so that annealing takes place however high its peak is. Its
+    factor p is the inverse of the schedule's mean height, at most 2, since a rate that decays may start
+    higher; it is 1 for a number. The relaxation r grows from 1 to at most 4 while the mean error is above
+    1.5. Noise does not reach that, but curvature does that has adapted to the step (Cohen et al. 2021), and
+    momentum keeps such steps stable. A mean error above 10 makes r fall by 0.8 per probe.
+
+    Why it does not follow the curvature later: every rule that did lowered the rate far too much, because
+    steps below the edge of stability let the curvature grow, which lowers the rate again (Roulet et al.
+    2024).
+
+    A probe says nothing, and changes nothing, if the gradient is 0 or not finite, the loss is not finite,
+    or d points up the gradient. A decrease that is lost in rounding counts as E = 0. A loss that is not
+    finite at the end of the probe counts as 50, which is also the largest error; the least is -1.
+
+    Args:
+        direction: A transformation that rescales gradients and does not change their sign: `scale_by_adam()`,
+            `scale_by_rms()`, a chain of one with `clip_by_global_norm` or `add_decoupled_weight_decay`. Which
+            momentum can be left out of d is listed in the guide on error control; other momentum stays in.
+        max_learning_rate: $\alpha$ in [0, inf], or a schedule of the step count, which starts at 0 and
+            must run under `jax.vmap`. None for no rate at all, with a factor behind this that decays, as in
+            `optax.chain(error_controlled(direction), optax.scale_by_schedule(shape))`: p is 2 then. For a
+            constant rate that only the limit determines, pass `jnp.inf`.
+        tolerance: The error at which the limit is held, in (0, inf).
+        every: The number of steps between probes once E is not negligible, at least 1.
+        estimate: "value" probes with one evaluation of the loss; "gradient" with its gradient,
+            $E = \langle g - g(\theta - h d), d \rangle / 2 \langle g, d \rangle$, which costs three times
+            as much and is accurate where losses are rounded to bfloat16.
+        initial_learning_rate: Where L starts, in (0, inf). If that is too high, L falls first.
+        follow_schedule: Whether a schedule's shape multiplies the limit. False: it is only a cap.
+
+    Returns:
+        The transformation, with the sign of descent. `update` needs `params`, `value=`, the loss at them, and
+        `value_fn=`, the loss of the same batch as a function of the parameters; with nnx,
+        `integrations.flax.value_fn` makes it. (optax's line searches need the same.) It has to be the same
+        function: the same batch, dropout key and penalties. One probe in 16 checks that
+        `value_fn(params)` is `value`; if not, the probe is ignored and counted in
+        `get_error_control(state).mismatches`. The limit then stays where it starts.
+
+    Raises:
+        ValueError: If an argument is out of range (at construction), a leaf is not floating (at init), or if
+            `params`, `value` or `value_fn` is missing, not a scalar, or does not fit the others (at update).
+
+    State cost: the state of `direction` and 16 scalars. Time: one evaluation of the loss in `every` steps,
+    and two more updates of `direction`. Under `vmap` every step probes.
+
+    Examples:
+        >>> import adaptive_optax as ao, jax, jax.numpy as jnp, optax
+        >>> tx = ao.error_controlled(ao.scale_by_adam(), 100.0)
+        >>> def loss(params):
+        ...     return jnp.sum(jnp.array([1.0, 30.0]) * params**2)
+        >>> @jax.jit
+        ... def step(params, state):
+        ...     value, gradient = jax.value_and_grad(loss)(params)
+        ...     updates, state = tx.update(gradient, state, params, value=value, value_fn=loss)
+        ...     return optax.apply_updates(params, updates), state
+        >>> params = jnp.array([3.0, -2.0])
+        >>> state = tx.init(params)
+        >>> for _ in range(200):
+        ...     params, state = step(params, state)
+        >>> bool(loss(params) < 1e-3), ao.get_error_control(state).limited.item()
+        (True, 1.0)
+
+    Source: derived for this library from Euler's method. On a quadratic, "E <= tolerance" is Armijo's
+    condition with c = 1 - tolerance. Related: Ayadi and Turinici 2020 (a same-batch pair of Euler and Heun),
+    Vaswani et al. 2019 (same-batch line search), Roulet et al. 2024, "Stepping on the edge".
+    """
+    check_transformation("direction", direction)
+    if max_learning_rate is not None:
+        max_learning_rate = as_hyperparameter("max_learning_rate", max_learning_rate)
+    check_scalar("tolerance", tolerance, "(0, inf)")
+    check_integer("every", every, "[1, inf)")
+    check_choice("estimate", estimate, ("value", "gradient"))
+    check_hyperparameter("initial_learning_rate", initial_learning_rate)
+    check_bool("follow_schedule", follow_schedule)
+    direction = with_array_state(direction)
+    shape = max_learning_rate if follow_schedule and callable(max_learning_rate) else None
+
+    def given_at(count, dtype):
+        if max_learning_rate is None:
+            return jnp.full((), jnp.finfo(dtype).max, dtype)  # not inf, which `jax_debug_infs` reports
+        return value_at(max_learning_rate, count, dtype)
+
+    def own_init(params):
+        dtype = scalar_dtype(params)
+        count = jnp.zeros((), jnp.int32)
+
+        def number(x):
+            return jnp.full((), x, dtype)
+
+        def integer():
+            return jnp.zeros((), jnp.int32)
+
+        first = value_at(initial_learning_rate, count, dtype)
+        peak, mean = (number(1), number(1)) if shape is None else peak_and_mean(shape, dtype)
+        relief = peak / jnp.maximum(mean, peak / _HIGHEST_RELIEF)
+        if max_learning_rate is None:
+            relief = number(_HIGHEST_RELIEF)
+        return ErrorControlledState(
+            count=count,
+            inner_state=None,
+            learning_rate=jnp.minimum(first, given_at(count, dtype)),
+            step_limit=first + 0,
+            longest=first + 0,
+            phase=integer(),
+            relaxation=number(1),
+            peak=peak,
+            relief=jnp.clip(relief, 1, _HIGHEST_RELIEF),
+            curvature=number(0),
+            error=number(0),
+            predicted=number(0),
+            actual=number(0),
+            probes=integer(),
+            silent=integer(),
+            mismatches=integer(),
+            limited=integer(),
+        )
+
+    def init_fn(params):
+        check_inexact("error_controlled", "params", params)
+        return own_init(params)._replace(inner_state=direction.init(params))
+
+    def limit_of(state, given):
+        """The limit of a step, given the learning rate of the schedule."""
+        held = state.longest * state.relaxation * state.relief
+        if shape is not None:
+            held *= given / jnp.where(state.peak > 0, state.peak, 1)
+        return jnp.where(state.phase == _FOUND, held, state.longest)
+
+    def update_fn(updates, state, params=None, *, value: Any = None, value_fn: Any = None, **extra_args):
+        check_params("error_controlled", params)
+        check_inexact("error_controlled", "updates", updates)
+        check_state("error_controlled", state, own_init, "updates", updates)
+        _check_loss(value, value_fn)
+        extra_args |= {"value": value, "value_fn": value_fn}
+        own, inner = state._replace(inner_state=None), state.inner_state
+        dtype = state.longest.dtype
+        given = given_at(state.count, dtype)
+
+        def probed(own):
+            taken = jnp.minimum(given, limit_of(own, given))
+            h = jnp.where(own.phase == _FOUND, taken, own.longest)
+            d = momentum_free_direction(direction, updates, inner, params, **extra_args)
+            f = _checked(value_fn, params)
+            probe = _probe(estimate, params, updates, d, h, value, f)
+            is_same = jax.lax.cond(
+                (own.probes % _PROBES_PER_CHECK == 0) | (own.mismatches > 0),
+                lambda: _agrees(f(params), value),
+                lambda: jnp.ones((), jnp.bool_),
+            )
+            return _controlled(own, probe, is_same, h, jnp.asarray(tolerance, dtype))
+
+        is_due = (own.count % every == 0) | (own.phase == _SEEKING)
+        own = jax.lax.cond(is_due, probed, lambda own: own, own)
+        limit = limit_of(own, given)
+        rate = jnp.minimum(given, limit)
+        u, inner = direction.update(updates, inner, params, **extra_args)
+        check_same_tree("error_controlled", "the updates of direction", u, "the gradients", updates)
+        own = own._replace(
+            count=incremented(own.count),
+            inner_state=inner,
+            learning_rate=rate,
+            step_limit=limit,
+            limited=jnp.where(limit < given, incremented(own.limited), own.limited),
+        )
+        return scaled(outgoing(u, inner), -rate), own
+
+    return transformation(None, init_fn, update_fn, all_params=True)
+
+
+def get_error_control(opt_state: OptState) -> ErrorControl:
+    """Reads what `error_controlled` has measured.
+
+    Args:
+        opt_state: A state that contains one `error_controlled`, at any depth; it may be traced.
+
+    Raises:
+        ValueError: If there is none or more than one.
+
+    Examples:
+        >>> import adaptive_optax as ao, jax.numpy as jnp
+        >>> tx = ao.error_controlled(ao.scale_by_adam(), 0.1)
+        >>> ao.get_error_control(tx.init(jnp.ones(2))).probes.item()
+        0
+    """
+    state = one_state_of(ErrorControlledState, opt_state, "error_controlled")._replace(inner_state=None)
+    state = ErrorControlledState(*map(unwrapped, state))
+    is_known = state.predicted > 0
+    return ErrorControl(
+        learning_rate=state.learning_rate,
+        step_limit=state.step_limit,
+        curvature=state.curvature,
+        predicted_decrease=state.predicted,
+        actual_decrease=state.actual,
+        error=jnp.where(is_known, 1 - state.actual / jnp.where(is_known, state.predicted, 1), 0),
+        probes=state.probes,
+        silent_probes=state.silent,
+        mismatches=state.mismatches,
+        limited=state.limited / jnp.maximum(state.count, 1).astype(state.longest.dtype),
+    )
+
+
+def _check_loss(value: Any, value_fn: Any) -> None:
+    """Raises unless the loss and its function are there."""
+    if value is None or value_fn is None:
+        raise ValueError(
+            "error_controlled needs the loss and its function for the same batch: "
+            "update(updates, state, params, value=loss, value_fn=lambda params: loss(params, batch))."
+        )
+    if not callable(value_fn):
+        raise ValueError(f"value_fn must be a function of the parameters, got {value_fn!r}.")
+    is_real = not jnp.iscomplexobj(value) and jnp.issubdtype(jnp.result_type(value), jnp.number)
+    if np.ndim(value) or not is_real:
+        raise ValueError(f"value must be a real scalar, got {value!r}.")
+
+
+def _checked(value_fn: Callable[[Any], Any], params: Any) -> Callable[[Any], jax.Array]:
+    """The loss as a function of the parameters, with a reason if they are not all there."""
+    nodes = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+    is_masked = any(isinstance(node, optax.MaskedNode) for node in nodes)
+
+    def loss(params):
+        try:
+            value = value_fn(params)
+        except Exception as error:
+            if not is_masked:
+                raise
+            raise ValueError(
+                "error_controlled: value_fn fails, and a mask around it hides some of the parameters. Put "
+                "the mask inside, as in error_controlled(freeze(scale_by_adam(), pattern))."
+            ) from error
+        is_leaf = jax.tree.structure(value) == jax.tree.structure(0.0)
+        if not is_leaf or np.ndim(value) or jnp.iscomplexobj(value):
+            raise ValueError(f"value_fn must return a real scalar, got {value!r}.")
+        return jnp.asarray(value)
+
+    return loss
+
+
+class _Probe(NamedTuple):
+    """What a step of a probe does.
+
+    Attributes:
+        value: The loss before the step.
+        slope: How fast the gradient promises that the loss falls.
+        promised: The decrease that it promises for the step, as the parameters' dtypes round it.
+        actual: The decrease that is found.
+        error: The part of the promise that is not kept.
+        is_measured: Whether the decrease is more than rounding.
+    """
+
+    value: Scalar
+    slope: Scalar
+    promised: Scalar
+    actual: Scalar
+    error: Scalar
+    is_measured: Flag
+
+
+def _probe(
+    estimate: Estimate, params: Any, g: Any, d: Any, h: jax.Array, value: Any, f: Callable[[Any], Any]
+) -> _Probe:
+    """Steps from the parameters by h along -d, and compares the loss with what its gradient g promises."""
+    dtype = h.dtype
+    known = dict(paths_and_leaves(params))
+    paths = [path for path, _ in paths_and_leaves(g)]
+    before = [known[path] for path in paths]
+    after = [updated_param(p, x) for p, x in zip(before, jax.tree.leaves(scaled(d, -h)), strict=True)]
+    # As the parameters' dtypes round the step, since it is that step whose loss is known.
+    step = [_difference(p, q, dtype) for p, q in zip(before, after, strict=True)]
+
+    def loss(leaves):
+        moved = known | dict(zip(paths, leaves, strict=True))
+        return f(jax.tree.unflatten(jax.tree.structure(params), list(moved.values())))
+
+    value = cast(value, dtype)
+    slope = _inner(jax.tree.leaves(g), jax.tree.leaves(d), dtype)
+    promised = _inner(jax.tree.leaves(g), step, dtype)
+    over = jnp.where(promised > 0, promised, 1)
+    if estimate == "value":
+        actual = value - cast(loss(after), dtype)
+        floor = _resolution(before, value) * jnp.abs(value)
+        is_measured = (promised > floor) | ~(jnp.abs(actual) <= floor)
+        error = (promised - actual) / over
+    else:
+        final, gradient = jax.value_and_grad(loss)(after)
+        actual = value - cast(final, dtype)
+        change = [
+            _difference(x, jnp.conj(y), dtype) for x, y in zip(jax.tree.leaves(g), gradient, strict=True)
+        ]
+        is_measured = promised > 0
+        error = _inner(change, step, dtype) / (2 * over)
+    return _Probe(value, slope, promised, actual, error, is_measured)
+
+
+def _controlled(
+    state: ErrorControlledState, probe: _Probe, is_same: jax.Array, h: jax.Array, tolerance: jax.Array
+) -> ErrorControlledState:
+    """The state after a probe with learning rate h."""
+    is_promise = (h > 0) & (probe.slope > 0) & jnp.isfinite(probe.slope) & jnp.isfinite(probe.value)
+    says_something = is_same & is_promise
+    error = jnp.where(jnp.isfinite(probe.error), probe.error, _LARGEST_ERROR)
+    error = jnp.where(probe.is_measured, jnp.clip(error, -1, _LARGEST_ERROR), 0)
+    newest = 2 * error / jnp.where(says_something, h, 1)
+    is_first = state.phase == _SEEKING  # a mean would hold what smaller steps have found
+    curvature = jnp.where(is_first, newest, state.curvature + _NEWEST * (newest - state.curvature))
+
+    expected = jnp.maximum(curvature * state.longest / 2, 0)
+    is_long = expected >= tolerance
+    is_growing = state.phase == _GROWING
+    target = jnp.where(is_growing, tolerance, jnp.minimum(_NEGLIGIBLE, tolerance))
+    shorter = jnp.clip(target / jnp.where(is_long, expected, 1), _LEAST_FACTOR, 1)
+    factor = jnp.where(is_long, shorter, jnp.where(is_first, _LEAP, _GROWTH))
+    limits = jnp.finfo(h.dtype)
+    longest = jnp.clip(state.longest * factor, float(limits.tiny), float(limits.max) / 1e6)
+    phase = jnp.where(
+        is_long, jnp.where(is_growing, _FOUND, _LOWERED), jnp.where(is_first, _SEEKING, _GROWING)
+    )
+    seeks = state.phase != _FOUND
+
+    mean_error = state.error + (1 - _ERROR_DECAY) * (error - state.error)
+    relaxation = jnp.where(
+        mean_error > _UNSTABLE,
+        state.relaxation * _RETREAT,
+        jnp.where(
+            mean_error > _ADAPTED,
+            jnp.maximum(jnp.minimum(state.relaxation * _RELAXATION, _MOST_RELAXED), state.relaxation),
+            state.relaxation,
+        ),
+    )
+    new = state._replace(
+        longest=jnp.where(seeks, longest, state.longest),
+        phase=jnp.where(seeks, phase, state.phase).astype(jnp.int32),
+        relaxation=jnp.where(seeks, state.relaxation, relaxation),
+        curvature=curvature,
+        error=jnp.where(seeks, state.error, mean_error),
+        predicted=probe.promised,
+        actual=jnp.where(jnp.isfinite(probe.actual), probe.actual, -float(limits.max)),
+    )
+    kept = jax.tree.map(lambda x, y: jnp.where(says_something, x, y).astype(y.dtype), new, state)
+    return kept._replace(
+        probes=incremented(state.probes),
+        silent=jnp.where(says_something, state.silent, incremented(state.silent)),
+        mismatches=jnp.where(is_same, state.mismatches, incremented(state.mismatches)),
+    )
+
+
+def _agrees(found: Any, value: Any) -> jax.Array:
+    """Whether two computations of the same loss agree, with room for another order of sums in bfloat16."""
+    found, value = (jnp.asarray(x, jnp.float32) for x in (found, value))
+    differs = jnp.abs(found - value) > _SAME_LOSS * jnp.abs(value) + float(jnp.finfo(jnp.float32).tiny)
+    return ~differs | ~jnp.isfinite(value)
+
+
+def _resolution(params: list[Any], value: jax.Array) -> float:
+    """The relative rounding error of a loss, from the narrowest dtype of the parameters."""
+    del value
+    coarsest = max((float(jnp.finfo(p.dtype).eps) for p in params), default=0.0)
+    return 4 * coarsest if coarsest > 1e-4 else 32 * max(coarsest, float(jnp.finfo(jnp.float32).eps))
+
+
+def _difference(x: jax.Array, y: jax.Array, dtype: Any) -> jax.Array:
+    wide = np.promote_types(np.promote_types(x.dtype, y.dtype), dtype)
+    return cast(x, wide) - cast(y, wide)
+
+
+def _inner(xs: list[jax.Array], ys: list[jax.Array], dtype: Any) -> jax.Array:
+    """The real inner product of two lists of arrays."""
+
+    def product(x, y):
+        wide = np.promote_types(np.promote_types(x.dtype, y.dtype), dtype)
+        x, y = cast(x, wide), cast(y, wide)
+        return jnp.sum(x.real * y.real + x.imag * y.imag) if jnp.iscomplexobj(x) else jnp.sum(x * y)
+
+    products = [product(x, y).astype(dtype) for x, y in zip(xs, ys, strict=True)]
+    return sum(products, start=jnp.zeros((), dtype))

@@ -1,0 +1,671 @@
+"""error_controlled: the error of a probe, the limit against its reference, schedules, what it refuses."""
+
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from reference.error_control import LimitReference
+from saving import same, through_bytes
+
+import adaptive_optax as ao
+from adaptive_optax.integrations.flax import TrainState, value_fn
+from adaptive_optax.transforms.momentum_free import momentum_free_direction
+
+SCALES = np.array([1.0, 3.0, 10.0, 30.0])
+START = np.array([1.0, -2.0, 0.5, 1.5])
+
+
+def quadratic(params):
+    return jnp.sum(jnp.asarray(SCALES, params.dtype) * params**2) / 2
+
+
+def stepper(tx, loss=quadratic):
+    """A jitted step of a transformation that needs the loss and its function."""
+
+    @jax.jit
+    def step(params, state):
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(gradient, state, params, value=value, value_fn=loss)
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+def run(tx, steps, loss=quadratic, params=None):
+    """The parameters after some steps, the state after each, and the state at the end."""
+    params = jnp.asarray(START, jnp.float32) if params is None else params
+    state, step, states = tx.init(params), stepper(tx, loss), []
+    for _ in range(steps):
+        params, state = step(params, state)
+        states.append(state)
+    return params, states, state
+
+
+def seen(state):
+    return jax.tree.map(float, ao.get_error_control(state))
+
+
+# The error of a probe.
+
+
+@pytest.mark.parametrize("estimate", ["value", "gradient"])
+def test_the_error_of_a_quadratic_is_half_h_times_its_curvature(x64, estimate):
+    tx = ao.error_controlled(optax.identity(), jnp.inf, initial_learning_rate=1e-3, estimate=estimate)
+    params = jnp.asarray(START)
+    _, states, _ = run(tx, 1, params=params)
+    g = SCALES * START
+    curvature = g @ (SCALES * g) / (g @ g)
+    measured = seen(states[0])
+    np.testing.assert_allclose(measured.curvature, curvature, rtol=1e-9)
+    np.testing.assert_allclose(measured.predicted_decrease, 1e-3 * g @ g, rtol=1e-12)
+    if estimate == "value":
+        np.testing.assert_allclose(measured.error, 1e-3 * curvature / 2, rtol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("direction", "without"),
+    {
+        "adam": (ao.scale_by_adam(), ao.scale_by_adam(b1=0.0)),
+        "nesterov": (ao.scale_by_adam(nesterov=True), ao.scale_by_adam(b1=0.0)),
+        "amsgrad": (ao.scale_by_adam(amsgrad=True), ao.scale_by_adam(b1=0.0, amsgrad=True)),
+        "uncorrected": (
+            ao.scale_by_adam(bias_correction=False),
+            ao.scale_by_adam(b1=0.0, bias_correction=False),
+        ),
+        "tensorflow": (
+            ao.scale_by_adam(eps_form="tensorflow"),
+            ao.scale_by_adam(b1=0.0, eps_form="tensorflow"),
+        ),
+        "moving b1": (
+            ao.scale_by_adam(b1=optax.linear_schedule(0.95, 0.5, 5)),
+            ao.scale_by_adam(b1=0.0),
+        ),
+        "global": (ao.scale_by_adam(granularity="global"), ao.scale_by_adam(b1=0.0, granularity="global")),
+        "clipped": (
+            optax.chain(ao.clip_by_global_norm(0.5), ao.scale_by_adam()),
+            optax.chain(ao.clip_by_global_norm(0.5), ao.scale_by_adam(b1=0.0)),
+        ),
+        "by path": (
+            ao.partition_by_path({"a": ao.scale_by_adam()}, default=ao.scale_by_rms()),
+            ao.partition_by_path({"a": ao.scale_by_adam(b1=0.0)}, default=ao.scale_by_rms()),
+        ),
+        "optax's": (optax.scale_by_adam(), ao.scale_by_adam(b1=0.0)),
+        "trace": (
+            optax.chain(ao.scale_by_rms(), ao.trace(0.9, nesterov=True)),
+            optax.chain(ao.scale_by_rms(), optax.scale(10.0)),
+        ),
+        "optax's trace": (
+            optax.chain(ao.scale_by_rms(), optax.trace(0.9)),
+            optax.chain(ao.scale_by_rms(), optax.scale(10.0)),
+        ),
+        "rms": (ao.scale_by_rms(), ao.scale_by_rms()),
+    }.values(),
+)
+def test_the_direction_of_a_probe_has_no_momentum(direction, without):
+    rng = np.random.default_rng(0)
+    params = {"a": jnp.zeros((4, 3)), "b": jnp.zeros(5)}
+    direction, without = map(optax.with_extra_args_support, (direction, without))
+    state, other = direction.init(params), without.init(params)
+    for _ in range(6):
+        g = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), jnp.float32), params)
+        actual = momentum_free_direction(direction, g, state, params)
+        _, state = direction.update(g, state, params)
+        expected, other = without.update(g, other, params)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-6), actual, expected)
+
+
+def test_the_direction_of_a_probe_is_a_compressed_moment_of_the_gradient():
+    # The moment is rounded as it is stored, without bias.
+    rng = np.random.default_rng(1)
+    params = jnp.zeros(4096)
+    tx = ao.scale_by_adam(mu_storage="int8", nu_storage="int8")
+    state = tx.init(params)
+    for _ in range(4):
+        g = jnp.asarray(rng.normal(size=4096), jnp.float32)
+        d = momentum_free_direction(tx, g, state, params)
+        _, state = tx.update(g, state, params)
+    exact = g / (jnp.sqrt(ao.dense(state.nu) / state.nu_weight) + 1e-8)
+    assert float(jnp.linalg.norm(d - exact) / jnp.linalg.norm(exact)) < 0.15
+
+
+# The limit.
+
+
+def errors_of(kind, count):
+    rng = np.random.default_rng(5)
+    if kind == "proportional":
+        return lambda h, i: 137.0 * h
+    if kind == "noisy":
+        noise = rng.normal(size=count)
+        return lambda h, i: 150.0 * h * (1 + 0.8 * noise[i])
+    if kind == "sharpening":
+        return lambda h, i: 30.0 * h * (1 + i / 2)
+    if kind == "unstable":
+        return lambda h, i: 30.0 * h if i < 25 else 12.0
+    return lambda h, i: -0.5 if i < 9 else min(150.0 * h, 0.9)  # concave first, then saturated
+
+
+@pytest.mark.parametrize("kind", ["proportional", "noisy", "sharpening", "unstable", "concave"])
+@pytest.mark.parametrize("first", [1e-6, 1e-2, 1.0])
+def test_the_limit_follows_its_description(x64, kind, first):
+    # A linear loss that reports any error one likes: only the probe evaluates `value_fn`.
+    steps = 80
+    error = errors_of(kind, steps)
+    reference = LimitReference(tolerance=0.35, longest=first)
+    tx = ao.error_controlled(optax.identity(), jnp.inf, initial_learning_rate=first, every=1)
+    params = jnp.zeros(1)
+    state = tx.init(params)
+    for i in range(steps):
+        h = reference.longest * (reference.relaxation if reference.phase == "held" else 1)
+        e = error(h, i)
+
+        def loss(x, h=h, e=e):
+            return jnp.where(jnp.all(x == 0), 0.0, -h * (1 - e))  # promised: h
+
+        updates, state = tx.update(jnp.ones(1), state, params, value=0.0, value_fn=loss)
+        reference.probe(e, h)
+        limit = reference.longest * (reference.relaxation if reference.phase == "held" else 1)
+        np.testing.assert_allclose(float(state.step_limit), limit, rtol=1e-9, err_msg=f"step {i}")
+        np.testing.assert_allclose(float(state.curvature), reference.curvature, rtol=1e-8)
+        np.testing.assert_allclose(float(updates[0]), -limit, rtol=1e-9)
+    assert reference.phase == "held"
+
+
+def test_the_limit_does_not_depend_on_where_it_starts():
+    limits = []
+    for first in (1e-8, 1e-6, 1e-4, 1e-2, 1.0):
+        tx = ao.error_controlled(ao.scale_by_adam(b1=0.0), jnp.inf, initial_learning_rate=first)
+        _, _, state = run(tx, 200)
+        limits.append(float(state.longest))
+    assert max(limits) < 3 * min(limits), limits
+
+
+def test_a_power_of_two_on_the_loss_changes_nothing():
+    plain = ao.error_controlled(ao.scale_by_adam(eps=0.0))
+    params, _, state = run(plain, 60)
+    scaled, _, other = run(plain, 60, loss=lambda x: 1024 * quadratic(x))
+    np.testing.assert_array_equal(params, scaled)
+    np.testing.assert_array_equal(state.step_limit, other.step_limit)
+
+
+def test_the_gradient_estimate_finds_the_limit_of_the_value_estimate(x64):
+    limits = []
+    for estimate in ("value", "gradient"):
+        tx = ao.error_controlled(ao.scale_by_adam(), estimate=estimate)
+        limits.append([float(s.step_limit) for s in run(tx, 60, params=jnp.asarray(START))[1]])
+    np.testing.assert_allclose(*limits, rtol=1e-6)
+
+
+def test_every_rate_that_is_too_high_trains_alike():
+    def log_distance(x):
+        return jnp.log1p(quadratic(x))
+
+    ends = {}
+    for rate in (10.0, 1e3, jnp.inf):
+        params, _, state = run(ao.error_controlled(ao.scale_by_adam(), rate), 300, log_distance)
+        ends[str(rate)] = float(log_distance(params))
+        assert seen(state).limited == 1
+    assert len(set(ends.values())) == 1
+    assert ends["inf"] < 1e-2 * float(log_distance(jnp.asarray(START)))
+    free, _, _ = run(optax.with_extra_args_support(ao.adam(10.0)), 300, log_distance)
+    assert float(log_distance(free)) > 100 * ends["inf"]
+
+
+def test_a_rate_that_is_low_enough_is_not_limited_once_the_limit_is_above_it():
+    tx = ao.error_controlled(ao.scale_by_adam(), 1e-3)
+    _, states, state = run(tx, 200)
+    below = [float(s.learning_rate) < 0.99e-3 for s in states]
+    assert sum(below) < 10 and not any(below[10:])
+    np.testing.assert_allclose(seen(state).limited, sum(below) / 200, rtol=1e-6)
+
+
+@pytest.mark.parametrize("every", [1, 7])
+def test_probes_are_made_when_they_are_due(every):
+    tx = ao.error_controlled(ao.scale_by_adam(), 0.1, every=every)
+    _, states, _ = run(tx, 60)
+    probes = np.array([int(s.probes) for s in states])
+    made = np.diff(probes, prepend=0) > 0
+    seeking = next(i for i, s in enumerate(states) if int(s.phase) > 0)
+    assert made[: seeking + 1].all()
+    np.testing.assert_array_equal(made[seeking + 1 :], (np.arange(60) % every == 0)[seeking + 1 :])
+
+
+# Schedules.
+
+
+def test_a_schedule_s_shape_multiplies_the_limit():
+    schedule = optax.linear_schedule(50.0, 0.0, 100)
+    tx = ao.error_controlled(ao.scale_by_adam(), schedule)
+    _, states, _ = run(tx, 100)
+    start = next(i for i, s in enumerate(states) if int(s.phase) == 3)
+    rates = np.array([float(s.learning_rate) for s in states])[start:]
+    held = np.array([float(s.longest * s.relaxation) for s in states])[start:]
+    np.testing.assert_allclose(rates, 2 * held * (1 - np.arange(start, 100) / 100), rtol=1e-5)
+    assert rates[-1] < 0.05 * rates.max()
+
+
+def test_a_schedule_can_be_a_cap_only():
+    schedule = optax.linear_schedule(50.0, 0.0, 100)
+    tx = ao.error_controlled(ao.scale_by_adam(), schedule, follow_schedule=False)
+    _, states, _ = run(tx, 100)
+    for i, state in enumerate(states):
+        limit = float(state.longest * (state.relaxation if int(state.phase) == 3 else 1))
+        np.testing.assert_allclose(float(state.learning_rate), min(50 * (1 - i / 100), limit), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "relief"),
+    [
+        (optax.constant_schedule(3.0), 1.0),
+        (optax.warmup_constant_schedule(0.0, 3.0, 1000), 2.0),
+        (ao.warmup_stable_decay(3.0, 1000, warmup_steps=100, decay_steps=200, shape="linear"), 1 / 0.85),
+        (ao.one_cycle(3.0, 1000).learning_rate, 2.0),
+        (optax.piecewise_constant_schedule(3.0, {750: 1 / 3}), None),
+    ],
+)
+def test_the_relief_is_the_inverse_of_the_mean_height(schedule, relief):
+    state = ao.error_controlled(ao.scale_by_adam(), schedule).init(jnp.ones(2))
+    np.testing.assert_allclose(float(state.peak), 3.0, rtol=1e-3)
+    if relief is not None:
+        np.testing.assert_allclose(float(state.relief), relief, rtol=0.02)
+    assert 1 <= float(state.relief) <= 2
+
+
+def test_without_a_rate_the_limit_is_that_of_a_schedule_that_decays_to_zero():
+    tx = optax.chain(
+        ao.error_controlled(ao.scale_by_adam()), optax.scale_by_schedule(optax.linear_schedule(1.0, 0.0, 100))
+    )
+    other = ao.error_controlled(ao.scale_by_adam(), optax.linear_schedule(1e9, 0.0, 100))
+    _, states, state = run(tx, 100)
+    _, others, _ = run(other, 100)
+    assert float(state[0].relief) == 2
+    start = next(i for i, s in enumerate(states) if int(s[0].phase) == 3)
+    assert start < 70
+    np.testing.assert_allclose(float(others[start].learning_rate), float(others[start].step_limit))
+    limit = float(state[0].longest * state[0].relaxation * 2)
+    np.testing.assert_allclose(float(ao.get_hyperparams(state)["step_limit"]), limit, rtol=1e-6)
+
+
+def test_the_learning_rate_is_the_smaller_of_the_given_one_and_the_limit():
+    cycle = ao.one_cycle(0.02, 80)
+    tx = ao.error_controlled(ao.scale_by_adam(b1=cycle.momentum), cycle.learning_rate)
+    _, states, _ = run(tx, 80)
+    for i, state in enumerate(states):
+        found = ao.get_hyperparams(state)
+        given = float(cycle.learning_rate(i))
+        np.testing.assert_allclose(found["learning_rate"], min(given, float(found["step_limit"])), rtol=1e-6)
+
+
+# What probes cannot tell.
+
+
+def probed_with(loss, gradient, value, params=None, steps=5, max_learning_rate=jnp.inf, **keywords):
+    tx = ao.error_controlled(
+        optax.identity(), max_learning_rate, initial_learning_rate=1e-3, every=1, **keywords
+    )
+    params = jnp.ones(2) if params is None else params
+    state = tx.init(params)
+    for _ in range(steps):
+        updates, state = tx.update(gradient, state, params, value=value, value_fn=loss)
+    return updates, state
+
+
+@pytest.mark.parametrize(
+    ("loss", "gradient", "value"),
+    [
+        (lambda x: jnp.sum(x) * 0 + 2.0, jnp.zeros(2), 2.0),  # a constant loss
+        (lambda x: jnp.sum(x), jnp.full(2, jnp.nan), 2.0),
+        (lambda x: jnp.sum(x), jnp.full(2, jnp.inf), 2.0),
+        (lambda x: jnp.sum(x) * jnp.nan, jnp.ones(2), jnp.nan),
+        (lambda x: jnp.sum(x) + 0.5, jnp.ones(2), 2.0),  # another batch's
+    ],
+    ids=["zero gradient", "NaN", "infinity", "NaN loss", "another batch"],
+)
+@pytest.mark.parametrize("estimate", ["value", "gradient"])
+def test_a_probe_that_says_nothing_changes_nothing(loss, gradient, value, estimate):
+    _, state = probed_with(loss, gradient, value, estimate=estimate)
+    assert float(state.longest) == np.float32(1e-3)
+    assert (int(state.probes), int(state.silent), int(state.phase)) == (5, 5, 0)
+
+
+def test_a_value_function_of_another_batch_is_counted():
+    _, state = probed_with(lambda x: jnp.sum(x) + 0.5, jnp.ones(2), 2.0, steps=40)
+    found = ao.get_error_control(state)
+    assert int(found.mismatches) > 0
+    assert float(found.step_limit) < 4**17 * 1e-3  # checked before anything is believed
+    _, state = probed_with(jnp.sum, jnp.ones(2), 2.0)
+    assert int(ao.get_error_control(state).mismatches) == 0
+
+
+def test_a_loss_that_is_not_finite_at_the_end_of_the_probe_is_too_long_a_step():
+    def wall(x):
+        return jnp.where(jnp.any(x < 0.9), jnp.nan, jnp.sum(x))
+
+    _, state = probed_with(wall, jnp.ones(2), 2.0, steps=60)
+    assert int(state.phase) == 3 and 1e-4 < float(state.longest) < 0.1
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+
+
+def test_negative_curvature_sets_no_limit():
+    updates, state = probed_with(lambda x: -jnp.sum(x**2), jnp.full(2, -2.0), -2.0, max_learning_rate=0.25)
+    assert int(state.phase) == 0 and float(state.longest) == np.float32(1e-3) * 4**5
+    np.testing.assert_allclose(updates, np.full(2, 2 * 0.25))
+
+
+def test_a_decrease_below_rounding_is_no_error():
+    # From 1e-12 on, the decrease is far below the rounding of the loss.
+    def offset(x):
+        return quadratic(x) + 1e4
+
+    tx = ao.error_controlled(optax.identity(), jnp.inf, initial_learning_rate=1e-12)
+    _, states, state = run(tx, 100, offset)
+    assert int(state.phase) == 3 and 1e-3 < float(state.longest) < 0.2
+
+
+def test_an_ascent_direction_sets_no_limit_and_is_counted():
+    tx = ao.error_controlled(optax.scale(-1.0), jnp.inf, initial_learning_rate=1e-3, every=1)
+    params = jnp.asarray(START, jnp.float32)
+    _, state = tx.update(
+        jax.grad(quadratic)(params), tx.init(params), params, value=quadratic(params), value_fn=quadratic
+    )
+    assert int(state.silent) == 1 and float(state.longest) == np.float32(1e-3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("estimate", ["value", "gradient"])
+def test_parameters_in_low_precision(dtype, estimate):
+    params = jnp.asarray(START, dtype)
+    tx = ao.error_controlled(ao.scale_by_adam(), 100.0, estimate=estimate)
+    final, states, state = run(tx, 300, params=params)
+    assert final.dtype == dtype and int(state.phase) == 3
+    assert 3e-3 < float(state.step_limit) < 3
+    assert float(quadratic(final)) < 0.05 * float(quadratic(params))
+
+
+def test_complex_parameters(x64):
+    def loss(z):
+        return jnp.sum(jnp.asarray(SCALES) * jnp.abs(z) ** 2)
+
+    params = jnp.asarray(START + 1j * START[::-1])
+    tx = ao.error_controlled(optax.identity(), estimate="gradient")
+    both = []
+    for estimate in ("value", "gradient"):
+        tx = ao.error_controlled(optax.identity(), estimate=estimate)
+        state, z = tx.init(params), params
+        for _ in range(50):
+            value, g = jax.value_and_grad(loss)(z)
+            updates, state = tx.update(jnp.conj(g), state, z, value=value, value_fn=loss)
+            z = optax.apply_updates(z, updates)
+        both.append((float(loss(z)), float(state.step_limit)))
+    np.testing.assert_allclose(*both, rtol=1e-6)
+    assert both[0][0] < 1e-2 * float(loss(params))
+
+
+# Where it is used.
+
+
+def test_inside_accumulation_it_probes_the_emissions():
+    tx = ao.accumulate_gradients(ao.error_controlled(ao.scale_by_adam(), 10.0), every=4)
+    params, _, state = run(tx, 400)
+    assert float(quadratic(params)) < 1e-2 * float(quadratic(jnp.asarray(START, jnp.float32)))
+    assert int(ao.get_error_control(state).probes) < 25
+
+
+def test_inside_rejection_a_bad_step_changes_nothing():
+    tx = ao.reject_nonfinite(ao.error_controlled(ao.scale_by_adam(), 10.0))
+    params, _, state = run(tx, 30)
+    _, after = tx.update(jnp.full(4, jnp.nan), state, params, value=jnp.float32(jnp.nan), value_fn=quadratic)
+    same(after.inner_state, state.inner_state)
+    assert int(after.total) == 1
+
+
+def test_around_a_mask():
+    params = {"head": jnp.ones(2), "body": jnp.ones(3)}
+
+    def loss(p):
+        return jnp.sum(p["head"] ** 2) + jnp.sum(p["body"] ** 2)
+
+    tx = ao.error_controlled(ao.freeze(ao.scale_by_adam(), "body"), 10.0)
+    after, _, state = run(tx, 100, loss, params)
+    np.testing.assert_array_equal(after["body"], np.ones(3))
+    assert float(jnp.sum(after["head"] ** 2)) < 0.1 and int(state.phase) == 3
+
+
+def test_within_a_mask_it_is_refused():
+    params = {"head": jnp.ones(2), "body": jnp.ones(3)}
+    tx = ao.freeze(ao.error_controlled(ao.scale_by_adam(), 10.0), "body")
+    with pytest.raises(ValueError, match="Put the mask inside"):
+        tx.update(params, tx.init(params), params, value=1.0, value_fn=lambda p: jnp.sum(p["body"] ** 2))
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        self.hidden, self.output = nnx.Linear(3, 8, rngs=rngs), nnx.Linear(8, 1, rngs=rngs)
+        self.norm, self.dropout = nnx.BatchNorm(8, rngs=rngs), nnx.Dropout(0.2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.output(self.dropout(nnx.relu(self.norm(self.hidden(x)))))
+
+
+def batch():
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(32, 3)).astype(np.float32)
+    return x, (x[:, :1] * x[:, 1:2]).astype(np.float32)
+
+
+def nnx_loss(model, x, y):
+    return jnp.mean((model(x) - y) ** 2), {"count": len(x)}
+
+
+def test_an_nnx_model_with_dropout_and_batch_norm():
+    x, y = batch()
+    model = Model(nnx.Rngs(0, dropout=1))
+    optimizer = nnx.Optimizer(model, ao.error_controlled(ao.scale_by_adam(), 100.0), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(model, optimizer):
+        f = value_fn(nnx_loss, model, x, y, has_aux=True)
+        (value, _), grads = nnx.value_and_grad(nnx_loss, has_aux=True)(model, x, y)
+        again = f(nnx.state(model, nnx.Param))
+        optimizer.update(model, grads, value=value, value_fn=f)
+        return value, again
+
+    first = None
+    for _ in range(60):
+        value, again = step(model, optimizer)
+        np.testing.assert_allclose(
+            value, again, rtol=1e-5
+        )  # the same units dropped, though the model went on
+        first = value if first is None else first
+    assert float(value) < 0.8 * float(first)
+    assert int(ao.get_error_control(optimizer.opt_state).mismatches) == 0
+
+
+def test_a_linen_model_in_a_train_state():
+    x, y = batch()
+    model = nn.Dense(1)
+    state = TrainState.create(
+        apply_fn=model.apply,
+        params=model.init(jax.random.key(0), x),
+        tx=ao.error_controlled(ao.scale_by_adam(), 100.0),
+    )
+
+    def loss(params):
+        return jnp.mean((model.apply(params, x) - y - x.sum(1, keepdims=True)) ** 2)
+
+    @jax.jit
+    def step(state):
+        value, grads = jax.value_and_grad(loss)(state.params)
+        return state.apply_gradients(grads=grads, value=value, value_fn=loss), value
+
+    values = []
+    for _ in range(100):
+        state, value = step(state)
+        values.append(float(value))
+    assert values[-1] < 0.5 * values[0]
+
+
+def test_in_a_scan_with_a_sweep_of_rates_under_vmap():
+    def end(rate):
+        tx = ao.error_controlled(ao.scale_by_adam(), rate)
+        params = jnp.asarray(START, jnp.float32)
+
+        def body(carry, _):
+            params, state = carry
+            value, gradient = jax.value_and_grad(quadratic)(params)
+            updates, state = tx.update(gradient, state, params, value=value, value_fn=quadratic)
+            return (optax.apply_updates(params, updates), state), state.learning_rate
+
+        (params, state), rates = jax.lax.scan(body, (params, tx.init(params)), length=50)
+        return quadratic(params), rates
+
+    rates = jnp.array([1e-3, 1.0, 100.0])
+    many = jax.jit(jax.vmap(end))(rates)
+    for i, rate in enumerate(rates):
+        one = jax.jit(end)(rate)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x[i], y, rtol=1e-4), many, one)  # noqa: B023
+
+
+def test_a_restored_state_goes_on(tmp_path):
+    tx = ao.error_controlled(ao.scale_by_adam(), 10.0)
+    params, _, state = run(tx, 25)
+    step = stepper(tx)
+    same(step(params, state), step(params, through_bytes(state, tx.init(params), tmp_path)))
+
+
+def test_the_probe_is_computed_only_when_it_is_due():
+    calls = []
+
+    def counted(x):
+        jax.debug.callback(lambda: calls.append(1))
+        return quadratic(x)
+
+    tx = ao.error_controlled(ao.scale_by_adam(), 0.01)
+    params = jnp.asarray(START, jnp.float32)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        value, gradient = jax.value_and_grad(quadratic)(params)
+        updates, state = tx.update(gradient, state, params, value=value, value_fn=counted)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(100):
+        params, state = step(params, state)
+    jax.effects_barrier()
+    assert len(calls) == int(state.probes) + math.ceil(int(state.probes) / 16)
+    assert int(state.probes) < 25
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"max_learning_rate": -1.0}, "max_learning_rate"),
+        ({"tolerance": 0.0}, "tolerance"),
+        ({"tolerance": jnp.nan}, "tolerance"),
+        ({"every": 0}, "every"),
+        ({"every": 2.5}, "every"),
+        ({"estimate": "hessian"}, "estimate"),
+        ({"initial_learning_rate": 0.0}, "initial_learning_rate"),
+        ({"initial_learning_rate": jnp.inf}, "initial_learning_rate"),
+        ({"follow_schedule": "yes"}, "follow_schedule"),
+    ],
+)
+def test_arguments_out_of_range(keywords, message):
+    with pytest.raises(ValueError, match=f"^{message} must be"):
+        ao.error_controlled(ao.scale_by_adam(), **keywords)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({}, "needs the loss and its function"),
+        ({"value": 1.0}, "needs the loss and its function"),
+        ({"value_fn": quadratic}, "needs the loss and its function"),
+        ({"value": 1.0, "value_fn": 3.0}, "value_fn must be a function"),
+        ({"value": jnp.ones(3), "value_fn": quadratic}, "value must be a real scalar"),
+        ({"value": 1j, "value_fn": quadratic}, "value must be a real scalar"),
+        ({"value": 1.0, "value_fn": lambda x: x}, "value_fn must return a real scalar"),
+        ({"value": 1.0, "value_fn": lambda x: (quadratic(x), {})}, "value_fn must return a real scalar"),
+    ],
+)
+def test_losses_that_do_not_fit(keywords, message):
+    tx = ao.error_controlled(ao.scale_by_adam())
+    params = jnp.ones(4)
+    with pytest.raises(ValueError, match=message):
+        tx.update(params, tx.init(params), params, **keywords)
+    with pytest.raises(ValueError, match="needs the parameters"):
+        tx.update(params, tx.init(params), value=1.0, value_fn=quadratic)
+
+
+# The point of it, in small.
+
+
+@functools.cache
+def regression():
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(512, 4)).astype(np.float32)
+    y = (np.sin(2 * x[:, 0]) + np.abs(x[:, 2])).astype(np.float32)
+    return x[:384], y[:384], x[384:], y[384:]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def final_error(make, limited, rate, seed):
+    """The validation error of a small network after 400 steps with batches of 16."""
+    x, y, x_new, y_new = map(jnp.asarray, regression())
+    key = jax.random.key(seed)
+    k1, k2, order = jax.random.split(key, 3)
+    params = {"w": jax.random.normal(k1, (4, 32)) / 2, "v": jax.random.normal(k2, (32,)) / 6}
+    schedule = make(rate)
+    direction = ao.scale_by_adam()
+    tx = (
+        ao.error_controlled(direction, schedule)
+        if limited
+        else optax.with_extra_args_support(optax.chain(direction, ao.scale_by_learning_rate(schedule)))
+    )
+
+    def error(p, x, y):
+        return jnp.mean((jnp.tanh(x @ p["w"]) @ p["v"] - y) ** 2)
+
+    def body(carry, key):
+        params, state = carry
+        chosen = jax.random.randint(key, (16,), 0, 384)
+
+        def loss(p):
+            return error(p, x[chosen], y[chosen])
+
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, state = tx.update(gradient, state, params, value=value, value_fn=loss)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, _), _ = jax.lax.scan(body, (params, tx.init(params)), jax.random.split(order, 400))
+    return error(params, x_new, y_new)
+
+
+def constant(rate):
+    return rate
+
+
+def decaying(rate):
+    return optax.linear_schedule(rate, 0.0, 400)
+
+
+@pytest.mark.parametrize("schedule", [constant, decaying])
+def test_a_rate_a_hundred_times_too_high_trains_about_as_well(schedule):
+    def mean(limited, rate):
+        return np.mean([float(final_error(schedule, limited, rate, seed)) for seed in range(3)])
+
+    rates = [1e-3 * 2**i for i in range(8)]
+    tuned = min(mean(False, rate) for rate in rates)
+    assert mean(False, 10.0) > 1.4 * tuned
+    assert mean(True, 10.0) < 1.1 * tuned
+    assert mean(True, 1000.0) < 1.1 * tuned
