@@ -471,6 +471,37 @@ def test_equal_names_give_equal_arms_which_compile_once():
     assert study.recompute_batch_statistics() == study.recompute_batch_statistics(batches=32)
 
 
+LIMITABLE = ["adam", "adamw", "nadam", "amsgrad", "rmsprop", "global_rmsprop", "sgd", "momentum"]
+
+
+@pytest.mark.parametrize("optimizer", LIMITABLE)
+def test_a_limited_arm_is_the_same_optimizer_below_the_limit(optimizer):
+    def loss(w):
+        return jnp.sum(jnp.array([1.0, 3.0]) * w**2)
+
+    ends = []
+    for name in (f"{optimizer}:one_cycle", f"{optimizer}:one_cycle:limited"):
+        arm = study.arm(name)
+        assert arm.__name__ == name and arm == study.arm(name)
+        tx = optax.with_extra_args_support(arm(1e-6, 20))
+        assert ("error_controlled" in arm.code(1e-6, 20)) == name.endswith("limited")
+        w = jnp.ones(2)
+        state = tx.init(w)
+        for _ in range(20):
+            value, gradient = jax.value_and_grad(loss)(w)
+            updates, state = tx.update(gradient, state, w, value=value, value_fn=loss)
+            w = optax.apply_updates(w, updates)
+        ends.append(w)
+    np.testing.assert_allclose(*ends, rtol=1e-6)
+
+
+def test_a_limited_arm_trains_at_any_rate_in_every_mode():
+    names = {"limited": "adam:one_cycle:limited", "averaged": "adam:constant:limited:averaged"}
+    found = finals(names | {"free": "adam:one_cycle"}, learning_rates=[30.0])
+    assert found["limited"] < 0.3 * found["free"]
+    assert study.arm(names["averaged"]).evaluate is not None
+
+
 # ---- Rivals of a schedule ----
 
 GRADIENTS = np.random.default_rng(1).normal(size=(50, 2, 3))
@@ -587,7 +618,10 @@ def test_rates_of_an_arm_of_ones_own():
         ("schedule_free:adam:averaged", "got 'adam:averaged'; .* is an average already"),
         ("adam:schedule_free", "the schedule must be one of constant, .*schedule_free:optimizer"),
         ("adam", "the schedule must be one of .*, got ''"),
-        ("adam:constant:mean", "nothing or one of averaged, ema may follow, got 'mean'"),
+        ("adam:constant:mean", "nothing or one of limited, averaged, ema may follow, got 'mean'"),
+        ("adam:constant:ema:limited", "may follow, got 'ema:limited'"),
+        ("adam:constant:limited:mean", "may follow, got 'mean'"),
+        ("prodigy:constant:limited", "must be one of adam, .* with limited, got 'prodigy'"),
         ("ema:constant", "the optimizer must be one of .*, got 'ema'"),
         ("dadapt_adamw:warmup_cosine", "must begin above 0, .*got 'warmup_cosine'"),
     ],

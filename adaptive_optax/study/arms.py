@@ -26,10 +26,13 @@ from adaptive_optax.study.evaluation import AVERAGE_IF_KEPT, Arm, Evaluate, sche
 from adaptive_optax.study.origin import described
 from adaptive_optax.study.start import Origin
 from adaptive_optax.study.task import Task
+from adaptive_optax.transforms.adam import scale_by_adam
 from adaptive_optax.transforms.averaging import average_parameters
 from adaptive_optax.transforms.learning_rate import scale_by_learning_rate
-from adaptive_optax.transforms.rms import scale_by_rms
+from adaptive_optax.transforms.momentum import trace
+from adaptive_optax.transforms.rms import scale_by_global_rms, scale_by_rms
 from adaptive_optax.transforms.weight_decay import add_decoupled_weight_decay
+from adaptive_optax.wrappers.error_control import error_controlled
 
 Schedule = Callable[[Any, int], Any]  # from the peak rate and the number of steps
 
@@ -68,10 +71,24 @@ MOMENTUM = {"adam": "b1", "adamw": "b1", "nadam": "b1", "amsgrad": "b1", "moment
 # These estimate the learning rate, and multiply it by the given one.
 ESTIMATORS = ("prodigy", "dadapt_adamw")
 FACTORS = (0.3, 1.0, 3.0)
+LIMITED = "limited"  # the suffix
 # The mean age of either average is a tenth of the run at its end, so that they differ in shape alone.
 AVERAGES: dict[str, Callable[[int], Call]] = {
     "averaged": lambda steps: call(average_parameters),
     "ema": lambda steps: call(average_parameters, decay=max(0.0, round(1 - 10 / steps, 6))),
+}
+# What the limit of `error_controlled` is put around.
+DIRECTIONS: dict[str, Callable[..., Call]] = {
+    "adam": lambda **keywords: call(scale_by_adam, **keywords),
+    "adamw": lambda **keywords: call(
+        optax.chain, call(scale_by_adam, **keywords), call(add_decoupled_weight_decay, 1e-4)
+    ),
+    "nadam": lambda **keywords: call(scale_by_adam, **keywords),
+    "amsgrad": lambda **keywords: call(scale_by_adam, **keywords),
+    "rmsprop": lambda: call(scale_by_rms),
+    "global_rmsprop": lambda: call(scale_by_global_rms),
+    "sgd": lambda: call(optax.identity),
+    "momentum": lambda momentum: call(trace, momentum),
 }
 # What schedule-free averaging is put around: optimizers without momentum, which the averaging replaces.
 SCHEDULE_FREE: dict[str, Callable[[Any], Call]] = {
@@ -106,11 +123,13 @@ class NamedArm:
         optimizer: The optimizer.
         schedule: The schedule of its learning rate; "schedule_free" for schedule-free averaging.
         average: "averaged", "ema", or "" for none.
+        is_limited: Whether `error_controlled` limits the learning rate.
     """
 
     optimizer: str
     schedule: str
     average: str = ""
+    is_limited: bool = False
 
     def __call__(self, learning_rate: Any, total_steps: int) -> optax.GradientTransformationExtraArgs:
         """Builds the transformation."""
@@ -120,7 +139,8 @@ class NamedArm:
     def __name__(self) -> str:
         if self.schedule == "schedule_free":
             return f"schedule_free:{self.optimizer}"
-        return ":".join(filter(None, (self.optimizer, self.schedule, self.average)))
+        limited = LIMITED if self.is_limited else ""
+        return ":".join(filter(None, (self.optimizer, self.schedule, limited, self.average)))
 
     @property
     def evaluate(self) -> Evaluate | None:
@@ -176,14 +196,17 @@ class NamedArm:
                 keywords = keywords | {MOMENTUM[self.optimizer]: Field(schedule, "momentum")}
         if self.optimizer == "prodigy" and self.schedule in WARMED:
             keywords = keywords | {"safeguard_warmup": True}  # otherwise 0 / 0 at the first step
-        tx = call(optimizer, rate, **keywords)
+        if self.is_limited:
+            tx = call(error_controlled, DIRECTIONS[self.optimizer](**keywords), rate)
+        else:
+            tx = call(optimizer, rate, **keywords)
         if self.average:
             tx = call(optax.chain, tx, AVERAGES[self.average](steps))
         return {"schedule": schedule, "tx": tx} if isinstance(schedule, Call) else {"tx": tx}
 
 
 def arm(name: str) -> NamedArm:
-    """Returns a standard arm by its name: `"optimizer:schedule"`, `:averaged` or `:ema` may follow.
+    """Returns a standard arm by its name: `"optimizer:schedule"`, perhaps with a suffix.
 
     | optimizer | |
     |---|---|
@@ -205,9 +228,13 @@ def arm(name: str) -> NamedArm:
     | inverse_sqrt | up for T/10, then proportional to 1/sqrt(step) |
     | one_cycle | PyTorch's, including momentum if the optimizer takes a schedule of it |
 
-    With `:averaged`, `average_parameters` averages the parameters and the average is judged, with batch
-    statistics recomputed for it (`recompute_batch_statistics`). With `:ema` it is an exponential average with
-    the decay 1 - 10/T: at the end of the run, the mean age of both averages is T/10 steps.
+    With `:limited`, as in `"adam:one_cycle:limited"`, `error_controlled` limits the learning rate. It needs
+    `value=` and `value_fn=`, which a task passes and a script of your own has to.
+
+    With `:averaged`, which may follow, `average_parameters` averages the parameters and the average is
+    judged, with batch statistics recomputed for it (`recompute_batch_statistics`). With `:ema` it is an
+    exponential average with the decay 1 - 10/T: at the end of the run, the mean age of both averages is T/10
+    steps.
 
     In place of a schedule, `"schedule_free:adam"`, `"schedule_free:adamw"` and `"schedule_free:sgd"` are
     optax.contrib's `schedule_free` with b1 = 0.9, around these optimizers without momentum. The rate goes up
@@ -250,17 +277,25 @@ def arm(name: str) -> NamedArm:
         raise ValueError(
             f"arm {name!r}: the schedule must be one of {', '.join(SCHEDULES)}, got {schedule!r}; {meant}"
         )
+    is_limited = suffix.partition(":")[0] == LIMITED
+    if is_limited:
+        _, colon, suffix = suffix.partition(":")
     if colon and suffix not in AVERAGES:
+        suffixes = ", ".join((LIMITED, *AVERAGES))
         raise ValueError(
-            f"arm {name!r}: after the schedule, nothing or one of {', '.join(AVERAGES)} may follow, "
-            f"got {suffix!r}."
+            f"arm {name!r}: after the schedule, nothing or one of {suffixes} may follow, got {suffix!r}."
+        )
+    if is_limited and optimizer not in DIRECTIONS:
+        raise ValueError(
+            f"arm {name!r}: the optimizer must be one of {', '.join(DIRECTIONS)} with {LIMITED}, got "
+            f"{optimizer!r}."
         )
     if optimizer == "dadapt_adamw" and schedule in WARMED:
         raise ValueError(
             f"arm {name!r}: the schedule of dadapt_adamw must begin above 0, where its estimate is 0 / 0, "
             f"got {schedule!r}; prodigy can warm up."
         )
-    return NamedArm(optimizer, schedule, suffix)
+    return NamedArm(optimizer, schedule, suffix, is_limited)
 
 
 _NAMED = "an arm is named optimizer:schedule or schedule_free:optimizer."

@@ -78,7 +78,7 @@ def compare_command(
         str,
         typer.Option(
             help="Comma-separated; the first is the baseline. Standard arms: optimizer:schedule, followed "
-            f"by :averaged or :ema if wanted. Optimizers: {', '.join(OPTIMIZERS)}. Schedules: "
+            f"by :limited, :averaged or :ema if wanted. Optimizers: {', '.join(OPTIMIZERS)}. Schedules: "
             f"{', '.join(SCHEDULES)}. Without a schedule: "
             f"{', '.join(f'schedule_free:{name}' for name in SCHEDULE_FREE)}, {', '.join(ESTIMATORS)}, ema "
             "(adam:constant:ema). Your own arms: "

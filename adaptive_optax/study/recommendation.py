@@ -76,7 +76,7 @@ def recommend(record: Record) -> Recommendation:
 
 def simplicity(arm: NamedArm) -> int:
     """Returns an arm's place among the standard ones, 0 for the simplest."""
-    if arm.average or arm.schedule == "schedule_free" or arm.optimizer in ESTIMATORS:
+    if arm.average or arm.is_limited or arm.schedule == "schedule_free" or arm.optimizer in ESTIMATORS:
         return len(SIMPLEST_FIRST)
     return next(place for place, names in enumerate(SIMPLEST_FIRST) if arm.schedule in names)
 
