@@ -37,6 +37,7 @@ class Suite(enum.StrEnum):
     end_to_end = "end_to_end"
     telemetry = "telemetry"
     low_precision = "low_precision"
+    error_control = "error_control"
 
 
 def module(suite: str) -> Any:
@@ -78,7 +79,7 @@ def run_here(suite: Suite, out: Path, quick: bool) -> None:
     # PyTorch's contenders need some of a GPU's memory.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     # The study splits a CPU into one device per core; in the other suites a step uses all cores.
-    if suite in (Suite.study_throughput, Suite.low_precision):
+    if suite in (Suite.study_throughput, Suite.low_precision, Suite.error_control):
         jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
     began = time.perf_counter()
     with rich.progress.Progress(

@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import subprocess
+import types
 from pathlib import Path
 
 import jax
@@ -15,7 +16,17 @@ from typer.testing import CliRunner
 
 import adaptive_optax as ao
 from benchmarks import __main__ as command
-from benchmarks import readme, scaling, studies, trees, update_step
+from benchmarks import (
+    error_control,
+    error_control_basin,
+    error_control_deterministic,
+    error_control_edge,
+    readme,
+    scaling,
+    studies,
+    trees,
+    update_step,
+)
 from benchmarks.contenders import (
     HAS_TORCH,
     Step,
@@ -343,3 +354,145 @@ def test_pytorch_s_step_has_each_leaf_s_own_gradient():
     for p, (name, start) in zip(params, trees.constant(shapes, 0.1).items(), strict=True):
         moved = start - np.asarray(gradients[0][name])
         np.testing.assert_allclose(p.detach().numpy(), moved, rtol=1e-6, atol=1e-6)
+
+
+def test_a_quick_run_of_error_control_has_tables_and_pictures_of_all_parts():
+    result = json.loads(json.dumps(error_control.measure(True, lambda text: None), allow_nan=False))
+    assert result.keys() == {*error_control.PARTS, "settings", "seeds"}
+    tables = error_control.tables(result)
+    assert tables.keys() == {"basin", "no_rate", "deterministic", "cost"}
+    assert [row[:2] for row in tables["basin"].rows] == [["regression, batch 256", "constant"]]
+    assert len(tables["no_rate"].rows) == len(tables["cost"].rows) == 1
+    assert len(tables["deterministic"].rows) == 3
+    assert all(row["has_converged"] for row in result["deterministic"])
+    assert result["cost"][0]["probes_per_step"] == pytest.approx(0.1)
+    (edge,) = result["edge"]
+    assert [point["step"] for point in edge["points"]] == list(range(0, 60, 10))
+    parts = ("basin", "edge")
+    names = {f"error_control_{part}_{theme}" for part in parts for theme in ("light", "dark")}
+    assert error_control.figures(result).keys() == names
+    assert error_control.tables({"cost": result["cost"]}).keys() == {"cost"}
+
+
+@pytest.mark.parametrize("name", list(error_control_basin.all_arms(list(error_control_basin.SHAPES))))
+def test_an_arm_of_a_basin_takes_a_step_at_a_traced_rate(name):
+    arm = error_control_basin.all_arms(list(error_control_basin.SHAPES))[name]
+    params = {"w": jnp.ones(3)}
+
+    def loss(params):
+        return jnp.sum(params["w"] ** 2)
+
+    def step(rate):
+        tx = optax.with_extra_args_support(arm(rate, 10))
+        value, gradient = jax.value_and_grad(loss)(params)
+        updates, _ = tx.update(gradient, tx.init(params), params, value=value, value_fn=loss)
+        return optax.apply_updates(params, updates)
+
+    assert loss(jax.jit(step)(1.0 if name == "prodigy" else 1e-3)) < loss(params)
+
+
+def basin_rows():
+    """Rows of two tasks, one with an accuracy, whose highest peak has diverged on one seed."""
+    rates = [0.001, 0.002]
+    found = []
+    for name, has_accuracy in (("a", False), ("b", True)):
+        task = types.SimpleNamespace(metric_name="some_metric", maximize=has_accuracy)
+        for shape in list(error_control_basin.SHAPES)[:2]:
+            grid = np.array([[0.4, 0.6], [0.7, 0.9]])
+            common, tuned = error_control_basin._tuned(task, rates, grid)
+            peaks = [rates[tuned] * factor for factor in error_control_basin.FACTORS]
+            without = [grid[tuned], np.array([0.6, 0.6]), np.array([0.5, np.inf])]
+            cells = [
+                error_control_basin._cells(task, common["best"], peaks, each)
+                for each in (without, [grid[0]] * 3)
+            ]
+            found.append({"task": name, "shape": shape, "without": cells[0], "with": cells[1]} | common)
+    return found
+
+
+def test_a_basin_is_relative_to_the_best_rate_of_the_grid_and_worse_is_positive():
+    loss, _, accuracy, _ = basin_rows()
+    assert (loss["tuned_peak"], accuracy["tuned_peak"]) == (0.001, 0.002)
+    assert [cell["rate"] for cell in loss["with"]] == pytest.approx([0.001, 0.01, 0.1])
+    table = error_control_basin.tables([loss, accuracy])["basin"].rows
+    assert table == [
+        ["a", "constant", "0.0010", "some metric 0.500", "+20.0", "diverged", "+0.0", "+0.0", "+0.0"],
+        ["b", "constant", "0.0020", "some metric 0.800", "+25.0", "diverged", "+37.5", "+37.5", "+37.5"],
+    ]
+    assert loss["without"][2]["metrics"] == [0.5, None]
+    assert error_control_basin._percent({"worse_percent": 1e6}) == "> 9,999"
+
+
+def test_a_rate_that_diverges_is_never_the_tuned_one():
+    for maximize in (False, True):
+        task = types.SimpleNamespace(metric_name="loss", maximize=maximize)
+        common, tuned = error_control_basin._tuned(task, [1.0, 2.0], np.array([[np.nan, 0.1], [0.3, 0.3]]))
+        assert (tuned, common["tuned_peak"], common["grid"][0]["mean"]) == (1, 2.0, None)
+
+
+def test_a_basin_is_drawn_with_one_panel_per_task_and_one_for_the_legend():
+    figures = error_control_basin.figures(basin_rows())
+    panels = figures["error_control_basin_dark"].axes
+    assert [axes.get_title("left") for axes in panels[:2]] == ["a", "b"]
+    assert [len(axes.lines) for axes in panels[:2]] == [4, 4]
+    assert [axes.get_yscale() for axes in panels[:2]] == ["log", "linear"]
+    (legend,) = [axes.get_legend() for axes in panels if axes.get_legend()]
+    assert len(legend.get_texts()) == 4
+
+
+@pytest.mark.parametrize("name", list(error_control_deterministic.METHODS)[1:2] + ["optax.lbfgs"])
+def test_gradients_are_counted_once_at_each_point(name):
+    problem, method = error_control_deterministic.quadratic(10), error_control_deterministic.METHODS[name]
+    points = set()
+
+    def loss(x):
+        jax.debug.callback(lambda x: points.add(x.tobytes()), x)
+        return problem.loss(x)
+
+    counted = error_control_deterministic.Problem(loss, problem.start)
+    found = error_control_deterministic.evaluations(counted, method)
+    jax.effects_barrier()
+    assert found["has_converged"] and found["values"] == 0
+    assert found["gradients"] == len(points)
+
+
+def test_values_of_a_line_search_are_counted():
+    problem = error_control_deterministic.quadratic(10)
+    method = error_control_deterministic.METHODS["gradient descent with backtracking"]
+    calls = []
+
+    def loss(x):
+        jax.debug.callback(lambda x: calls.append(x), x)
+        return problem.loss(x)
+
+    counted = error_control_deterministic.Problem(loss, problem.start)
+    found = error_control_deterministic.evaluations(counted, method, most=20)
+    jax.effects_barrier()
+    assert found["gradients"] == 20 and not found["has_converged"]
+    assert len(calls) == found["gradients"] + found["values"]
+
+
+def test_a_count_says_that_it_is_a_bound_or_has_diverged():
+    row = {"gradients": 1234, "values": 0, "is_finite": True, "has_converged": True}
+    count = error_control_deterministic._count
+    assert count(row) == "1,234"
+    assert count(row | {"values": 5}) == "1,234 + 5"
+    assert count(row | {"has_converged": False}) == "> 20,000"
+    assert count(row | {"has_converged": False, "is_finite": False}) == "diverged"
+
+
+def test_the_largest_eigenvalue_is_that_of_the_preconditioned_hessian():
+    rng = np.random.default_rng(0)
+    hessian, root = rng.normal(size=(4, 4)), rng.uniform(0.5, 2, 4)
+    hessian = hessian @ hessian.T
+    exact = np.linalg.eigvalsh(hessian / np.sqrt(np.outer(root, root)))[-1]
+
+    def loss(params):
+        x = jnp.concatenate([params["a"], params["b"]])
+        return x @ hessian @ x / 2
+
+    def tree(x):
+        return {"a": jnp.asarray(x[:1]), "b": jnp.asarray(x[1:])}
+
+    found, _ = error_control_edge.largest_eigenvalue(loss, tree(np.ones(4)), tree(root), tree(np.ones(4)), 60)
+    assert found == pytest.approx(exact, rel=1e-3)
