@@ -1,4 +1,4 @@
-"""`python -m benchmarks`: measures, writes JSON, and generates the README's tables and pictures from it."""
+"""`python -m benchmarks`: measures, writes JSON, and generates tables and pictures from it."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from benchmarks.setting import RESULTS, cores_busy_elsewhere, hardware, setting
 from benchmarks.studies import published
 
 PROJECT = Path(__file__).parent.parent
+PAGES = ("README.md", "docs/error_control.md")
 PICTURES = PROJECT / "docs" / "performance"
 MOST_CORES_BUSY = 0.2
 
@@ -66,9 +67,10 @@ def draw(results: dict[str, dict[str, dict[str, Any]]], folder: Path) -> None:
                 figure.savefig(folder / f"{name}_{where}.png", dpi=150)
 
 
-def rendered(text: str) -> str:
-    """Returns the README's text with tables generated from the committed results and studies."""
-    return render_readme(text, stored(), {suite: module(suite).tables for suite in Suite}, published())
+def rendered(page: str) -> str:
+    """Returns a page's text with tables generated from the committed results and studies."""
+    text, tables = (PROJECT / page).read_text(), {suite: module(suite).tables for suite in Suite}
+    return render_readme(text, stored(), tables, published(), root="../" * page.count("/"))
 
 
 def run_here(suite: Suite, out: Path, quick: bool) -> None:
@@ -138,8 +140,8 @@ def main(
     with plain_errors():
         draw(stored(out), PICTURES if out == RESULTS else out)
         if out == RESULTS:
-            path = PROJECT / "README.md"
-            path.write_text(rendered(path.read_text()))
+            for page in PAGES:
+                (PROJECT / page).write_text(rendered(page))
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)

@@ -1,4 +1,4 @@
-"""Generates the README's tables from results.
+"""Generates the tables of the README, and of pages of the site, from results.
 
 A benchmark's table stands between `<!-- benchmark:SUITE TABLE -->` and `<!-- /benchmark -->`, a published
 study's between `<!-- study:FOLDER -->` and `<!-- /study -->`.
@@ -26,14 +26,16 @@ def render(
     results: Mapping[str, Mapping[str, dict[str, Any]]],
     tables: Mapping[str, Callable[[dict[str, Any]], dict[str, Table]]],
     studies: Mapping[str, str] | None = None,
+    root: str = "",
 ) -> str:
-    """Returns the README with regenerated blocks.
+    """Returns a page with regenerated blocks.
 
     Args:
-        text: The README.
+        text: The page.
         results: The results, by suite and hardware.
         tables: For each suite, the function that makes tables from a result.
         studies: The text of each published study, by its folder.
+        root: The way from the page to the project's folder, such as "../".
 
     Raises:
         ValueError: If a block names an unknown suite, table or study, or a mark belongs to no block.
@@ -48,7 +50,7 @@ def render(
         if study := found["study"]:
             return f"<!-- study:{study} -->\n{_study(study, studies or {})}<!-- /study -->"
         suite, name = found["suite"], found["table"]
-        made = _benchmark(suite, name, results, tables)
+        made = _benchmark(suite, name, results, tables, root)
         return f"<!-- benchmark:{suite} {name} -->\n{made}<!-- /benchmark -->"
 
     return _BLOCK.sub(block, text)
@@ -67,6 +69,7 @@ def _benchmark(
     name: str,
     results: Mapping[str, Mapping[str, dict[str, Any]]],
     tables: Mapping[str, Callable[[dict[str, Any]], dict[str, Table]]],
+    root: str,
 ) -> str:
     """The table of a suite on each hardware."""
     if suite not in tables:
@@ -78,7 +81,7 @@ def _benchmark(
         made = tables[suite](result)
         if name not in made:
             raise ValueError(f"{suite} has no table {name!r}; it has {', '.join(made)}.")
-        source = f"[numbers](benchmarks/results/{suite}_{hardware}.json)"
+        source = f"[numbers]({root}benchmarks/results/{suite}_{hardware}.json)"
         parts.append(f"{made[name].title} ({origin(result)}; {source}):\n\n{made[name].markdown()}\n")
     if not parts:
         raise ValueError(f"There is no result of the suite {suite!r}; run it first.")

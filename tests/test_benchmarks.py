@@ -271,11 +271,12 @@ def test_what_is_started_and_awaited_is_one_kernel():
     assert kernels(text + "  ROOT %d = f32[2]{0} copy-done(%s)\n}\n") == 1
 
 
-def test_the_readme_is_what_the_committed_results_say():
+def test_the_pages_are_what_the_committed_results_say():
     text = (PROJECT / "README.md").read_text()
     assert text.count("<!-- benchmark:") == text.count("<!-- /benchmark -->") >= 6
     assert text.count("<!-- study:") == text.count("<!-- /study -->") == len(studies.published()) == 5
-    assert command.rendered(text) == text
+    for page in command.PAGES:
+        assert command.rendered(page) == (PROJECT / page).read_text(), page
 
 
 def test_every_committed_result_says_where_it_comes_from():

@@ -277,6 +277,15 @@ def test_the_relief_is_the_inverse_of_the_mean_height(schedule, relief):
     assert 1 <= float(state.relief) <= 2
 
 
+@pytest.mark.parametrize("height", [0.0, np.inf])
+def test_a_schedule_without_a_shape(height):
+    tx = ao.error_controlled(ao.scale_by_adam(), optax.constant_schedule(height))
+    params, _, state = run(tx, 100)
+    assert float(state.relief) == 1
+    assert all(np.isfinite(x).all() for x in (params, state.longest, state.learning_rate))
+    assert (float(quadratic(params)) < 1e-2) == (height > 0)
+
+
 def test_without_a_rate_the_limit_is_that_of_a_schedule_that_decays_to_zero():
     tx = optax.chain(
         ao.error_controlled(ao.scale_by_adam()), optax.scale_by_schedule(optax.linear_schedule(1.0, 0.0, 100))
@@ -607,6 +616,14 @@ def test_losses_that_do_not_fit(keywords, message):
         tx.update(params, tx.init(params), value=1.0, value_fn=quadratic)
 
 
+def test_a_schedule_that_cannot_be_traced():
+    def schedule(count):
+        return 0.1 if count < 10 else 0.01
+
+    with pytest.raises(ValueError, match="use jnp.where in place of `if`, or follow_schedule=False"):
+        ao.error_controlled(ao.scale_by_adam(), schedule).init(jnp.ones(2))
+
+
 # The point of it, in small.
 
 
@@ -669,3 +686,18 @@ def test_a_rate_a_hundred_times_too_high_trains_about_as_well(schedule):
     assert mean(False, 10.0) > 1.4 * tuned
     assert mean(True, 10.0) < 1.1 * tuned
     assert mean(True, 1000.0) < 1.1 * tuned
+
+
+@pytest.mark.parametrize("per", ["tree", "tensor"])
+def test_telemetry_measures_the_limit(per):
+    tx = ao.telemetry(ao.error_controlled(ao.scale_by_adam(), 10.0), per=per)
+    _, states, state = run(tx, 50)
+    found, control = ao.get_telemetry(state), ao.get_error_control(state)
+    shape = (1,) if per == "tensor" else ()
+    for name in ("step_limit", "curvature", "error"):
+        measured = getattr(found, name)
+        assert measured.shape == shape
+        np.testing.assert_allclose(measured, getattr(control, name), rtol=1e-6)
+    assert float(found.learning_rate) == float(control.learning_rate)
+    plain = ao.get_telemetry(run(optax.with_extra_args_support(ao.telemetry(ao.adam(0.1))), 2)[2])
+    assert np.isnan(plain.step_limit) and np.isnan(plain.curvature) and np.isnan(plain.error)

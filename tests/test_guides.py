@@ -3,6 +3,8 @@
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -45,3 +47,10 @@ def test_a_run_under_way_is_told_whether_to_decay(capsys):
     assert names["found"].steps == (0, 300)
     assert names["found"].best(0).decision == "worse" and names["found"].best().decision == "better"
     assert capsys.readouterr().out.startswith("Yes: from step 300, ")
+
+
+def test_an_absurd_rate_is_limited(capsys):
+    names = run("error_control.md")
+    loss, x, y = names["loss"], names["x"], names["y"]
+    assert loss(names["params"], x, y) < 0.1 * loss(jax.tree.map(jnp.zeros_like, names["params"]), x, y)
+    assert capsys.readouterr().out.startswith("loss 0.")

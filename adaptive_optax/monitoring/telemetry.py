@@ -34,6 +34,7 @@ from adaptive_optax.hyperparams import learning_rates
 from adaptive_optax.monitoring.adam_statistics import BINS, HISTOGRAM_EDGES, adam_statistics
 from adaptive_optax.transforms.match_parameter_dtype import outgoing
 from adaptive_optax.transforms.reduce_on_plateau import ReduceOnPlateauState
+from adaptive_optax.wrappers.error_control import ErrorControlledState, get_error_control
 
 
 class Telemetry(NamedTuple):
@@ -64,13 +65,18 @@ class Telemetry(NamedTuple):
         bound_utilisation: The largest magnitude of Adam's direction divided by its tight bound
             (`adam_bound`), in [0, 1] up to rounding; where coordinates share a second moment, it uses the
             root mean square over the group.
+        step_limit: The limit of `error_controlled` on the learning rate, as in `ErrorControl`.
+        curvature: The curvature that its probes found, in units of 1 / learning rate.
+        error: The part of the promised decrease that its last probe did not find, in [-1, 50].
         histogram: The fraction of coordinates whose effective learning rate
             $\alpha / (\sqrt{\hat v} + \epsilon)$ lies between two powers of 2 from $2^{-33}$ to
             128 (`Telemetry.histogram_edges`; rates outside are counted in the first or last bin). In groups
             with their own learning rates, $\alpha$ is that of the group; NaN if there is none, or
             several.
 
-    The last three are NaN for leaves without `scale_by_adam`, and for leaves whose second moment cannot be
+    The three of `error_controlled` are NaN without it, or with several of them; with `per="tensor"` they are
+    the same for all tensors. `snr`, `bound_utilisation` and `histogram` are NaN for leaves without
+    `scale_by_adam`, and for leaves whose second moment cannot be
     determined from the state alone: shared by `Labels`, or by a custom granularity that does not broadcast
     (also the `snr` of a single tensor under `Global`). They assume Adam's usual form: mean squares, bias
     correction, eps outside the root, constant b1. Low-precision moments are read as the next step will decode
@@ -88,6 +94,9 @@ class Telemetry(NamedTuple):
     cosine: Measured
     snr: Measured
     bound_utilisation: Measured
+    step_limit: Measured
+    curvature: Measured
+    error: Measured
     histogram: jax.Array
 
     histogram_edges = HISTOGRAM_EDGES  # not a field, because it has no annotation
@@ -291,6 +300,13 @@ def measure(
     adam, adam_defined = adam_statistics(
         [path for path, _ in paths_and_leaves(g)], inner_state, rate_scale, dtype, per_tensor=per_tensor
     )
+    controlled = states_of(ErrorControlledState, inner_state)
+    is_controlled = len(controlled) == 1
+    has_probed = controlled[0].predicted > 0 if is_controlled else jnp.zeros((), jnp.bool_)
+    control = _Control(*(jnp.zeros((), dtype) for _ in range(3)))
+    if is_controlled:
+        found = get_error_control(controlled[0])
+        control = _Control(*(x.astype(dtype) for x in (found.step_limit, found.curvature, found.error)))
     values = Telemetry(
         count=jnp.zeros((), jnp.int32),
         learning_rate=rates[0].astype(dtype) * rate_scale if rates else jnp.zeros((), dtype),
@@ -304,6 +320,9 @@ def measure(
         cosine=-lengths.cosine,
         snr=adam.snr,
         bound_utilisation=adam.bound_utilisation,
+        step_limit=jnp.broadcast_to(control.step_limit, lengths.cosine.shape),
+        curvature=jnp.broadcast_to(control.curvature, lengths.cosine.shape),
+        error=jnp.broadcast_to(control.error, lengths.cosine.shape),
         histogram=adam.histogram,
     )
     always = jnp.ones_like(lengths.cosine, jnp.bool_)
@@ -318,9 +337,20 @@ def measure(
         cosine=always,
         snr=adam_defined.snr,
         bound_utilisation=adam_defined.bound_utilisation,
+        step_limit=always & is_controlled,
+        curvature=always & has_probed,
+        error=always & has_probed,
         histogram=adam_defined.histogram & is_scaled,
     )
     return jax.tree.map(_or_zero, values, defined), defined
+
+
+class _Control(NamedTuple):
+    """What `error_controlled` has found."""
+
+    step_limit: jax.Array
+    curvature: jax.Array
+    error: jax.Array
 
 
 def _or_zero(value: jax.Array, defined: jax.Array) -> jax.Array:

@@ -29,8 +29,17 @@ def peak_and_mean(schedule: optax.Schedule, dtype: Any) -> tuple[jax.Array, jax.
     Args:
         schedule: A function of the step count that runs under `jax.vmap`.
         dtype: The dtype of the results.
+
+    Raises:
+        ValueError: If the schedule cannot be traced.
     """
-    values = jax.vmap(lambda count: value_at(schedule, count, dtype))(jnp.asarray(_COUNTS, jnp.int32))
+    try:
+        values = jax.vmap(lambda count: value_at(schedule, count, dtype))(jnp.asarray(_COUNTS, jnp.int32))
+    except TypeError as error:  # of tracers that are used as numbers
+        raise ValueError(
+            f"The shape of a schedule is found by jax.vmap, under which {schedule!r} does not run: use "
+            "jnp.where in place of `if`, or follow_schedule=False."
+        ) from error
     peak = jnp.max(values)
     changes = jnp.abs(values - values[-1]) > _SAME * peak
     last = jnp.max(jnp.where(changes, jnp.arange(len(_COUNTS)), -1))

@@ -49,7 +49,7 @@ _NEWEST = 0.7  # the weight of the newest probe in the curvature
 # curvature that has adapted to the step, where momentum keeps a step stable up to (1 + b1) / (1 - b1) = 19.
 _ADAPTED, _RELAXATION, _MOST_RELAXED = 1.5, 1.2, 4.0
 _UNSTABLE, _RETREAT = 10.0, 0.8
-_ERROR_DECAY, _LARGEST_ERROR = 0.8, 50.0
+_ERROR_DECAY, _LEAST_ERROR, _LARGEST_ERROR = 0.8, -1.0, 50.0
 _HIGHEST_RELIEF = 2.0
 _PROBES_PER_CHECK = 16
 _SAME_LOSS = 1e-2
@@ -67,11 +67,11 @@ class ErrorControlledState(NamedTuple):
         learning_rate: The learning rate of the last step; before the first step, the one that it starts with.
         step_limit: The limit of the last step.
         longest: The longest step that can be trusted, as found by the probes, before a schedule's shape.
-        phase: 0 before the first probe, 1 while every probe has found the step too long, 2 while the limit
-            grows, 3 once it has been found.
-        relaxation: A factor in [1, 4] on the limit, for curvature that has adapted to the step.
-        peak: The highest value of a schedule, or the given number.
-        relief: A factor in [1, 2] on the limit, for a schedule that decays.
+        phase: 0 while the scale of the limit is sought, 1 once it has been lowered, 2 while it grows again, 3
+            once it has been found.
+        relaxation: A factor in (0, 4] on the limit, for curvature that has adapted to the step.
+        peak: The highest value of a schedule whose shape multiplies the limit; otherwise 1.
+        relief: A factor in [1, 2] on the limit, for a learning rate that decays.
         curvature: The mean curvature of the latest probes.
         error: The mean error of the steps since the limit was found.
         predicted: The decrease that the gradient promised in the last probe.
@@ -113,7 +113,7 @@ class ErrorControl(NamedTuple):
             this says little about it.
         predicted_decrease: The decrease of the loss that the gradient promised in the last probe.
         actual_decrease: The decrease that the probe found.
-        error: 1 - actual / predicted.
+        error: 1 - actual / predicted, in [-1, 50].
         probes: Number of probes.
         silent_probes: Number of those that said nothing: a gradient of 0, a loss that is not finite, or
             one that another batch had.
@@ -254,6 +254,9 @@ def error_controlled(
             return jnp.full((), jnp.finfo(dtype).max, dtype)  # not inf, which `jax_debug_infs` reports
         return value_at(max_learning_rate, count, dtype)
 
+    def has_shape(peak):
+        return (peak > 0) & jnp.isfinite(peak)
+
     def own_init(params):
         dtype = scalar_dtype(params)
         count = jnp.zeros((), jnp.int32)
@@ -266,7 +269,7 @@ def error_controlled(
 
         first = value_at(initial_learning_rate, count, dtype)
         peak, mean = (number(1), number(1)) if shape is None else peak_and_mean(shape, dtype)
-        relief = peak / jnp.maximum(mean, peak / _HIGHEST_RELIEF)
+        relief = jnp.where(has_shape(peak), peak / jnp.where(mean > 0, mean, 1), 1)
         if max_learning_rate is None:
             relief = number(_HIGHEST_RELIEF)
         return ErrorControlledState(
@@ -297,7 +300,7 @@ def error_controlled(
         """The limit of a step, given the learning rate of the schedule."""
         held = state.longest * state.relaxation * state.relief
         if shape is not None:
-            held *= given / jnp.where(state.peak > 0, state.peak, 1)
+            held *= jnp.where(has_shape(state.peak), given / jnp.where(state.peak > 0, state.peak, 1), 1)
         return jnp.where(state.phase == _FOUND, held, state.longest)
 
     def update_fn(updates, state, params=None, *, value: Any = None, value_fn: Any = None, **extra_args):
@@ -359,13 +362,14 @@ def get_error_control(opt_state: OptState) -> ErrorControl:
     state = one_state_of(ErrorControlledState, opt_state, "error_controlled")._replace(inner_state=None)
     state = ErrorControlledState(*map(unwrapped, state))
     is_known = state.predicted > 0
+    ratio = state.actual / jnp.where(is_known, state.predicted, 1)
     return ErrorControl(
         learning_rate=state.learning_rate,
         step_limit=state.step_limit,
         curvature=state.curvature,
         predicted_decrease=state.predicted,
         actual_decrease=state.actual,
-        error=jnp.where(is_known, 1 - state.actual / jnp.where(is_known, state.predicted, 1), 0),
+        error=jnp.clip(jnp.where(is_known, 1 - ratio, 0), _LEAST_ERROR, _LARGEST_ERROR),
         probes=state.probes,
         silent_probes=state.silent,
         mismatches=state.mismatches,
@@ -446,13 +450,13 @@ def _probe(
         moved = known | dict(zip(paths, leaves, strict=True))
         return f(jax.tree.unflatten(jax.tree.structure(params), list(moved.values())))
 
-    value = cast(value, dtype)
+    resolution, value = _resolution(before, value), cast(value, dtype)
     slope = _inner(jax.tree.leaves(g), jax.tree.leaves(d), dtype)
     promised = _inner(jax.tree.leaves(g), step, dtype)
     over = jnp.where(promised > 0, promised, 1)
     if estimate == "value":
         actual = value - cast(loss(after), dtype)
-        floor = _resolution(before, value) * jnp.abs(value)
+        floor = resolution * jnp.abs(value)
         is_measured = (promised > floor) | ~(jnp.abs(actual) <= floor)
         error = (promised - actual) / over
     else:
@@ -473,7 +477,7 @@ def _controlled(
     is_promise = (h > 0) & (probe.slope > 0) & jnp.isfinite(probe.slope) & jnp.isfinite(probe.value)
     says_something = is_same & is_promise
     error = jnp.where(jnp.isfinite(probe.error), probe.error, _LARGEST_ERROR)
-    error = jnp.where(probe.is_measured, jnp.clip(error, -1, _LARGEST_ERROR), 0)
+    error = jnp.where(probe.is_measured, jnp.clip(error, _LEAST_ERROR, _LARGEST_ERROR), 0)
     newest = 2 * error / jnp.where(says_something, h, 1)
     is_first = state.phase == _SEEKING  # a mean would hold what smaller steps have found
     curvature = jnp.where(is_first, newest, state.curvature + _NEWEST * (newest - state.curvature))
@@ -497,7 +501,7 @@ def _controlled(
         state.relaxation * _RETREAT,
         jnp.where(
             mean_error > _ADAPTED,
-            jnp.maximum(jnp.minimum(state.relaxation * _RELAXATION, _MOST_RELAXED), state.relaxation),
+            jnp.minimum(state.relaxation * _RELAXATION, _MOST_RELAXED),
             state.relaxation,
         ),
     )
@@ -525,11 +529,11 @@ def _agrees(found: Any, value: Any) -> jax.Array:
     return ~differs | ~jnp.isfinite(value)
 
 
-def _resolution(params: list[Any], value: jax.Array) -> float:
-    """The relative rounding error of a loss, from the narrowest dtype of the parameters."""
-    del value
-    coarsest = max((float(jnp.finfo(p.dtype).eps) for p in params), default=0.0)
-    return 4 * coarsest if coarsest > 1e-4 else 32 * max(coarsest, float(jnp.finfo(jnp.float32).eps))
+def _resolution(params: list[Any], value: Any) -> float:
+    """The relative rounding error of a loss, from the narrowest dtype of the parameters and the loss."""
+    dtypes = [*(x.dtype for x in params), jnp.result_type(value)]
+    eps = max((float(jnp.finfo(d).eps) for d in dtypes if jnp.issubdtype(d, jnp.inexact)), default=0.0)
+    return 4 * eps if eps > 1e-4 else 32 * eps
 
 
 def _difference(x: jax.Array, y: jax.Array, dtype: Any) -> jax.Array:

@@ -24,7 +24,7 @@ class LimitReference:
             if self.mean_error > 10:
                 self.relaxation *= 0.8
             elif self.mean_error > 1.5:
-                self.relaxation = max(self.relaxation, min(1.2 * self.relaxation, 4.0))
+                self.relaxation = min(1.2 * self.relaxation, 4.0)
             return
         if self.phase == "seeking":
             self.curvature = newest
