@@ -69,7 +69,8 @@ def draw(results: dict[str, dict[str, dict[str, Any]]], folder: Path) -> None:
 
 def rendered(page: str) -> str:
     """Returns a page's text with tables generated from the committed results and studies."""
-    text, tables = (PROJECT / page).read_text(), {suite: module(suite).tables for suite in Suite}
+    text = (PROJECT / page).read_text()
+    tables: dict[str, Any] = {suite: module(suite).tables for suite in Suite}
     return render_readme(text, stored(), tables, published(), root="../" * page.count("/"))
 
 
