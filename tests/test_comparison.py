@@ -305,7 +305,10 @@ GOOD = {"learning_rates": [0.1, 0.2], "steps": 2, "seeds": 5}
         ({"arms": "adam:constant"}, "arms must map names"),
         ({"arms": ["adam:constant", "adam:sideways"]}, "the schedule must be one of .* got 'sideways'"),
         ({"arms": ["adam:constant", "adamm:constant"]}, "the optimizer must be one of .* got 'adamm'"),
-        ({"arms": ["adam:constant", "adam:cosine:mean"]}, "one of averaged, ema may follow, got 'mean'"),
+        (
+            {"arms": ["adam:constant", "adam:cosine:mean"]},
+            "limited, averaged, ema may follow, got 'mean'",
+        ),
         ({"arms": {"a": constant, "b": 3}}, "arm 'b' must be a function of"),
         (
             {"arms": {"a": constant, "b": lambda r, n: None}},

@@ -1,7 +1,9 @@
 """`inject_hyperparams` works with every numeric hyperparameter of every factory, or a reason says why not."""
 
+import dataclasses
 import inspect
 import numbers
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,6 +39,7 @@ VALUES = {
     "backoff_factor": (0.5, 0.25),
     "minimum_scale": (2.0**15, 2.0**14),
     "maximum_scale": (2.0**16, 2.0**15),
+    "tolerance": (0.35, 0.1),
 }
 
 # What a factory needs, and what makes a hyperparameter take part.
@@ -53,6 +56,7 @@ ARGUMENTS = {
     "add_decoupled_weight_decay": {"weight_decay": 0.1},
     "accumulate_gradients": {"inner": ao.sgd(0.1), "every": 2},
     "dynamic_loss_scale": {"inner": ao.sgd(0.1), "growth_interval": 1},
+    "error_controlled": {"direction": ao.scale_by_adam(), "initial_learning_rate": 0.3},
     "reduce_on_plateau": {"patience": 1},
     "telemetry": {"inner": ao.sgd(0.1)},
 }
@@ -65,6 +69,7 @@ DECIDES = "an integer that decides what is built, annotated as int"
 NOT_INJECTED = {
     ("accumulate_gradients", "every"): "an integer or a schedule of emissions, which has a state of its own",
     ("dynamic_loss_scale", "growth_interval"): DECIDES,
+    ("error_controlled", "every"): DECIDES,
     ("reduce_on_plateau", "accumulation_size"): DECIDES,
     ("reduce_on_plateau", "cooldown"): DECIDES,
     ("reduce_on_plateau", "patience"): DECIDES,
@@ -92,13 +97,30 @@ def arguments_of(factory, name, value):
     return ARGUMENTS.get(factory, {}) | COUPLED.get(name, {}) | {name: value}
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Parabola:
+    """A loss with a value and gradients at PARAMS."""
+
+    value: Any
+    gradients: Any
+
+    def __call__(self, params):
+        moved = jax.tree.map(
+            lambda p, q, g: jnp.sum(g * (p - q) + (p - q) ** 2), params, PARAMS, self.gradients
+        )
+        return self.value + sum(jax.tree.leaves(moved))
+
+
 def steps(update, state, overflows):
     """The updates of a few steps, with losses that cease to fall, and perhaps a gradient that overflows."""
     found = []
     for step in range(6):
         size = jnp.inf if overflows and step == 0 else 1.0
         gradients = jax.tree.map(lambda p, step=step, size=size: size * jnp.cos(p + step), PARAMS)
-        updates, state = update(gradients, state, PARAMS, value=jnp.float32(max(1.0 - step / 10, 0.8)))
+        value = jnp.float32(max(1.0 - step / 10, 0.8))
+        loss = Parabola(value, gradients)
+        updates, state = update(gradients, state, PARAMS, value=value, value_fn=loss)
         found.append(updates)
     return found, state
 
