@@ -538,7 +538,7 @@ def test_in_a_scan_with_a_sweep_of_rates_under_vmap():
     many = jax.jit(jax.vmap(end))(rates)
     for i, rate in enumerate(rates):
         one = jax.jit(end)(rate)
-        jax.tree.map(lambda x, y: np.testing.assert_allclose(x[i], y, rtol=1e-4), many, one)  # noqa: B023
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x[i], y, rtol=1e-4), many, one)  # noqa: B023 (called at once)
 
 
 def test_a_restored_state_goes_on(tmp_path):

@@ -303,10 +303,12 @@ def measure(
     controlled = states_of(ErrorControlledState, inner_state)
     is_controlled = len(controlled) == 1
     has_probed = controlled[0].predicted > 0 if is_controlled else jnp.zeros((), jnp.bool_)
-    control = _Control(*(jnp.zeros((), dtype) for _ in range(3)))
+    step_limit = curvature = error = jnp.zeros_like(lengths.cosine)
     if is_controlled:
         found = get_error_control(controlled[0])
-        control = _Control(*(x.astype(dtype) for x in (found.step_limit, found.curvature, found.error)))
+        step_limit, curvature, error = (
+            jnp.full_like(lengths.cosine, x) for x in (found.step_limit, found.curvature, found.error)
+        )
     values = Telemetry(
         count=jnp.zeros((), jnp.int32),
         learning_rate=rates[0].astype(dtype) * rate_scale if rates else jnp.zeros((), dtype),
@@ -320,9 +322,9 @@ def measure(
         cosine=-lengths.cosine,
         snr=adam.snr,
         bound_utilisation=adam.bound_utilisation,
-        step_limit=jnp.broadcast_to(control.step_limit, lengths.cosine.shape),
-        curvature=jnp.broadcast_to(control.curvature, lengths.cosine.shape),
-        error=jnp.broadcast_to(control.error, lengths.cosine.shape),
+        step_limit=step_limit,
+        curvature=curvature,
+        error=error,
         histogram=adam.histogram,
     )
     always = jnp.ones_like(lengths.cosine, jnp.bool_)
@@ -343,14 +345,6 @@ def measure(
         histogram=adam_defined.histogram & is_scaled,
     )
     return jax.tree.map(_or_zero, values, defined), defined
-
-
-class _Control(NamedTuple):
-    """What `error_controlled` has found."""
-
-    step_limit: jax.Array
-    curvature: jax.Array
-    error: jax.Array
 
 
 def _or_zero(value: jax.Array, defined: jax.Array) -> jax.Array:
