@@ -60,6 +60,13 @@ def abs_square(tree: Any) -> Any:
     return jax.tree.map(leaf, tree)
 
 
+def inner_product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Returns the real inner product of two arrays, in the dtype in which they are computed."""
+    dtype = np.promote_types(wide_dtype(x), wide_dtype(y))
+    x, y = cast(x, dtype), cast(y, dtype)
+    return jnp.sum(x.real * y.real + x.imag * y.imag) if jnp.iscomplexobj(x) else jnp.sum(x * y)
+
+
 def scale(x: jax.Array, factor: Any) -> jax.Array:
     """Returns x times a real factor, in the dtype of x."""
     if jnp.iscomplexobj(x):

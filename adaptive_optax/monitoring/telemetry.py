@@ -24,7 +24,15 @@ from adaptive_optax._core.checks import (
 )
 from adaptive_optax._core.norms import is_safe
 from adaptive_optax._core.paths import paths_and_leaves
-from adaptive_optax._core.precision import abs_square, divide, incremented, scalar_dtype, updated_param, widen
+from adaptive_optax._core.precision import (
+    abs_square,
+    divide,
+    incremented,
+    inner_product,
+    scalar_dtype,
+    updated_param,
+    widen,
+)
 from adaptive_optax._core.state_check import Settings, check_state
 from adaptive_optax._core.states import one_state_of, states_of, unwrapped
 from adaptive_optax._core.transformation import transformation, with_array_state
@@ -302,7 +310,7 @@ def measure(
     )
     controlled = states_of(ErrorControlledState, inner_state)
     is_controlled = len(controlled) == 1
-    has_probed = controlled[0].predicted > 0 if is_controlled else jnp.zeros((), jnp.bool_)
+    has_probed = controlled[0].numbers.predicted > 0 if is_controlled else jnp.zeros((), jnp.bool_)
     step_limit = curvature = error = jnp.zeros_like(lengths.cosine)
     if is_controlled:
         found = get_error_control(controlled[0])
@@ -422,7 +430,7 @@ class _Space:
         return self._sum([jnp.sum(x) for x in abs_square(tree)])
 
     def _product(self, tree: list[jax.Array], other: list[jax.Array]) -> jax.Array:
-        return self._sum([_inner(x, y) for x, y in zip(tree, other, strict=True)])
+        return self._sum([inner_product(x, y) for x, y in zip(tree, other, strict=True)])
 
     def _divided(self, tree: list[jax.Array], divisor: jax.Array) -> list[jax.Array]:
         divisors = jnp.broadcast_to(jnp.where(divisor > 0, divisor, 1), (len(tree),))
@@ -432,9 +440,3 @@ class _Space:
 def _capped(x: jax.Array, is_finite: jax.Array) -> jax.Array:
     """Keeps a result of finite entries finite, because an infinity would cause a rejection of the step."""
     return jnp.where(is_finite, jnp.minimum(x, jnp.finfo(x.dtype).max), x)
-
-
-def _inner(x: jax.Array, y: jax.Array) -> jax.Array:
-    dtype = np.promote_types(x.dtype, y.dtype)
-    x, y = x.astype(dtype), y.astype(dtype)
-    return jnp.sum(x.real * y.real + x.imag * y.imag) if jnp.iscomplexobj(x) else jnp.sum(x * y)

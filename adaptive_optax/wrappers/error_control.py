@@ -7,7 +7,7 @@ falls than its gradient promises.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -27,7 +27,15 @@ from adaptive_optax._core.checks import (
     check_transformation,
 )
 from adaptive_optax._core.paths import paths_and_leaves
-from adaptive_optax._core.precision import cast, incremented, scalar_dtype, scaled, updated_param
+from adaptive_optax._core.precision import (
+    cast,
+    incremented,
+    inner_product,
+    scalar_dtype,
+    scaled,
+    updated_param,
+    wide_dtype,
+)
 from adaptive_optax._core.ranges import check_hyperparameter
 from adaptive_optax._core.state_check import check_state
 from adaptive_optax._core.states import carries_hyperparameters, one_state_of, unwrapped
@@ -37,6 +45,13 @@ from adaptive_optax._core.values import as_hyperparameter, value_at
 from adaptive_optax.schedules.height import peak_and_mean
 from adaptive_optax.transforms.match_parameter_dtype import outgoing
 from adaptive_optax.transforms.momentum_free import momentum_free_direction
+from adaptive_optax.wrappers.step_controller import (
+    ControllerPreset,
+    ErrorHistory,
+    StepController,
+    as_controller,
+    next_factor,
+)
 
 Estimate = Literal["value", "gradient"]
 """What `error_controlled` computes at a probe."""
@@ -57,18 +72,13 @@ _SAME_LOSS = 1e-2
 _SEEKING, _LOWERED, _GROWING, _FOUND = range(4)  # values of `phase`
 
 
-@carries_hyperparameters("learning_rate", "step_limit")
-class ErrorControlledState(NamedTuple):
-    """State of `error_controlled`; `get_error_control` reads it.
+class Numbers(NamedTuple):
+    """The numbers in the state of `error_controlled`.
 
     Attributes:
-        count: Number of steps taken.
-        inner_state: State of the direction.
         learning_rate: The learning rate of the last step; before the first step, the one that it starts with.
         step_limit: The limit of the last step.
         longest: The longest step that can be trusted, as found by the probes, before a schedule's shape.
-        phase: 0 while the scale of the limit is sought, 1 once it has been lowered, 2 while it grows again, 3
-            once it has been found.
         relaxation: A factor in (0, 4] on the limit, for curvature that has adapted to the step.
         peak: The highest value of a schedule whose shape multiplies the limit; otherwise 1.
         relief: A factor in [1, 2] on the limit, for a learning rate that decays.
@@ -76,18 +86,13 @@ class ErrorControlledState(NamedTuple):
         error: The mean error of the steps since the limit was found.
         predicted: The decrease that the gradient promised in the last probe.
         actual: The decrease that the last probe found.
-        probes: Number of probes.
-        silent: Number of probes that said nothing.
-        mismatches: Number of checks in which `value_fn(params)` was not `value`.
-        limited: Number of steps that were limited.
+        last_error: The logarithm of the last error over the tolerance, for a controller.
+        error_before: That of the one before it.
     """
 
-    count: Count
-    inner_state: OptState
     learning_rate: Scalar
     step_limit: Scalar
     longest: Scalar
-    phase: Count
     relaxation: Scalar
     peak: Scalar
     relief: Scalar
@@ -95,10 +100,64 @@ class ErrorControlledState(NamedTuple):
     error: Scalar
     predicted: Scalar
     actual: Scalar
+    last_error: Scalar
+    error_before: Scalar
+
+
+class Counts(NamedTuple):
+    """The counts in the state of `error_controlled`.
+
+    Attributes:
+        phase: 0 while the scale of the limit is sought, 1 once it has been lowered, 2 while it grows again, 3
+            once it has been found.
+        probes: Number of probes.
+        silent: Number of probes that said nothing.
+        mismatches: Number of checks in which `value_fn(params)` was not `value`.
+        limited: Number of steps that were limited.
+    """
+
+    phase: Count
     probes: Count
     silent: Count
     mismatches: Count
     limited: Count
+
+
+@carries_hyperparameters("learning_rate", "step_limit")
+class ErrorControlledState(NamedTuple):
+    """State of `error_controlled`, with few arrays, so that a step has few to pass; `get_error_control` reads it.
+
+    Attributes:
+        count: Number of steps taken.
+        inner_state: State of the direction.
+        number_array: The fields of `numbers` along the last axis.
+        count_array: The fields of `counts` along the last axis.
+    """
+
+    count: Count
+    inner_state: OptState
+    number_array: jax.Array
+    count_array: jax.Array
+
+    @property
+    def numbers(self) -> Numbers:
+        """The limit, and what it has been found from."""
+        return Numbers(*_unpacked(self.number_array))
+
+    @property
+    def counts(self) -> Counts:
+        """The phase of the search, and how many probes and steps there were of each kind."""
+        return Counts(*_unpacked(self.count_array))
+
+    @property
+    def learning_rate(self) -> Scalar:
+        """The learning rate of the last step."""
+        return self.numbers.learning_rate
+
+    @property
+    def step_limit(self) -> Scalar:
+        """The limit of the last step."""
+        return self.numbers.step_limit
 
 
 class ErrorControl(NamedTuple):
@@ -143,6 +202,7 @@ def error_controlled(
     estimate: Estimate = "value",
     initial_learning_rate: ArrayLike = 1e-6,
     follow_schedule: bool = True,
+    controller: StepController | ControllerPreset | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Limits the learning rate to the longest step for which a linear model of the loss can be trusted.
 
@@ -201,6 +261,10 @@ def error_controlled(
             as much and is accurate where losses are rounded to bfloat16.
         initial_learning_rate: Where L starts, in (0, inf). If that is too high, L falls first.
         follow_schedule: Whether a schedule's shape multiplies the limit. False: it is only a cap.
+        controller: None holds the limit. A `StepController`, or "smooth", "pi" or "noisy" for one of its
+            presets, goes on from where the limit was found as solvers do: at every probe it multiplies L by
+            its factor for E(L) / tolerance, and p = r = 1. Deterministic problems may gain from that; on
+            batches it trains worse (see below).
 
     Returns:
         The transformation, with the sign of descent. `update` needs `params`, `value=`, the loss at them, and
@@ -214,7 +278,7 @@ def error_controlled(
         ValueError: If an argument is out of range (at construction), a leaf is not floating (at init), or if
             `params`, `value` or `value_fn` is missing, not a scalar, or does not fit the others (at update).
 
-    State cost: the state of `direction` and 16 scalars. Time: one evaluation of the loss in `every` steps,
+    State cost: the state of `direction` and 18 scalars in three arrays. Time: one evaluation of the loss in `every` steps,
     and two more updates of `direction`. Under `vmap` every step probes.
 
     Examples:
@@ -246,6 +310,7 @@ def error_controlled(
     check_choice("estimate", estimate, ("value", "gradient"))
     check_hyperparameter("initial_learning_rate", initial_learning_rate)
     check_bool("follow_schedule", follow_schedule)
+    controller = None if controller is None else as_controller(controller)
     direction = with_array_state(direction)
     shape = max_learning_rate if follow_schedule and callable(max_learning_rate) else None
 
@@ -260,48 +325,37 @@ def error_controlled(
     def own_init(params):
         dtype = scalar_dtype(params)
         count = jnp.zeros((), jnp.int32)
-
-        def number(x):
-            return jnp.full((), x, dtype)
-
-        def integer():
-            return jnp.zeros((), jnp.int32)
-
         first = value_at(initial_learning_rate, count, dtype)
-        peak, mean = (number(1), number(1)) if shape is None else peak_and_mean(shape, dtype)
+        peak, mean = (1, 1) if shape is None else peak_and_mean(shape, dtype)
         relief = jnp.where(has_shape(peak), peak / jnp.where(mean > 0, mean, 1), 1)
         if max_learning_rate is None:
-            relief = number(_HIGHEST_RELIEF)
+            relief = _HIGHEST_RELIEF
+        numbers = dict.fromkeys(Numbers._fields, 0) | {
+            "learning_rate": jnp.minimum(first, given_at(count, dtype)),
+            "step_limit": first,
+            "longest": first,
+            "relaxation": 1,
+            "peak": peak,
+            "relief": jnp.clip(relief, 1, _HIGHEST_RELIEF) if controller is None else 1,
+        }
         return ErrorControlledState(
             count=count,
             inner_state=None,
-            learning_rate=jnp.minimum(first, given_at(count, dtype)),
-            step_limit=first + 0,
-            longest=first + 0,
-            phase=integer(),
-            relaxation=number(1),
-            peak=peak,
-            relief=jnp.clip(relief, 1, _HIGHEST_RELIEF),
-            curvature=number(0),
-            error=number(0),
-            predicted=number(0),
-            actual=number(0),
-            probes=integer(),
-            silent=integer(),
-            mismatches=integer(),
-            limited=integer(),
+            number_array=_packed(numbers.values(), dtype),
+            count_array=jnp.zeros(len(Counts._fields), jnp.int32),
         )
 
     def init_fn(params):
         check_inexact("error_controlled", "params", params)
         return own_init(params)._replace(inner_state=direction.init(params))
 
-    def limit_of(state, given):
+    def limit_of(numbers, phase, given):
         """The limit of a step, given the learning rate of the schedule."""
-        held = state.longest * state.relaxation * state.relief
+        held = numbers.longest * numbers.relaxation * numbers.relief
         if shape is not None:
-            held *= jnp.where(has_shape(state.peak), given / jnp.where(state.peak > 0, state.peak, 1), 1)
-        return jnp.where(state.phase == _FOUND, held, state.longest)
+            peak = numbers.peak
+            held *= jnp.where(has_shape(peak), given / jnp.where(peak > 0, peak, 1), 1)
+        return jnp.where(phase == _FOUND, held, numbers.longest)
 
     def update_fn(updates, state, params=None, *, value: Any = None, value_fn: Any = None, **extra_args):
         check_params("error_controlled", params)
@@ -309,37 +363,44 @@ def error_controlled(
         check_state("error_controlled", state, own_init, "updates", updates)
         _check_loss(value, value_fn)
         extra_args |= {"value": value, "value_fn": value_fn}
-        own, inner = state._replace(inner_state=None), state.inner_state
-        dtype = state.longest.dtype
+        inner, dtype = state.inner_state, state.number_array.dtype
         given = given_at(state.count, dtype)
 
-        def probed(own):
-            taken = jnp.minimum(given, limit_of(own, given))
-            h = jnp.where(own.phase == _FOUND, taken, own.longest)
+        def probed(number_array, count_array):
+            numbers, counts = Numbers(*_unpacked(number_array)), Counts(*_unpacked(count_array))
+            h = numbers.longest
+            if controller is None:  # a controller follows what the schedule multiplies
+                taken = jnp.minimum(given, limit_of(numbers, counts.phase, given))
+                h = jnp.where(counts.phase == _FOUND, taken, h)
             d = momentum_free_direction(direction, updates, inner, params, **extra_args)
             f = _checked(value_fn, params)
             probe = _probe(estimate, params, updates, d, h, value, f)
             is_same = jax.lax.cond(
-                (own.probes % _PROBES_PER_CHECK == 0) | (own.mismatches > 0),
+                (counts.probes % _PROBES_PER_CHECK == 0) | (counts.mismatches > 0),
                 lambda: _agrees(f(params), value),
                 lambda: jnp.ones((), jnp.bool_),
             )
-            return _controlled(own, probe, is_same, h, jnp.asarray(tolerance, dtype))
+            numbers, counts = _controlled(
+                numbers, counts, probe, is_same, h, jnp.asarray(tolerance, dtype), controller
+            )
+            return _packed(numbers, dtype), _packed(counts, jnp.int32)
 
-        is_due = (own.count % every == 0) | (own.phase == _SEEKING)
-        own = jax.lax.cond(is_due, probed, lambda own: own, own)
-        limit = limit_of(own, given)
+        is_due = (state.count % every == 0) | (state.counts.phase == _SEEKING)
+        arrays = state.number_array, state.count_array
+        arrays = jax.lax.cond(is_due, probed, lambda *arrays: arrays, *arrays)
+        numbers, counts = Numbers(*_unpacked(arrays[0])), Counts(*_unpacked(arrays[1]))
+        limit = limit_of(numbers, counts.phase, given)
         rate = jnp.minimum(given, limit)
         u, inner = direction.update(updates, inner, params, **extra_args)
         check_same_tree("error_controlled", "the updates of direction", u, "the gradients", updates)
-        own = own._replace(
-            count=incremented(own.count),
+        limited = jnp.where(limit < given, incremented(counts.limited), counts.limited)
+        new = ErrorControlledState(
+            count=incremented(state.count),
             inner_state=inner,
-            learning_rate=rate,
-            step_limit=limit,
-            limited=jnp.where(limit < given, incremented(own.limited), own.limited),
+            number_array=_packed(numbers._replace(learning_rate=rate, step_limit=limit), dtype),
+            count_array=_packed(counts._replace(limited=limited), jnp.int32),
         )
-        return scaled(outgoing(u, inner), -rate), own
+        return scaled(outgoing(u, inner), -rate), new
 
     return transformation(None, init_fn, update_fn, all_params=True)
 
@@ -361,20 +422,29 @@ def get_error_control(opt_state: OptState) -> ErrorControl:
     """
     state = one_state_of(ErrorControlledState, opt_state, "error_controlled")._replace(inner_state=None)
     state = ErrorControlledState(*map(unwrapped, state))
-    is_known = state.predicted > 0
-    ratio = state.actual / jnp.where(is_known, state.predicted, 1)
+    numbers, counts = state.numbers, state.counts
+    is_known = numbers.predicted > 0
+    ratio = numbers.actual / jnp.where(is_known, numbers.predicted, 1)
     return ErrorControl(
-        learning_rate=state.learning_rate,
-        step_limit=state.step_limit,
-        curvature=state.curvature,
-        predicted_decrease=state.predicted,
-        actual_decrease=state.actual,
+        learning_rate=numbers.learning_rate,
+        step_limit=numbers.step_limit,
+        curvature=numbers.curvature,
+        predicted_decrease=numbers.predicted,
+        actual_decrease=numbers.actual,
         error=jnp.clip(jnp.where(is_known, 1 - ratio, 0), _LEAST_ERROR, _LARGEST_ERROR),
-        probes=state.probes,
-        silent_probes=state.silent,
-        mismatches=state.mismatches,
-        limited=state.limited / jnp.maximum(state.count, 1).astype(state.longest.dtype),
+        probes=counts.probes,
+        silent_probes=counts.silent,
+        mismatches=counts.mismatches,
+        limited=counts.limited / jnp.maximum(state.count, 1).astype(numbers.longest.dtype),
     )
+
+
+def _packed(fields: Iterable[Any], dtype: Any) -> jax.Array:
+    return jnp.stack([jnp.asarray(x, dtype) for x in fields], axis=-1)
+
+
+def _unpacked(array: jax.Array) -> list[jax.Array]:
+    return [array[..., i] for i in range(array.shape[-1])]
 
 
 def _check_loss(value: Any, value_fn: Any) -> None:
@@ -444,15 +514,16 @@ def _probe(
     before = [known[path] for path in paths]
     after = [updated_param(p, x) for p, x in zip(before, jax.tree.leaves(scaled(d, -h)), strict=True)]
     # As the parameters' dtypes round the step, since it is that step whose loss is known.
-    step = [_difference(p, q, dtype) for p, q in zip(before, after, strict=True)]
+    step = [_difference(p, q) for p, q in zip(before, after, strict=True)]
 
     def loss(leaves):
         moved = known | dict(zip(paths, leaves, strict=True))
         return f(jax.tree.unflatten(jax.tree.structure(params), list(moved.values())))
 
     resolution, value = _resolution(before, value), cast(value, dtype)
-    slope = _inner(jax.tree.leaves(g), jax.tree.leaves(d), dtype)
-    promised = _inner(jax.tree.leaves(g), step, dtype)
+    leaves = jax.tree.leaves(g)
+    slope = _sum_of_products(leaves, jax.tree.leaves(d), dtype)
+    promised = _sum_of_products(leaves, step, dtype)
     over = jnp.where(promised > 0, promised, 1)
     if estimate == "value":
         actual = value - cast(loss(after), dtype)
@@ -462,63 +533,80 @@ def _probe(
     else:
         final, gradient = jax.value_and_grad(loss)(after)
         actual = value - cast(final, dtype)
-        change = [
-            _difference(x, jnp.conj(y), dtype) for x, y in zip(jax.tree.leaves(g), gradient, strict=True)
-        ]
+        change = [_difference(x, jnp.conj(y)) for x, y in zip(leaves, gradient, strict=True)]
         is_measured = promised > 0
-        error = _inner(change, step, dtype) / (2 * over)
+        error = _sum_of_products(change, step, dtype) / (2 * over)
     return _Probe(value, slope, promised, actual, error, is_measured)
 
 
 def _controlled(
-    state: ErrorControlledState, probe: _Probe, is_same: jax.Array, h: jax.Array, tolerance: jax.Array
-) -> ErrorControlledState:
-    """The state after a probe with learning rate h."""
+    numbers: Numbers,
+    counts: Counts,
+    probe: _Probe,
+    is_same: jax.Array,
+    h: jax.Array,
+    tolerance: jax.Array,
+    controller: StepController | None,
+) -> tuple[Numbers, Counts]:
+    """The limit and its counts after a probe with learning rate h."""
     is_promise = (h > 0) & (probe.slope > 0) & jnp.isfinite(probe.slope) & jnp.isfinite(probe.value)
     says_something = is_same & is_promise
     error = jnp.where(jnp.isfinite(probe.error), probe.error, _LARGEST_ERROR)
     error = jnp.where(probe.is_measured, jnp.clip(error, _LEAST_ERROR, _LARGEST_ERROR), 0)
     newest = 2 * error / jnp.where(says_something, h, 1)
-    is_first = state.phase == _SEEKING  # a mean would hold what smaller steps have found
-    curvature = jnp.where(is_first, newest, state.curvature + _NEWEST * (newest - state.curvature))
-
-    expected = jnp.maximum(curvature * state.longest / 2, 0)
-    is_long = expected >= tolerance
-    is_growing = state.phase == _GROWING
-    target = jnp.where(is_growing, tolerance, jnp.minimum(_NEGLIGIBLE, tolerance))
-    shorter = jnp.clip(target / jnp.where(is_long, expected, 1), _LEAST_FACTOR, 1)
-    factor = jnp.where(is_long, shorter, jnp.where(is_first, _LEAP, _GROWTH))
+    is_first = counts.phase == _SEEKING  # a mean would hold what smaller steps have found
+    curvature = jnp.where(is_first, newest, numbers.curvature + _NEWEST * (newest - numbers.curvature))
+    is_found = counts.phase == _FOUND
+    factor, phase = _search(counts.phase, curvature * numbers.longest / 2, tolerance)
+    found = _held(numbers, error) if controller is None else _followed(numbers, error / tolerance, controller)
     limits = jnp.finfo(h.dtype)
-    longest = jnp.clip(state.longest * factor, float(limits.tiny), float(limits.max) / 1e6)
-    phase = jnp.where(
-        is_long, jnp.where(is_growing, _FOUND, _LOWERED), jnp.where(is_first, _SEEKING, _GROWING)
-    )
-    seeks = state.phase != _FOUND
 
-    mean_error = state.error + (1 - _ERROR_DECAY) * (error - state.error)
-    relaxation = jnp.where(
-        mean_error > _UNSTABLE,
-        state.relaxation * _RETREAT,
-        jnp.where(
-            mean_error > _ADAPTED,
-            jnp.minimum(state.relaxation * _RELAXATION, _MOST_RELAXED),
-            state.relaxation,
-        ),
-    )
-    new = state._replace(
-        longest=jnp.where(seeks, longest, state.longest),
-        phase=jnp.where(seeks, phase, state.phase).astype(jnp.int32),
-        relaxation=jnp.where(seeks, state.relaxation, relaxation),
+    def in_range(longest):
+        return jnp.clip(longest, float(limits.tiny), float(limits.max) / 1e6)
+
+    sought = numbers._replace(longest=in_range(numbers.longest * factor))
+    found = found._replace(longest=in_range(found.longest))
+    new = jax.tree.map(lambda x, y: jnp.where(is_found, x, y), found, sought)._replace(
         curvature=curvature,
-        error=jnp.where(seeks, state.error, mean_error),
         predicted=probe.promised,
         actual=jnp.where(jnp.isfinite(probe.actual), probe.actual, -float(limits.max)),
     )
-    kept = jax.tree.map(lambda x, y: jnp.where(says_something, x, y).astype(y.dtype), new, state)
-    return kept._replace(
-        probes=incremented(state.probes),
-        silent=jnp.where(says_something, state.silent, incremented(state.silent)),
-        mismatches=jnp.where(is_same, state.mismatches, incremented(state.mismatches)),
+    return jax.tree.map(lambda x, y: jnp.where(says_something, x, y), new, numbers), counts._replace(
+        phase=jnp.where(says_something & ~is_found, phase, counts.phase),
+        probes=incremented(counts.probes),
+        silent=jnp.where(says_something, counts.silent, incremented(counts.silent)),
+        mismatches=jnp.where(is_same, counts.mismatches, incremented(counts.mismatches)),
+    )
+
+
+def _search(phase: Count, expected: Scalar, tolerance: Scalar) -> tuple[Scalar, Count]:
+    """The factor for the limit while it is sought and the next phase, given the error expected at it."""
+    is_first, is_growing = phase == _SEEKING, phase == _GROWING
+    expected = jnp.maximum(expected, 0)
+    is_long = expected >= tolerance
+    target = jnp.where(is_growing, tolerance, jnp.minimum(_NEGLIGIBLE, tolerance))
+    shorter = jnp.clip(target / jnp.where(is_long, expected, 1), _LEAST_FACTOR, 1)
+    longer = jnp.where(is_first, _LEAP, _GROWTH)
+    next_if_long = jnp.where(is_growing, _FOUND, _LOWERED)
+    next_if_short = jnp.where(is_first, _SEEKING, _GROWING)
+    return jnp.where(is_long, shorter, longer), jnp.where(is_long, next_if_long, next_if_short)
+
+
+def _held(numbers: Numbers, error: Scalar) -> Numbers:
+    """A limit that has been found, and is relaxed if the mean error says that curvature has adapted to it."""
+    mean_error = numbers.error + (1 - _ERROR_DECAY) * (error - numbers.error)
+    relaxed = jnp.minimum(numbers.relaxation * _RELAXATION, _MOST_RELAXED)
+    lasting = jnp.where(mean_error > _ADAPTED, relaxed, numbers.relaxation)
+    relaxation = jnp.where(mean_error > _UNSTABLE, numbers.relaxation * _RETREAT, lasting)
+    return numbers._replace(error=mean_error, relaxation=relaxation)
+
+
+def _followed(numbers: Numbers, error: Scalar, controller: StepController) -> Numbers:
+    """A limit that has been found, and goes on as a controller has it; an error below 0 is none."""
+    history = ErrorHistory(numbers.last_error, numbers.error_before)
+    factor, history = next_factor(controller, history, jnp.maximum(error, 0))
+    return numbers._replace(
+        longest=numbers.longest * factor, last_error=history.last, error_before=history.before
     )
 
 
@@ -536,18 +624,12 @@ def _resolution(params: list[Any], value: Any) -> float:
     return 4 * eps if eps > 1e-4 else 32 * eps
 
 
-def _difference(x: jax.Array, y: jax.Array, dtype: Any) -> jax.Array:
-    wide = np.promote_types(np.promote_types(x.dtype, y.dtype), dtype)
+def _difference(x: jax.Array, y: jax.Array) -> jax.Array:
+    wide = np.promote_types(wide_dtype(x), wide_dtype(y))
     return cast(x, wide) - cast(y, wide)
 
 
-def _inner(xs: list[jax.Array], ys: list[jax.Array], dtype: Any) -> jax.Array:
+def _sum_of_products(xs: list[jax.Array], ys: list[jax.Array], dtype: Any) -> jax.Array:
     """The real inner product of two lists of arrays."""
-
-    def product(x, y):
-        wide = np.promote_types(np.promote_types(x.dtype, y.dtype), dtype)
-        x, y = cast(x, wide), cast(y, wide)
-        return jnp.sum(x.real * y.real + x.imag * y.imag) if jnp.iscomplexobj(x) else jnp.sum(x * y)
-
-    products = [product(x, y).astype(dtype) for x, y in zip(xs, ys, strict=True)]
+    products = [inner_product(x, y).astype(dtype) for x, y in zip(xs, ys, strict=True)]
     return sum(products, start=jnp.zeros((), dtype))
