@@ -150,6 +150,7 @@ from adaptive_optax.wrappers.reject_nonfinite import reject_nonfinite as reject_
 from adaptive_optax.wrappers.rejections import Rejections as Rejections
 from adaptive_optax.wrappers.rejections import get_rejections as get_rejections
 from adaptive_optax.wrappers.rejections import keep_if_rejected as keep_if_rejected
+from adaptive_optax.wrappers.step_controller import StepController as StepController
 from adaptive_optax.wrappers.verified import verified as verified
 
 __version__ = "0.1.0"

@@ -27,3 +27,4 @@ from adaptive_optax.transforms.reduce_on_plateau import Preset as Preset
 from adaptive_optax.transforms.weight_decay import Coupling as Coupling
 from adaptive_optax.wrappers.error_control import Estimate as Estimate
 from adaptive_optax.wrappers.reporting import OnReject as OnReject
+from adaptive_optax.wrappers.step_controller import ControllerPreset as ControllerPreset

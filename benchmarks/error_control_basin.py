@@ -25,6 +25,7 @@ from adaptive_optax import study
 from adaptive_optax._core.drawing import LINES, PALETTE, THEMES, dress, plain, set_range, set_ticks
 from adaptive_optax.study import tasks
 from adaptive_optax.study.engine.trials import Placement, Plan, Program, as_trials
+from adaptive_optax.typing import ControllerPreset
 from benchmarks import error_control_tasks
 from benchmarks.tables import Table, digits
 
@@ -34,6 +35,7 @@ FIRST_STEPS = (1e-8, 1e-4, 1e-2)
 SEEDS = 4
 TRIALS_PER_CALL = 4  # on each device
 DECAY = "linear decay"
+CONTROLLERS: tuple[ControllerPreset, ...] = ("smooth", "noisy")  # tried at the highest peak, for comparison
 HIGHEST = 10.0  # the largest loss in a picture, over the best
 
 
@@ -53,6 +55,7 @@ SETTINGS = {
     "localization": Setting(tasks.localization, 2560),
     "digits": Setting(tasks.digits, 800),
     "text": Setting(tasks.text, 1000),
+    "convolutional": Setting(error_control_tasks.convolutional, 1500),
     "classifier": Setting(error_control_tasks.classifier, 1500),
     "regression, batch 8": Setting(functools.partial(error_control_tasks.regression, 8), 2000),
     "regression, batch 256": Setting(functools.partial(error_control_tasks.regression, 256), 1000),
@@ -66,14 +69,23 @@ def one_cycle(peak: Any, steps: int) -> tuple[Any, Any]:
     return ao.scale_by_adam(b1=cycle.momentum), cycle.learning_rate
 
 
+def with_decay(direction: Any) -> Any:
+    """AdamW's direction."""
+    return optax.chain(direction, ao.add_decoupled_weight_decay(1e-4))
+
+
+def one_cycle_with_decay(peak: Any, steps: int) -> tuple[Any, Any]:
+    """AdamW with a one-cycle rate."""
+    direction, rate = one_cycle(peak, steps)
+    return with_decay(direction), rate
+
+
 # The direction and the rate of each shape.
 SHAPES: dict[str, Shape] = {
     "constant": lambda peak, steps: (ao.scale_by_adam(), peak),
     "one-cycle": one_cycle,
-    "AdamW, constant": lambda peak, steps: (
-        optax.chain(ao.scale_by_adam(), ao.add_decoupled_weight_decay(1e-4)),
-        peak,
-    ),
+    "AdamW, constant": lambda peak, steps: (with_decay(ao.scale_by_adam()), peak),
+    "AdamW, one-cycle": one_cycle_with_decay,
 }
 
 
@@ -92,9 +104,9 @@ def free(shape: Shape) -> Arm:
     return arm
 
 
-def limited(shape: Shape) -> Arm:
-    """Makes an arm with the limit."""
-    return lambda peak, steps: ao.error_controlled(*shape(peak, steps))
+def limited(shape: Shape, controller: Any = None) -> Arm:
+    """Makes an arm with the limit, held or followed."""
+    return lambda peak, steps: ao.error_controlled(*shape(peak, steps), controller=controller)
 
 
 def no_rate(first: Any, steps: int) -> Any:
@@ -115,6 +127,7 @@ def all_arms(shapes: Sequence[str]) -> dict[str, Arm]:
     return {
         **{f"{shape}, without": free(SHAPES[shape]) for shape in shapes},
         **{f"{shape}, with": limited(SHAPES[shape]) for shape in shapes},
+        **{f"{shape}, {name}": limited(SHAPES[shape], name) for shape in shapes[:2] for name in CONTROLLERS},
         DECAY: free(decayed),
         "no rate": no_rate,
         "prodigy": prodigy,
@@ -137,6 +150,11 @@ class Training:
 
         with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
             self._programs = dict(zip(arms, pool.map(compiled, arms.values()), strict=True))
+
+    @property
+    def arms(self) -> list[str]:
+        """The names of the arms."""
+        return list(self._programs)
 
     def metrics(self, arm: str, rates: Sequence[float]) -> np.ndarray:
         """Trains an arm; returns its final metrics [rate, seed]."""
@@ -173,7 +191,14 @@ def _with_and_without(training: Training, shape: str, rates: Sequence[float]) ->
     without = [grid[tuned], *training.metrics(f"{shape}, without", peaks[1:])]
     with_limit = training.metrics(f"{shape}, with", peaks)
     cells = functools.partial(_cells, training.task, common["best"], peaks)
-    return common | {"without": cells(without), "with": cells(with_limit)}
+    found = {"without": cells(without), "with": cells(with_limit)}
+    highest = functools.partial(_cells, training.task, common["best"], peaks[-1:])
+    followed = {
+        name: highest(training.metrics(arm, peaks[-1:]))[0]
+        for name in CONTROLLERS
+        if (arm := f"{shape}, {name}") in training.arms
+    }
+    return common | found | {"followed": followed}
 
 
 def _without_any_rate(training: Training, rates: Sequence[float]) -> dict[str, Any]:
@@ -217,7 +242,7 @@ def _finite(x: Any) -> float | None:
 
 
 def tables(rows: list[dict[str, Any]]) -> dict[str, Table]:
-    """Returns the tables of given peaks and of no rate."""
+    """Returns the tables of given peaks, of no rate and of limits that follow the error."""
     given = Table(
         "Final metric, percent worse than at the tuned peak without the limit",
         ["task", "shape", "tuned peak", "metric there", *(f"without, peak × {f}" for f in FACTORS[1:])]
@@ -228,14 +253,22 @@ def tables(rows: list[dict[str, Any]]) -> dict[str, Table]:
         "Without any rate: final metric, percent worse than a tuned linear decay",
         ["task", "tuned peak", "metric there", *names],
     )
+    followed = Table(
+        f"A limit that is held, and two that follow the error, at the tuned peak × {FACTORS[-1]}: final "
+        "metric, percent worse than at the tuned peak without a limit",
+        ["task", "shape", "held", *(f'`controller="{name}"`' for name in CONTROLLERS)],
+    )
     for row in rows:
+        if row.get("followed"):
+            cells = [row["with"][-1], *(row["followed"][name] for name in CONTROLLERS)]
+            followed.add(row["task"], row["shape"], *map(_percent, cells))
         tuned = [digits(row["tuned_peak"], 2), f"{row['metric']} {digits(row['best'])}".replace("_", " ")]
         if "no_rate" in row:
             none.add(row["task"], *tuned, *map(_percent, [*row["no_rate"], row["prodigy"]]))
         else:
             cells = [*row["without"][1:], *row["with"]]
             given.add(row["task"], row["shape"], *tuned, *map(_percent, cells))
-    return {"basin": given, "no_rate": none}
+    return {"basin": given, "no_rate": none, "followed": followed}
 
 
 def _percent(cell: dict[str, Any]) -> str:

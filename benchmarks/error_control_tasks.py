@@ -1,4 +1,4 @@
-"""Small training tasks for the suite `error_control`: a classifier, a regression and an autoencoder."""
+"""Small training tasks for the suite `error_control`: classifiers, a regression and an autoencoder."""
 
 from __future__ import annotations
 
@@ -59,6 +59,37 @@ def classifier() -> study.Task:
 
     data = {"x": x - x.mean(0), "y": labels}
     return _task(_init(64, 64, 64, 10), loss, data, TRAINING_DIGITS, 32, "classifier")
+
+
+def convolutional() -> study.Task:
+    """Scikit-learn's digits, two convolutions and a linear layer, cross-entropy, batches of 16."""
+    x, labels = _digits()
+    layers = {"first": (3, 3, 1, 16), "second": (3, 3, 16, 16), "output": (64, 10)}
+
+    def init(key):
+        keys = jax.random.split(key, len(layers))
+        return {
+            name: {
+                "kernel": jax.random.normal(k, shape) * (2 / np.prod(shape[:-1])) ** 0.5,
+                "bias": jnp.zeros(shape[-1]),
+            }
+            for k, (name, shape) in zip(keys, layers.items(), strict=True)
+        }
+
+    def convolved(layer, x):
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        x = jax.lax.conv_general_dilated(x, layer["kernel"], (1, 1), "SAME", dimension_numbers=dimensions)
+        x = jax.nn.relu(x + layer["bias"])
+        return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 2, 2, 1), "VALID")
+
+    def loss(params, batch, key):
+        x = batch["x"].reshape(-1, 8, 8, 1)
+        x = convolved(params["second"], convolved(params["first"], x)).reshape(-1, 64)
+        logits = x @ params["output"]["kernel"] + params["output"]["bias"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"]).mean()
+
+    data = {"x": x - x.mean(0), "y": labels}
+    return _task(init, loss, data, TRAINING_DIGITS, 16, "small convolutional network")
 
 
 def regression(batch_size: int) -> study.Task:

@@ -522,6 +522,13 @@ CASES = [
                 "",
             ),
             (
+                "followed",
+                lambda: ao.error_controlled(
+                    ao.scale_by_adam(), 1e-4, initial_learning_rate=0.3, controller="noisy"
+                ),
+                "",
+            ),
+            (
                 "gradient",
                 lambda: ao.error_controlled(
                     ao.scale_by_adam(granularity=ao.Axis(-1)),

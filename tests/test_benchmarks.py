@@ -361,9 +361,9 @@ def test_a_quick_run_of_error_control_has_tables_and_pictures_of_all_parts():
     result = json.loads(json.dumps(error_control.measure(True, lambda text: None), allow_nan=False))
     assert result.keys() == {*error_control.PARTS, "settings", "seeds"}
     tables = error_control.tables(result)
-    assert tables.keys() == {"basin", "no_rate", "deterministic", "cost"}
+    assert tables.keys() == {"basin", "no_rate", "followed", "deterministic", "cost"}
     assert [row[:2] for row in tables["basin"].rows] == [["regression, batch 256", "constant"]]
-    assert len(tables["no_rate"].rows) == len(tables["cost"].rows) == 1
+    assert len(tables["no_rate"].rows) == len(tables["followed"].rows) == len(tables["cost"].rows) == 1
     assert len(tables["deterministic"].rows) == 3
     assert all(row["has_converged"] for row in result["deterministic"])
     assert result["cost"][0]["probes_per_step"] == pytest.approx(0.1)

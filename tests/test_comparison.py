@@ -255,6 +255,13 @@ def test_curves_end_where_the_table_does(noisy):
     assert noisy.telemetry_curves.shape == (len(noisy.table), len(noisy.telemetry_steps), len(TELEMETRY))
 
 
+def test_a_file_from_before_there_were_limits_is_read(noisy, tmp_path):
+    curves = noisy.telemetry_curves
+    dataclasses.replace(noisy, telemetry_curves=curves[..., :4]).save(tmp_path / "old.npz")
+    loaded = study.load(tmp_path / "old.npz")
+    np.testing.assert_array_equal(loaded.telemetry_curves, curves)  # without a limit, the rest is NaN
+
+
 def test_save_and_load_round_trip_exactly(noisy, tmp_path):
     noisy.save(tmp_path / "comparison.npz")
     loaded = study.load(tmp_path / "comparison.npz")

@@ -16,6 +16,8 @@ from saving import same, through_bytes
 import adaptive_optax as ao
 from adaptive_optax.integrations.flax import TrainState, value_fn
 from adaptive_optax.transforms.momentum_free import momentum_free_direction
+from adaptive_optax.wrappers.error_control import counts_of, numbers_of
+from adaptive_optax.wrappers.step_controller import StepController, as_controller, next_factor, no_history
 
 SCALES = np.array([1.0, 3.0, 10.0, 30.0])
 START = np.array([1.0, -2.0, 0.5, 1.5])
@@ -151,14 +153,8 @@ def errors_of(kind, count):
     return lambda h, i: -0.5 if i < 9 else min(150.0 * h, 0.9)  # concave first, then saturated
 
 
-@pytest.mark.parametrize("kind", ["proportional", "noisy", "sharpening", "unstable", "concave"])
-@pytest.mark.parametrize("first", [1e-6, 1e-2, 1.0])
-def test_the_limit_follows_its_description(x64, kind, first):
-    # A linear loss that reports any error one likes: only the probe evaluates `value_fn`.
-    steps = 80
-    error = errors_of(kind, steps)
-    reference = LimitReference(tolerance=0.35, longest=first)
-    tx = ao.error_controlled(optax.identity(), jnp.inf, initial_learning_rate=first, every=1)
+def reporting(tx):
+    """A step on a linear loss that reports any error e one likes: only the probe evaluates `value_fn`."""
     params = jnp.zeros(1)
 
     @jax.jit
@@ -168,7 +164,17 @@ def test_the_limit_follows_its_description(x64, kind, first):
 
         return tx.update(jnp.ones(1), state, params, value=0.0, value_fn=loss)
 
-    state = tx.init(params)
+    return step
+
+
+@pytest.mark.parametrize("kind", ["proportional", "noisy", "sharpening", "unstable", "concave"])
+@pytest.mark.parametrize("first", [1e-6, 1e-2, 1.0])
+def test_the_limit_follows_its_description(x64, kind, first):
+    steps = 80
+    error = errors_of(kind, steps)
+    reference = LimitReference(tolerance=0.35, longest=first)
+    tx = ao.error_controlled(optax.identity(), jnp.inf, initial_learning_rate=first, every=1)
+    step, state = reporting(tx), tx.init(jnp.zeros(1))
     for i in range(steps):
         h = reference.longest * (reference.relaxation if reference.phase == "held" else 1)
         e = error(h, i)
@@ -176,9 +182,36 @@ def test_the_limit_follows_its_description(x64, kind, first):
         reference.probe(e, h)
         limit = reference.longest * (reference.relaxation if reference.phase == "held" else 1)
         np.testing.assert_allclose(float(state.step_limit), limit, rtol=1e-9, err_msg=f"step {i}")
-        np.testing.assert_allclose(float(state.numbers.curvature), reference.curvature, rtol=1e-8)
+        np.testing.assert_allclose(float(numbers_of(state).curvature), reference.curvature, rtol=1e-8)
         np.testing.assert_allclose(float(updates[0]), -limit, rtol=1e-9)
     assert reference.phase == "held"
+
+
+@pytest.mark.parametrize(
+    "controller", ["smooth", "pi", "noisy", StepController(0.5, 0.2, 0.1, max_factor=1.5)]
+)
+def test_a_controller_goes_on_from_where_the_limit_was_found(x64, controller):
+    # The curvature falls to a tenth after 40 steps: the limit follows, however small a schedule is.
+    def error(h, i):
+        return (150.0 if i < 40 else 15.0) * h
+
+    schedule = optax.linear_schedule(1e3, 1e-3, 120)
+    tx = ao.error_controlled(
+        optax.identity(), schedule, initial_learning_rate=1e-6, every=1, controller=controller
+    )
+    step, state = reporting(tx), tx.init(jnp.zeros(1))
+    chosen, history = as_controller(controller), no_history(jnp.float64)
+    for i in range(120):
+        was_found, h = int(counts_of(state).phase) == 3, float(numbers_of(state).longest)
+        _, state = step(state, h, error(h, i))
+        if was_found:
+            factor, history = next_factor(chosen, history, error(h, i) / 0.35)
+            np.testing.assert_allclose(float(numbers_of(state).longest), h * float(factor), rtol=1e-8)
+            shape = float(schedule(i)) / 1e3
+            np.testing.assert_allclose(float(state.learning_rate), h * float(factor) * shape, rtol=1e-5)
+    settled = 0.35 * chosen.safety ** (1 / chosen.integral)
+    np.testing.assert_allclose(15.0 * float(numbers_of(state).longest), settled, rtol=1e-3)
+    assert float(numbers_of(state).relief) == float(numbers_of(state).relaxation) == 1
 
 
 def test_the_limit_does_not_depend_on_where_it_starts():
@@ -186,7 +219,7 @@ def test_the_limit_does_not_depend_on_where_it_starts():
     for first in (1e-8, 1e-6, 1e-4, 1e-2, 1.0):
         tx = ao.error_controlled(ao.scale_by_adam(b1=0.0), jnp.inf, initial_learning_rate=first)
         _, _, state = run(tx, 200)
-        limits.append(float(state.numbers.longest))
+        limits.append(float(numbers_of(state).longest))
     assert max(limits) < 3 * min(limits), limits
 
 
@@ -233,9 +266,9 @@ def test_a_rate_that_is_low_enough_is_not_limited_once_the_limit_is_above_it():
 def test_probes_are_made_when_they_are_due(every):
     tx = ao.error_controlled(ao.scale_by_adam(), 0.1, every=every)
     _, states, _ = run(tx, 60)
-    probes = np.array([int(s.counts.probes) for s in states])
+    probes = np.array([int(counts_of(s).probes) for s in states])
     made = np.diff(probes, prepend=0) > 0
-    seeking = next(i for i, s in enumerate(states) if int(s.counts.phase) > 0)
+    seeking = next(i for i, s in enumerate(states) if int(counts_of(s).phase) > 0)
     assert made[: seeking + 1].all()
     np.testing.assert_array_equal(made[seeking + 1 :], (np.arange(60) % every == 0)[seeking + 1 :])
 
@@ -247,9 +280,9 @@ def test_a_schedule_s_shape_multiplies_the_limit():
     schedule = optax.linear_schedule(50.0, 0.0, 100)
     tx = ao.error_controlled(ao.scale_by_adam(), schedule)
     _, states, _ = run(tx, 100)
-    start = next(i for i, s in enumerate(states) if int(s.counts.phase) == 3)
+    start = next(i for i, s in enumerate(states) if int(counts_of(s).phase) == 3)
     rates = np.array([float(s.learning_rate) for s in states])[start:]
-    held = np.array([float(s.numbers.longest * s.numbers.relaxation) for s in states])[start:]
+    held = np.array([float(numbers_of(s).longest * numbers_of(s).relaxation) for s in states])[start:]
     np.testing.assert_allclose(rates, 2 * held * (1 - np.arange(start, 100) / 100), rtol=1e-5)
     assert rates[-1] < 0.05 * rates.max()
 
@@ -259,8 +292,8 @@ def test_a_schedule_can_be_a_cap_only():
     tx = ao.error_controlled(ao.scale_by_adam(), schedule, follow_schedule=False)
     _, states, _ = run(tx, 100)
     for i, state in enumerate(states):
-        numbers = state.numbers
-        limit = float(numbers.longest * (numbers.relaxation if int(state.counts.phase) == 3 else 1))
+        numbers = numbers_of(state)
+        limit = float(numbers.longest * (numbers.relaxation if int(counts_of(state).phase) == 3 else 1))
         np.testing.assert_allclose(float(state.learning_rate), min(50 * (1 - i / 100), limit), rtol=1e-5)
 
 
@@ -276,18 +309,18 @@ def test_a_schedule_can_be_a_cap_only():
 )
 def test_the_relief_is_the_inverse_of_the_mean_height(schedule, relief):
     state = ao.error_controlled(ao.scale_by_adam(), schedule).init(jnp.ones(2))
-    np.testing.assert_allclose(float(state.numbers.peak), 3.0, rtol=1e-3)
+    np.testing.assert_allclose(float(numbers_of(state).peak), 3.0, rtol=1e-3)
     if relief is not None:
-        np.testing.assert_allclose(float(state.numbers.relief), relief, rtol=0.02)
-    assert 1 <= float(state.numbers.relief) <= 2
+        np.testing.assert_allclose(float(numbers_of(state).relief), relief, rtol=0.02)
+    assert 1 <= float(numbers_of(state).relief) <= 2
 
 
 @pytest.mark.parametrize("height", [0.0, np.inf])
 def test_a_schedule_without_a_shape(height):
     tx = ao.error_controlled(ao.scale_by_adam(), optax.constant_schedule(height))
     params, _, state = run(tx, 100)
-    assert float(state.numbers.relief) == 1
-    assert all(np.isfinite(x).all() for x in (params, state.numbers.longest, state.learning_rate))
+    assert float(numbers_of(state).relief) == 1
+    assert all(np.isfinite(x).all() for x in (params, numbers_of(state).longest, state.learning_rate))
     assert (float(quadratic(params)) < 1e-2) == (height > 0)
 
 
@@ -298,11 +331,11 @@ def test_without_a_rate_the_limit_is_that_of_a_schedule_that_decays_to_zero():
     other = ao.error_controlled(ao.scale_by_adam(), optax.linear_schedule(1e9, 0.0, 100))
     _, states, state = run(tx, 100)
     _, others, _ = run(other, 100)
-    assert float(state[0].numbers.relief) == 2
-    start = next(i for i, s in enumerate(states) if int(s[0].counts.phase) == 3)
+    assert float(numbers_of(state[0]).relief) == 2
+    start = next(i for i, s in enumerate(states) if int(counts_of(s[0]).phase) == 3)
     assert start < 70
     np.testing.assert_allclose(float(others[start].learning_rate), float(others[start].step_limit))
-    limit = float(state[0].numbers.longest * state[0].numbers.relaxation * 2)
+    limit = float(numbers_of(state[0]).longest * numbers_of(state[0]).relaxation * 2)
     np.testing.assert_allclose(float(ao.get_hyperparams(state)["step_limit"]), limit, rtol=1e-6)
 
 
@@ -344,8 +377,12 @@ def probed_with(loss, gradient, value, params=None, steps=5, max_learning_rate=j
 @pytest.mark.parametrize("estimate", ["value", "gradient"])
 def test_a_probe_that_says_nothing_changes_nothing(loss, gradient, value, estimate):
     _, state = probed_with(loss, gradient, value, estimate=estimate)
-    assert float(state.numbers.longest) == np.float32(1e-3)
-    assert (int(state.counts.probes), int(state.counts.silent), int(state.counts.phase)) == (5, 5, 0)
+    assert float(numbers_of(state).longest) == np.float32(1e-3)
+    assert (int(counts_of(state).probes), int(counts_of(state).silent), int(counts_of(state).phase)) == (
+        5,
+        5,
+        0,
+    )
 
 
 def test_a_value_function_of_another_batch_is_counted():
@@ -362,13 +399,13 @@ def test_a_loss_that_is_not_finite_at_the_end_of_the_probe_is_too_long_a_step():
         return jnp.where(jnp.any(x < 0.9), jnp.nan, jnp.sum(x))
 
     _, state = probed_with(wall, jnp.ones(2), 2.0, steps=60)
-    assert int(state.counts.phase) == 3 and 1e-4 < float(state.numbers.longest) < 0.1
+    assert int(counts_of(state).phase) == 3 and 1e-4 < float(numbers_of(state).longest) < 0.1
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
 
 
 def test_negative_curvature_sets_no_limit():
     updates, state = probed_with(lambda x: -jnp.sum(x**2), jnp.full(2, -2.0), -2.0, max_learning_rate=0.25)
-    assert int(state.counts.phase) == 0 and float(state.numbers.longest) == np.float32(1e-3) * 4**5
+    assert int(counts_of(state).phase) == 0 and float(numbers_of(state).longest) == np.float32(1e-3) * 4**5
     np.testing.assert_allclose(updates, np.full(2, 2 * 0.25))
 
 
@@ -379,7 +416,7 @@ def test_a_decrease_below_rounding_is_no_error():
 
     tx = ao.error_controlled(optax.identity(), jnp.inf, initial_learning_rate=1e-12)
     _, states, state = run(tx, 100, offset)
-    assert int(state.counts.phase) == 3 and 1e-3 < float(state.numbers.longest) < 0.2
+    assert int(counts_of(state).phase) == 3 and 1e-3 < float(numbers_of(state).longest) < 0.2
 
 
 def test_an_ascent_direction_sets_no_limit_and_is_counted():
@@ -388,7 +425,7 @@ def test_an_ascent_direction_sets_no_limit_and_is_counted():
     _, state = tx.update(
         jax.grad(quadratic)(params), tx.init(params), params, value=quadratic(params), value_fn=quadratic
     )
-    assert int(state.counts.silent) == 1 and float(state.numbers.longest) == np.float32(1e-3)
+    assert int(counts_of(state).silent) == 1 and float(numbers_of(state).longest) == np.float32(1e-3)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -397,7 +434,7 @@ def test_parameters_in_low_precision(dtype, estimate):
     params = jnp.asarray(START, dtype)
     tx = ao.error_controlled(ao.scale_by_adam(), 100.0, estimate=estimate)
     final, states, state = run(tx, 300, params=params)
-    assert final.dtype == dtype and int(state.counts.phase) == 3
+    assert final.dtype == dtype and int(counts_of(state).phase) == 3
     assert 3e-3 < float(state.step_limit) < 3
     assert float(quadratic(final)) < 0.05 * float(quadratic(params))
 
@@ -452,7 +489,7 @@ def test_around_a_mask():
     tx = ao.error_controlled(ao.freeze(ao.scale_by_adam(), "body"), 10.0)
     after, _, state = run(tx, 100, loss, params)
     np.testing.assert_array_equal(after["body"], np.ones(3))
-    assert float(jnp.sum(after["head"] ** 2)) < 0.1 and int(state.counts.phase) == 3
+    assert float(jnp.sum(after["head"] ** 2)) < 0.1 and int(counts_of(state).phase) == 3
 
 
 def test_within_a_mask_it_is_refused():
@@ -577,8 +614,8 @@ def test_the_probe_is_computed_only_when_it_is_due():
     for _ in range(100):
         params, state = step(params, state)
     jax.effects_barrier()
-    assert len(calls) == int(state.counts.probes) + math.ceil(int(state.counts.probes) / 16)
-    assert int(state.counts.probes) < 25
+    assert len(calls) == int(counts_of(state).probes) + math.ceil(int(counts_of(state).probes) / 16)
+    assert int(counts_of(state).probes) < 25
 
 
 # What is refused.
@@ -596,6 +633,7 @@ def test_the_probe_is_computed_only_when_it_is_due():
         ({"initial_learning_rate": 0.0}, "initial_learning_rate"),
         ({"initial_learning_rate": jnp.inf}, "initial_learning_rate"),
         ({"follow_schedule": "yes"}, "follow_schedule"),
+        ({"controller": "fast"}, "controller"),
     ],
 )
 def test_arguments_out_of_range(keywords, message):

@@ -43,7 +43,7 @@ SIGNATURES = {
     "bias_correction=False, *, centered=False, storage='float32'",
     "adgd": "max_learning_rate=None, *, initial_learning_rate=1e-06, rule='2020'",
     "error_controlled": "direction, max_learning_rate=None, *, tolerance=0.35, every=10, estimate='value', "
-    "initial_learning_rate=1e-06, follow_schedule=True",
+    "initial_learning_rate=1e-06, follow_schedule=True, controller=None",
     "get_error_control": "opt_state",
     "sgd": "learning_rate, momentum=None, nesterov=False, accumulator_dtype=None",
     "trace": "decay, nesterov=False, accumulator_dtype=None",

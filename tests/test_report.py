@@ -69,7 +69,11 @@ def make(arms=ARMS, *, seeds=8, lost=(), shift=0.0, margin=None, spread=0.008, l
         scheduled = rate * np.exp(-2 * measured_at / 2560 * ("one_cycle" in arm))
         noise = np.random.default_rng(seed).normal(0, 0.1, 25)
         own = (1 + 3 * measured_at / 2560) * np.exp(noise)  # it rises by itself
-        seen = np.stack([scheduled, 0.4 * scheduled * own, 0.01 * own, np.full(25, np.nan)], axis=1)
+        unknown = np.full(25, np.nan)
+        limit = np.minimum(1e-6 * 4.0 ** np.minimum(measured_at, 20), 0.02) if "limited" in arm else unknown
+        scheduled = np.fmin(scheduled, limit)
+        fields = [scheduled, 0.4 * scheduled * own, 0.01 * own, unknown, limit, 0.5 / limit, 0 * limit + 0.3]
+        seen = np.stack(fields, axis=1)
         reached = steps[np.argmax(curve <= 0.412)] if not diverged and (curve <= 0.412).any() else np.nan
         rows.append({
             "arm": arm, "phase": phase, "learning_rate": rate, "seed": seed,
@@ -596,6 +600,41 @@ def test_an_optimizer_that_tells_no_learning_rate_has_an_effective_one():
     assert np.isnan(findings.own_change(comparison, "adam:constant"))
 
 
+LIMITED = {"adam:constant": ARMS["adam:constant"], "adam:constant:limited": (1.0, 0.41, 0.01, 1e3)}
+
+
+def test_limits_are_drawn_next_to_the_edge_of_stability(tmp_path):
+    comparison = make(LIMITED)
+    axes = drawn(pictures.plot_limits, comparison)
+    limit, edge = axes.lines
+    assert limit.get_label() == "adam:constant:limited" and edge.get_linestyle() == ":"
+    np.testing.assert_allclose(
+        limit.get_ydata(), np.minimum(1e-6 * 4.0 ** np.minimum(comparison.telemetry_steps, 20), 0.02)
+    )
+    np.testing.assert_allclose(edge.get_ydata(), 4 * limit.get_ydata())
+    assert findings.limits(comparison, "adam:constant") is None
+    comparison.to_html(tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<figure>") == 5
+    assert (
+        "adam:constant:limited was limited in 100% of the measured steps, with a median error of 0.3." in page
+    )
+
+
+def test_a_limit_that_is_0_or_has_no_curvature_is_left_out():
+    comparison = make(LIMITED)
+    curves = comparison.telemetry_curves.copy()
+    curves[:, -1, 4] = 0.0  # the end of a schedule
+    curves[:, :, 5] = -1.0
+    curves[:, :, 6] = np.nan
+    comparison = dataclasses.replace(comparison, telemetry_curves=curves)
+    found = findings.limits(comparison, "adam:constant:limited")
+    assert found is not None and np.isnan(found.limit[-1]) and np.isfinite(found.limit[:-1]).all()
+    assert np.isnan(found.edge).all() and np.isnan(found.error)
+    assert "limits" in figures.pictures_of(comparison) and "limits" not in figures.pictures_of(make(TWO))
+    comparison.plot("limits")
+
+
 @pytest.mark.parametrize("theme", THEMES)
 def test_twelve_arms_are_told_apart(theme):
     comparison = make(TWELVE)
@@ -660,11 +699,12 @@ def test_details_of_an_earlier_version_are_read():
 
 @pytest.mark.parametrize("picture", figures.PICTURES)
 def test_one_picture_can_be_drawn_alone(picture):
-    figure = make(THREE).plot(picture)
+    figure = make(LIMITED if picture == "limits" else THREE).plot(picture)
     (axes,) = figure.axes
     shown = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
     named = [*shown, *(text.get_text() for text in axes.texts)]
-    assert set(THREE) - {make(THREE).details.baseline} <= set(named)
+    wanted = {"adam:constant:limited"} if picture == "limits" else {*THREE} - {make(THREE).details.baseline}
+    assert wanted <= set(named)
 
 
 def test_an_unknown_picture_is_refused():

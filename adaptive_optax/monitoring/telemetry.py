@@ -310,10 +310,11 @@ def measure(
     )
     controlled = states_of(ErrorControlledState, inner_state)
     is_controlled = len(controlled) == 1
-    has_probed = controlled[0].numbers.predicted > 0 if is_controlled else jnp.zeros((), jnp.bool_)
+    has_probed = jnp.zeros((), jnp.bool_)
     step_limit = curvature = error = jnp.zeros_like(lengths.cosine)
     if is_controlled:
         found = get_error_control(controlled[0])
+        has_probed = found.predicted_decrease > 0
         step_limit, curvature, error = (
             jnp.full_like(lengths.cosine, x) for x in (found.step_limit, found.curvature, found.error)
         )

@@ -123,8 +123,8 @@ class Comparison(Record):
         """Draws metric against peak rate, paired differences with their intervals, and curves.
 
         Args:
-            picture: "rates", "differences", "curves" or "effective_rates"; None for all in one figure, but
-                for those that have nothing to show.
+            picture: "rates", "differences", "curves", "effective_rates" or "limits"; None for all in one
+                figure, but for those that have nothing to show.
         """
         from adaptive_optax.study.report import figures  # import matplotlib only when drawing
 
@@ -171,6 +171,7 @@ class Comparison(Record):
         write_atomically(Path(path), file.getvalue())
 
 
+_FIRST_FIELDS = 4  # of `TELEMETRY` in files without limits
 _STRINGS = ("arm", "phase", "compilation", "error")
 _ARRAYS = tuple(
     f"{what}_{part}" for what in ("training", "validation", "telemetry") for part in ("steps", "curves")
@@ -215,6 +216,8 @@ def _comparison(arrays: dict[str, np.ndarray]) -> Comparison:
         and all(arrays[stored].dtype == _COLUMNS[name] for stored, name in numbers.items())
     ):
         raise foreign
+    if arrays["telemetry_curves"].shape[2:] == (_FIRST_FIELDS,):
+        arrays["telemetry_curves"] = _with_all_fields(arrays["telemetry_curves"])
     trials = len(strings["arm"])
     columns = strings | {name: arrays.pop(stored) for stored, name in numbers.items()}
     if any(np.shape(column) != (trials,) for column in columns.values()):
@@ -264,7 +267,7 @@ def collect(results: Results, wanted: Iterable[Key], subject: Subject, details: 
         [each.validation for each in found], [each.validation_steps for each in found], plan.validation_steps
     )
     telemetry_steps, telemetry = _aligned(
-        [each.telemetry for each in found],
+        [_with_all_fields(each.telemetry) for each in found],
         [each.telemetry_steps for each in found],
         plan.telemetry_steps if plan.validation_steps else (),
         len(TELEMETRY),
@@ -311,6 +314,12 @@ def collect(results: Results, wanted: Iterable[Key], subject: Subject, details: 
         telemetry,
         details,
     )
+
+
+def _with_all_fields(telemetry: np.ndarray) -> np.ndarray:
+    """Measurements with NaN for the newest fields of `TELEMETRY`, which older records lack."""
+    missing = len(TELEMETRY) - telemetry.shape[-1]
+    return np.pad(telemetry, [(0, 0)] * (telemetry.ndim - 1) + [(0, missing)], constant_values=np.nan)
 
 
 def _aligned(

@@ -125,39 +125,32 @@ class Counts(NamedTuple):
 
 @carries_hyperparameters("learning_rate", "step_limit")
 class ErrorControlledState(NamedTuple):
-    """State of `error_controlled`, with few arrays, so that a step has few to pass; `get_error_control` reads it.
+    """State of `error_controlled`, with few arrays, so that passing it to a step is cheap.
+
+    `get_error_control` reads it.
 
     Attributes:
         count: Number of steps taken.
         inner_state: State of the direction.
-        number_array: The fields of `numbers` along the last axis.
-        count_array: The fields of `counts` along the last axis.
+        numbers: The limit, and what it has been found from: the fields of `Numbers` along the last axis.
+        counts: The phase of the search, and the numbers of probes and steps of each kind: the fields of
+            `Counts` along the last axis, int32.
     """
 
     count: Count
     inner_state: OptState
-    number_array: jax.Array
-    count_array: jax.Array
-
-    @property
-    def numbers(self) -> Numbers:
-        """The limit, and what it has been found from."""
-        return Numbers(*_unpacked(self.number_array))
-
-    @property
-    def counts(self) -> Counts:
-        """The phase of the search, and how many probes and steps there were of each kind."""
-        return Counts(*_unpacked(self.count_array))
+    numbers: jax.Array
+    counts: jax.Array
 
     @property
     def learning_rate(self) -> Scalar:
         """The learning rate of the last step."""
-        return self.numbers.learning_rate
+        return numbers_of(self).learning_rate
 
     @property
     def step_limit(self) -> Scalar:
         """The limit of the last step."""
-        return self.numbers.step_limit
+        return numbers_of(self).step_limit
 
 
 class ErrorControl(NamedTuple):
@@ -278,8 +271,8 @@ def error_controlled(
         ValueError: If an argument is out of range (at construction), a leaf is not floating (at init), or if
             `params`, `value` or `value_fn` is missing, not a scalar, or does not fit the others (at update).
 
-    State cost: the state of `direction` and 18 scalars in three arrays. Time: one evaluation of the loss in `every` steps,
-    and two more updates of `direction`. Under `vmap` every step probes.
+    State cost: the state of `direction` and 18 scalars in three arrays. Time: one evaluation of the loss in
+    `every` steps, and two more updates of `direction`. Under `vmap` every step probes.
 
     Examples:
         >>> import adaptive_optax as ao, jax, jax.numpy as jnp, optax
@@ -341,8 +334,8 @@ def error_controlled(
         return ErrorControlledState(
             count=count,
             inner_state=None,
-            number_array=_packed(numbers.values(), dtype),
-            count_array=jnp.zeros(len(Counts._fields), jnp.int32),
+            numbers=_packed(numbers.values(), dtype),
+            counts=jnp.zeros(len(Counts._fields), jnp.int32),
         )
 
     def init_fn(params):
@@ -363,11 +356,11 @@ def error_controlled(
         check_state("error_controlled", state, own_init, "updates", updates)
         _check_loss(value, value_fn)
         extra_args |= {"value": value, "value_fn": value_fn}
-        inner, dtype = state.inner_state, state.number_array.dtype
+        inner, dtype = state.inner_state, state.numbers.dtype
         given = given_at(state.count, dtype)
 
-        def probed(number_array, count_array):
-            numbers, counts = Numbers(*_unpacked(number_array)), Counts(*_unpacked(count_array))
+        def probed(own):
+            numbers, counts = numbers_of(own), counts_of(own)
             h = numbers.longest
             if controller is None:  # a controller follows what the schedule multiplies
                 taken = jnp.minimum(given, limit_of(numbers, counts.phase, given))
@@ -383,12 +376,11 @@ def error_controlled(
             numbers, counts = _controlled(
                 numbers, counts, probe, is_same, h, jnp.asarray(tolerance, dtype), controller
             )
-            return _packed(numbers, dtype), _packed(counts, jnp.int32)
+            return own._replace(numbers=_packed(numbers, dtype), counts=_packed(counts, jnp.int32))
 
-        is_due = (state.count % every == 0) | (state.counts.phase == _SEEKING)
-        arrays = state.number_array, state.count_array
-        arrays = jax.lax.cond(is_due, probed, lambda *arrays: arrays, *arrays)
-        numbers, counts = Numbers(*_unpacked(arrays[0])), Counts(*_unpacked(arrays[1]))
+        is_due = (state.count % every == 0) | (counts_of(state).phase == _SEEKING)
+        own = jax.lax.cond(is_due, probed, lambda own: own, state._replace(inner_state=None))
+        numbers, counts = numbers_of(own), counts_of(own)
         limit = limit_of(numbers, counts.phase, given)
         rate = jnp.minimum(given, limit)
         u, inner = direction.update(updates, inner, params, **extra_args)
@@ -397,8 +389,8 @@ def error_controlled(
         new = ErrorControlledState(
             count=incremented(state.count),
             inner_state=inner,
-            number_array=_packed(numbers._replace(learning_rate=rate, step_limit=limit), dtype),
-            count_array=_packed(counts._replace(limited=limited), jnp.int32),
+            numbers=_packed(numbers._replace(learning_rate=rate, step_limit=limit), dtype),
+            counts=_packed(counts._replace(limited=limited), jnp.int32),
         )
         return scaled(outgoing(u, inner), -rate), new
 
@@ -422,7 +414,7 @@ def get_error_control(opt_state: OptState) -> ErrorControl:
     """
     state = one_state_of(ErrorControlledState, opt_state, "error_controlled")._replace(inner_state=None)
     state = ErrorControlledState(*map(unwrapped, state))
-    numbers, counts = state.numbers, state.counts
+    numbers, counts = numbers_of(state), counts_of(state)
     is_known = numbers.predicted > 0
     ratio = numbers.actual / jnp.where(is_known, numbers.predicted, 1)
     return ErrorControl(
@@ -437,6 +429,16 @@ def get_error_control(opt_state: OptState) -> ErrorControl:
         mismatches=counts.mismatches,
         limited=counts.limited / jnp.maximum(state.count, 1).astype(numbers.longest.dtype),
     )
+
+
+def numbers_of(state: ErrorControlledState) -> Numbers:
+    """Unpacks the numbers in a state."""
+    return Numbers(*_unpacked(state.numbers))
+
+
+def counts_of(state: ErrorControlledState) -> Counts:
+    """Unpacks the counts in a state."""
+    return Counts(*_unpacked(state.counts))
 
 
 def _packed(fields: Iterable[Any], dtype: Any) -> jax.Array:

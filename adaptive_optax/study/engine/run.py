@@ -125,8 +125,8 @@ class Run:
                 training. A second report at the same step replaces the first.
             metric: The metric, a scalar of any library. A NaN or an infinity says that the trial diverged.
             telemetry: What `get_telemetry(opt_state)` returns for a whole tree, or a mapping with some of the
-                names learning_rate, effective_learning_rate, update_to_weight and snr. Reported by some
-                trial, effective learning rates join the pictures.
+                names learning_rate, effective_learning_rate, update_to_weight, snr, step_limit, curvature and
+                error. Reported by some trial, effective learning rates join the pictures, and limits do.
 
         Raises:
             ValueError: If an argument is not as described.

@@ -33,7 +33,10 @@ from adaptive_optax.study.start import Origin, with_carried
 from adaptive_optax.study.task import Task
 
 TRAINING_POINTS = 100  # windows over which the training loss is averaged
-TELEMETRY = ("learning_rate", "effective_learning_rate", "update_to_weight", "snr")
+TELEMETRY = (
+    *("learning_rate", "effective_learning_rate", "update_to_weight", "snr"),
+    *("step_limit", "curvature", "error"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

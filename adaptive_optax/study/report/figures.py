@@ -21,11 +21,13 @@ from adaptive_optax._core.checks import check_choice
 from adaptive_optax._core.drawing import THEMES
 from adaptive_optax._core.names import shortened, visible
 from adaptive_optax.study.record import Record
+from adaptive_optax.study.report.findings import limits
 from adaptive_optax.study.report.pictures import (
     arm_styles,
     plot_curves,
     plot_differences,
     plot_effective_rates,
+    plot_limits,
     plot_rates,
 )
 
@@ -34,6 +36,7 @@ PICTURES = {
     "differences": plot_differences,
     "curves": plot_curves,
     "effective_rates": plot_effective_rates,
+    "limits": plot_limits,
 }
 
 
@@ -49,6 +52,7 @@ def pictures_of(record: Record) -> list[str]:
         "differences": True,
         "curves": details.dataset is not None or not len(reported) or reported.max() != 1,
         "effective_rates": details.mode is not None or np.isfinite(record.telemetry_curves).any(),
+        "limits": any(limits(record, arm) is not None for arm in details.arms),
     }
     return [name for name in PICTURES if shown[name]]
 
@@ -83,6 +87,7 @@ def plot(record: Record, *, theme: str = "light") -> Figure:
         "differences": "Verdict: paired differences",
         "curves": "Training" + " at the best rates" * record.details.tuned,
         "effective_rates": "Telemetry: effective learning rates",
+        "limits": "Telemetry: limits",
     }
     for name, axes in figure.subplot_mosaic(rows).items():
         PICTURES[name](record, axes, theme=theme)
@@ -99,7 +104,7 @@ def plot_one(record: Record, picture: str, *, theme: str = "light") -> Figure:
 
     Args:
         record: What to draw.
-        picture: "rates", "differences", "curves" or "effective_rates".
+        picture: "rates", "differences", "curves", "effective_rates" or "limits".
         theme: "light" or "dark".
     """
     check_choice("picture", picture, PICTURES)
@@ -119,7 +124,7 @@ def to_svg(record: Record, picture: str, *, theme: str = "light", description: s
 
     Args:
         record: What to draw.
-        picture: "rates", "differences", "curves" or "effective_rates".
+        picture: "rates", "differences", "curves", "effective_rates" or "limits".
         theme: "light" or "dark".
         description: The text for screen readers.
     """

@@ -114,18 +114,54 @@ def judged_trials(record: Record, arm: str) -> np.ndarray:
     return np.flatnonzero(rows & ~np.asarray(table["diverged"], bool))
 
 
-def effective_rates(record: Record, arm: str) -> EffectiveRates | None:
-    """Returns an arm's learning rates as measured by telemetry; None if every trial diverged."""
+def _measured(record: Record, arm: str) -> dict[str, np.ndarray] | None:
+    """Returns what telemetry measured of an arm, [trial, measurement]; None if every trial diverged."""
     rows = judged_trials(record, arm)
     if not len(rows):
         return None
     fields = np.moveaxis(np.asarray(record.telemetry_curves)[rows], -1, 0)
-    seen = dict(zip(TELEMETRY, fields, strict=True))
+    return dict(zip(TELEMETRY, fields, strict=True))
+
+
+def effective_rates(record: Record, arm: str) -> EffectiveRates | None:
+    """Returns an arm's learning rates as measured by telemetry; None if every trial diverged."""
+    seen = _measured(record, arm)
+    if seen is None:
+        return None
     # While gradients are accumulated the parameters do not change; that is not a rate of 0.
     unchanged = seen["update_to_weight"] == 0
     effective = np.where(unchanged, np.nan, seen["effective_learning_rate"])
     mean, error = column_means(effective, leave_out=True)
     return EffectiveRates(column_means(seen["learning_rate"])[0], mean, error)
+
+
+class Limits(NamedTuple):
+    """What `error_controlled` measured of one arm at its best peak rate."""
+
+    limit: np.ndarray  # the geometric mean over seeds, NaN where it is 0
+    edge: np.ndarray  # likewise 2 / curvature, NaN where the curvature is not positive
+    error: float  # the median over seeds and measurements
+    limited: float  # the share of the measured steps in which the limit was the learning rate
+
+
+def limits(record: Record, arm: str) -> Limits | None:
+    """Returns an arm's limits as measured by telemetry; None if there are none."""
+    seen = _measured(record, arm)
+    if seen is None or not np.isfinite(seen["step_limit"]).any():
+        return None
+    limit, curvature, errors = seen["step_limit"], seen["curvature"], seen["error"]
+    errors = errors[np.isfinite(errors)]
+    return Limits(
+        limit=_geometric_mean(limit),
+        edge=2 / _geometric_mean(curvature),
+        error=float(np.median(errors)) if len(errors) else np.nan,
+        limited=float(np.isclose(seen["learning_rate"], limit, rtol=1e-5, atol=0)[np.isfinite(limit)].mean()),
+    )
+
+
+def _geometric_mean(curves: np.ndarray) -> np.ndarray:
+    """Returns the geometric mean of the positive values of every column."""
+    return np.exp(column_means(np.log(np.where(curves > 0, curves, np.nan)), leave_out=True)[0])
 
 
 def own_change(record: Record, arm: str) -> float:

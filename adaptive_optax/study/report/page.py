@@ -36,6 +36,7 @@ from adaptive_optax.study.report.findings import (
     interval,
     judge_all,
     judged_by,
+    limits,
     metric_format,
     own_change,
     own_rates,
@@ -257,6 +258,11 @@ def _pictures(record: Record, judged: bool) -> list[_Picture]:
             "band of one standard error; dotted: the scheduled rate. Below 0, the step went uphill on "
             f"that batch.{_own_change(record)}",
         ),
+        "limits": (
+            "Limits on the learning rate",
+            "What error_controlled allowed at most, mean over the same trials; dotted: 2 / curvature along "
+            f"the direction without momentum, as its probes measured it.{_limited(record)}",
+        ),
     }
     pictures = []
     for picture in pictures_of(record):
@@ -264,6 +270,16 @@ def _pictures(record: Record, judged: bool) -> list[_Picture]:
         drawn = [(theme, to_svg(record, picture, theme=theme, description=title)) for theme in THEMES]
         pictures.append(_Picture(title, drawn, caption))
     return pictures
+
+
+def _limited(record: Record) -> str:
+    """Says how often each limit was the learning rate, and how much of the promised decrease was missing."""
+    said = []
+    for arm in record.details.arms:
+        if (found := limits(record, arm)) is not None:
+            missing = "" if np.isnan(found.error) else f", with a median error of {found.error:.2g}"
+            said.append(f" {arm} was limited in {found.limited:.0%} of the measured steps{missing}.")
+    return "".join(said)
 
 
 def _own_change(record: Record) -> str:

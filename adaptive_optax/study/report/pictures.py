@@ -34,6 +34,7 @@ from adaptive_optax.study.report.findings import (
     equivalence_margin,
     judge_all,
     judged_trials,
+    limits,
     paired_metrics,
     tuned_rates,
     written,
@@ -66,7 +67,7 @@ def _draw_band(axes: Axes, x: Any, mean: Any, error: Any, style: dict[str, Any],
     axes.plot(x, mean, **style, **more)
 
 
-# ---- The four pictures ----
+# ---- The five pictures ----
 
 
 def plot_rates(record: Record, axes: Axes, *, theme: str = "light") -> None:
@@ -337,3 +338,35 @@ def plot_effective_rates(record: Record, axes: Axes, *, theme: str = "light") ->
     set_range(axes, values.min(), values.max())
     if values.min() <= 0:
         axes.axhline(0, color=colours.muted, linewidth=0.9, zorder=1.5, gid="zero")
+
+
+def plot_limits(record: Record, axes: Axes, *, theme: str = "light") -> None:
+    """Draws the limit of `error_controlled` over the steps, with 2 / curvature dotted.
+
+    Without noise and momentum a learning rate of 2 / curvature is at the edge of stability. Shows every arm
+    that has a limit at its best rate: geometric means over the verdict's seeds, without diverged trials.
+
+    Args:
+        record: What to draw.
+        axes: Where to draw it.
+        theme: "light" or "dark".
+    """
+    check_choice("theme", theme, THEMES)
+    colours = THEMES[theme]
+    dress(axes, colours, "step limit (dotted: 2 / curvature)", "step")
+    steps, seen = np.asarray(record.telemetry_steps), []
+    for i, (arm, style) in enumerate(arm_styles(record, theme).items()):
+        found = limits(record, arm)
+        if found is None:
+            continue
+        marks = {"markevery": (i % 4, 4), "markersize": 4.5, "linewidth": 1.4, "label": arm}
+        axes.plot(steps, found.limit, **style, **marks)
+        axes.plot(steps, found.edge, ":", color=style["color"], linewidth=0.9)
+        seen += [found.limit[1:], found.edge[1:]]  # the first is where the search starts
+    values = np.concatenate(seen) if seen else np.zeros(0)
+    values = values[np.isfinite(values) & (values > 0)]
+    if not len(values):
+        draw_placeholder(axes, colours)
+        return
+    set_step_axis(axes, np.asarray([record.details.steps]))
+    set_range(axes, values.min(), values.max())
