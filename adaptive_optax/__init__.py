@@ -19,6 +19,7 @@ What holds for every transformation, and is not repeated in its docstring:
 from typing import TYPE_CHECKING
 
 from adaptive_optax import typing as typing
+from adaptive_optax._core.coordinates import global_coordinates as global_coordinates
 
 # Declarations of states, for transformations of your own
 from adaptive_optax._core.states import carries_hyperparameters as carries_hyperparameters
@@ -32,6 +33,7 @@ from adaptive_optax.interop.adam_states import from_optax as from_optax
 from adaptive_optax.interop.adam_states import to_optax as to_optax
 from adaptive_optax.interop.convert_storage import convert_storage as convert_storage
 from adaptive_optax.interop.convert_storage import state_bytes as state_bytes
+from adaptive_optax.interop.sharding import state_sharding as state_sharding
 from adaptive_optax.interop.torch_states import describe_from_torch as describe_from_torch
 from adaptive_optax.interop.torch_states import from_torch as from_torch
 from adaptive_optax.interop.torch_states import to_torch as to_torch
@@ -86,6 +88,7 @@ from adaptive_optax.schedules.inverse_sqrt import inverse_sqrt as inverse_sqrt
 from adaptive_optax.schedules.one_cycle import OneCycle as OneCycle
 from adaptive_optax.schedules.one_cycle import one_cycle as one_cycle
 from adaptive_optax.schedules.per_epoch import per_epoch as per_epoch
+from adaptive_optax.schedules.replan import replan as replan
 from adaptive_optax.schedules.step_decay import step_decay as step_decay
 from adaptive_optax.schedules.warmup_cosine import warmup_cosine as warmup_cosine
 from adaptive_optax.schedules.warmup_stable_decay import warmup_stable_decay as warmup_stable_decay

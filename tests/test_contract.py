@@ -561,9 +561,17 @@ def test_a_sharded_step_equals_the_unsharded_one(case, axes):
     tx = case.make()
     expected, expected_state = unsharded_step(case.name)
     state = tx.init(params)  # outside of jax.set_mesh
+    placed = ao.state_sharding(tx, params)
+    start = jax.jit(tx.init, out_shardings=placed)(params)
+    jax.tree.map(np.testing.assert_array_equal, start, state)
     with jax.set_mesh(mesh):
-        step = jax.jit(step_of(tx))
-        new_params, updates, new_state = step(gradients, state, params)
+        step = jax.jit(step_of(tx), out_shardings=(shardings, shardings, placed))
+        new_params, updates, new_state = step(gradients, start, params)
+        step(gradients, new_state, new_params)
+    assert step._cache_size() == 1
+    for (path, x), sharding in zip(paths_and_leaves(start), jax.tree.leaves(placed), strict=True):
+        expected_sharding = NamedSharding(mesh, expected_spec(path, x.shape, params))
+        assert sharding.is_equivalent_to(expected_sharding, x.ndim), (path, sharding)
     assert_close(updates, expected, case)
     assert_close(new_state, expected_state, case)
     for tree in (updates, new_params):

@@ -6,13 +6,14 @@ under any sharding and after a restart, and cost a few integer operations per va
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from adaptive_optax._core.coordinates import coordinates
 
 # The multipliers of a 32-bit finaliser with low bias (Wellons 2018, "lowbias32").
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B
@@ -34,7 +35,7 @@ def _finalise(x: jax.Array, between: Any = 0) -> jax.Array:
 def random_bits(
     shape: tuple[int, ...],
     count: jax.Array,
-    leaf: Any,
+    place: Any,
     role: Literal["mu", "nu", "parameter"],
     seed: int = 0,
     *,
@@ -43,9 +44,9 @@ def random_bits(
     """Returns 16 random bits for each coordinate of an array, as uint32.
 
     Args:
-        shape: The array's shape; its global shape if it is sharded.
+        shape: The array's shape; its global shape if it is sharded, a shard's inside `jax.shard_map`.
         count: The number of the step.
-        leaf: The index of the leaf in its tree, an int or an integer scalar.
+        place: The leaf's element of `places`.
         role: What the bits are for. The two moments use the two halves of the same hash.
         seed: Distinguishes uses that share all of the above.
         sharding: The sharding of the bits if it is part of the array's type (`traced_sharding`). Without it
@@ -53,15 +54,11 @@ def random_bits(
     """
     count = count.astype(jnp.uint32)
     seed += _PARAMETER if role == "parameter" else 0
-    place = jnp.asarray(leaf, jnp.uint32) * np.uint32(_GOLDEN) + np.uint32(seed % 2**32)
-    stream = _finalise(place ^ _finalise(count + np.uint32(_GOLDEN)))
-    index = jnp.zeros(shape, jnp.uint32, out_sharding=sharding)
-    for axis in range(len(shape)):
-        stride = math.prod(shape[axis + 1 :]) % 2**32
-        along = jax.lax.broadcasted_iota(jnp.uint32, shape, axis, out_sharding=sharding)
-        index = index + along * np.uint32(stride)
+    leaf, position = coordinates(shape, place, sharding)
+    salted = leaf * np.uint32(_GOLDEN) + np.uint32(seed % 2**32)
+    stream = _finalise(salted ^ _finalise(count + np.uint32(_GOLDEN)))
     # Used twice, so that another stream permutes the bits of the coordinates instead of shifting them.
-    bits = _finalise(index + stream, _finalise(stream))
+    bits = _finalise(position + stream, _finalise(stream))
     return jax.lax.shift_right_logical(bits, np.uint32(16)) if role == "nu" else bits & np.uint32(0xFFFF)
 
 

@@ -59,6 +59,7 @@ SCHEDULE_RANGES = {
     "div_factor": "[1, inf)",
     "final_div_factor": "(0, inf)",
     "peak_factor": "(0, inf)",
+    "integral": "(0, inf)",
 }
 
 

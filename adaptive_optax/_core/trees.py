@@ -127,9 +127,3 @@ def is_mask(tree: Any) -> bool:
 def is_bool(leaf: Any) -> bool:
     """Whether a leaf is a bool or a scalar bool array."""
     return isinstance(leaf, bool) or (getattr(leaf, "dtype", None) == np.bool_ and np.ndim(leaf) == 0)
-
-
-def leaf_numbers(tree: Any) -> Any:
-    """Returns a tree of the leaves' indices, which give each leaf its own random bits."""
-    treedef = jax.tree.structure(tree)
-    return treedef.unflatten(range(treedef.num_leaves))

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from adaptive_optax._core.checks import check_choice
+from adaptive_optax._core.coordinates import places
 from adaptive_optax._core.random_bits import is_low_precision, random_bits, round_stochastically
 from adaptive_optax._core.sharding import traced_sharding
-from adaptive_optax._core.trees import Count, Moment, Params, PyTree, by_leaf, leaf_numbers
+from adaptive_optax._core.trees import Count, Moment, Params, PyTree, by_leaf
 from adaptive_optax.moments.storage import NearestCast, Role, Storage
 
 _NEAREST = NearestCast(jnp.bfloat16)
@@ -91,15 +92,15 @@ class BFloat16(Storage):
         if self.rounding == "nearest":
             return _NEAREST.encode(moment, values, count=count, role=role)
 
-        return _round((count, role), moment, values, leaf_numbers(moment))
+        return _round((count, role), moment, values, places(moment))
 
 
 @by_leaf(like="old")
-def _round(step: tuple[jax.Array, Role], old: jax.Array, x: jax.Array, number: Any) -> jax.Array:
+def _round(step: tuple[jax.Array, Role], old: jax.Array, x: jax.Array, place: Any) -> jax.Array:
     count, role = step
     if not is_low_precision(old):  # complex
         return x.astype(old.dtype)
-    bits = random_bits(x.shape, count, number, role, sharding=traced_sharding(x))
+    bits = random_bits(x.shape, count, place, role, sharding=traced_sharding(x))
     rounded = round_stochastically(x.astype(jnp.float32), jnp.bfloat16, bits)
     # The lower half is now 0, or belongs to a NaN. Dropping it keeps a NaN one, since arithmetic makes quiet
     # NaNs, whose bit is in the upper half. On a CPU dropping it is faster than rounding again.

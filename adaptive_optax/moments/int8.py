@@ -30,11 +30,12 @@ import jax
 import jax.numpy as jnp
 
 from adaptive_optax._core.checks import check_integer
+from adaptive_optax._core.coordinates import places
 from adaptive_optax._core.paths import paths_and_leaves
 from adaptive_optax._core.random_bits import as_uniform, random_bits
 from adaptive_optax._core.sharding import traced_sharding
 from adaptive_optax._core.states import unwrapped
-from adaptive_optax._core.trees import Count, Moment, Params, PyTree, by_leaf, leaf_numbers
+from adaptive_optax._core.trees import Count, Moment, Params, PyTree, by_leaf
 from adaptive_optax._core.values import known_scalar
 from adaptive_optax.moments.blocks import (
     SHORT_AXIS,
@@ -187,7 +188,7 @@ class Int8(Storage):
     def encode(self, moment: Moment, values: PyTree, *, count: Count, role: Role) -> Moment:
         """Rounds the values to codes."""
         step = count, role, self
-        codes, scale = _encode(step, moment.codes, moment.scale, values, leaf_numbers(values))
+        codes, scale = _encode(step, moment.codes, moment.scale, values, places(values))
         return moment._replace(codes=codes, scale=scale)
 
     def _compresses(self, x: Any) -> bool:
@@ -225,7 +226,7 @@ def _decode(block_size: Any, codes: jax.Array, scale: jax.Array) -> jax.Array:
 
 @by_leaf(like=("old", "old_scale"))
 def _encode(
-    step: tuple[jax.Array, Role, Int8], old: jax.Array, old_scale: jax.Array, x: jax.Array, number: Any
+    step: tuple[jax.Array, Role, Int8], old: jax.Array, old_scale: jax.Array, x: jax.Array, place: Any
 ) -> tuple[jax.Array, jax.Array]:
     count, role, storage = step
     if not _is_code(old):
@@ -235,7 +236,7 @@ def _encode(
     # Multiply by a number computed once per block: XLA would keep the quotients of all values in memory.
     inverse = jnp.where(largest > 0, 1 / jnp.where(largest > 0, largest, 1), 0)
     inverse = spread_blocks(inverse, x, storage.block_size)
-    bits = random_bits(x.shape, count, number, role, sharding=traced_sharding(x))
+    bits = random_bits(x.shape, count, place, role, sharding=traced_sharding(x))
     uniform = as_uniform(bits).astype(x.dtype)
     if role == "mu":
         return _signed_code(x * inverse, uniform).astype(jnp.int8), largest

@@ -15,6 +15,7 @@ from adaptive_optax.schedules.inverse_sqrt import inverse_sqrt as inverse_sqrt
 from adaptive_optax.schedules.one_cycle import OneCycle as OneCycle
 from adaptive_optax.schedules.one_cycle import one_cycle as one_cycle
 from adaptive_optax.schedules.per_epoch import per_epoch as per_epoch
+from adaptive_optax.schedules.replan import replan as replan
 from adaptive_optax.schedules.step_decay import step_decay as step_decay
 from adaptive_optax.schedules.warmup_cosine import warmup_cosine as warmup_cosine
 from adaptive_optax.schedules.warmup_stable_decay import warmup_stable_decay as warmup_stable_decay

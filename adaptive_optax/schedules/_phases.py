@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from adaptive_optax.schedules._length import with_length
 from adaptive_optax.schedules._steps import Number, as_count, as_real, steps_since
 
 
@@ -46,8 +47,8 @@ def _one_minus_sqrt(done: jax.Array, left: jax.Array) -> tuple[jax.Array, jax.Ar
 SHAPES = {"linear": _linear, "cosine": _cosine, "1-sqrt": _one_minus_sqrt}
 
 
-def in_phases(phases: Sequence[Phase]) -> optax.Schedule:
-    """Builds a schedule from `phases`; the first must begin at or before step 0.
+def in_phases(phases: Sequence[Phase], total_steps: int) -> optax.Schedule:
+    """Builds a schedule for a run from `phases`; the first must begin at or before step 0.
 
     An empty phase jumps to its end value, so that a run without warm-up starts at the peak. An empty last
     phase is skipped, so that a run that is all warm-up ends at the peak.
@@ -70,4 +71,4 @@ def in_phases(phases: Sequence[Phase]) -> optax.Schedule:
             value = jnp.where(entered, inside, value)
         return value
 
-    return schedule
+    return with_length(schedule, total_steps)

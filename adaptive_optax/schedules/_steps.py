@@ -18,6 +18,8 @@ from adaptive_optax._core.values import static_value
 
 MAX_STEPS = 2**31 - 1  # the largest value of optax's int32 counters
 
+LONGEST_RATIO = 2**30  # the longest run whose steps `scaled_steps` divides exactly
+
 Number: TypeAlias = float | jax.Array
 """A Python number, or a tracer of the default float type."""
 
@@ -65,6 +67,26 @@ def steps_since(position: Number, count: jax.Array) -> jax.Array:
     # The difference of integers is exact and the fraction is below 1, so rounding never changes the sign.
     # Neither integer is negative, so their difference fits even at the largest int32.
     return as_real(count - jnp.asarray(whole, count.dtype)) - as_real(fraction)
+
+
+def scaled_steps(steps: jax.Array, numerator: int, denominator: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the integer part of `steps * numerator / denominator`, exact for integers, and the fraction.
+
+    Both numbers are at most `LONGEST_RATIO`, and steps at most the denominator. The product has up to 60
+    bits, more than an int32 has, so it is divided bit by bit as on paper.
+    """
+    if jnp.issubdtype(steps.dtype, jnp.floating):
+        position = steps * (numerator / denominator)
+        whole = jnp.floor(position)
+        return whole, position - whole
+    wide, rest = steps.astype(jnp.uint32), jnp.zeros_like(steps, jnp.uint32)
+    whole = jnp.zeros_like(rest)
+    for bit in reversed(range(LONGEST_RATIO.bit_length())):
+        # Below 2 * denominator + numerator, which fits. A numerator above the denominator is divided, too.
+        rest = 2 * rest + jnp.where((wide >> bit) & 1 == 1, jnp.uint32(numerator), jnp.uint32(0))
+        whole = 2 * whole + rest // jnp.uint32(denominator)
+        rest = rest % jnp.uint32(denominator)
+    return whole.astype(steps.dtype), as_real(rest) / denominator
 
 
 def power(base: Number, steps: jax.Array, per: int = 1) -> jax.Array:

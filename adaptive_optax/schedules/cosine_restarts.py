@@ -11,6 +11,7 @@ from jax.typing import ArrayLike
 from adaptive_optax._core.checks import check_integer, check_scalar
 from adaptive_optax._core.ranges import check_hyperparameter
 from adaptive_optax._core.values import static_value
+from adaptive_optax.schedules._length import ENDLESS, with_length
 from adaptive_optax.schedules._phases import SHAPES, Phase, in_phases
 from adaptive_optax.schedules._steps import MAX_STEPS, as_count, as_number, as_real, power, steps_since
 
@@ -78,7 +79,7 @@ def cosine_restarts(
     check_hyperparameter("peak_factor", peak_factor)
     peak, first, last = as_number(peak_value), as_number(init_value), as_number(end_value)
     shrink, warmup = as_number(peak_factor), int(warmup_steps)
-    warm_up = in_phases([Phase(0, warmup, first, peak, "linear")])
+    warm_up = in_phases([Phase(0, warmup, first, peak, "linear")], warmup)
     starts, lengths = _periods(int(first_period), float(period_factor))
 
     def schedule(count: ArrayLike) -> jax.Array:
@@ -91,7 +92,7 @@ def cosine_restarts(
         value = top * start_weight + as_real(last) * end_weight
         return jnp.where(steps_since(warmup, count) < 0, warm_up(count), value)
 
-    return schedule
+    return with_length(schedule, ENDLESS)
 
 
 def _check_period_factor(value: float) -> None:

@@ -10,6 +10,7 @@ from jax.typing import ArrayLike
 from adaptive_optax._core.checks import check_choice, check_integer
 from adaptive_optax._core.ranges import check_hyperparameter
 from adaptive_optax._core.values import static_value
+from adaptive_optax.schedules._length import ENDLESS, with_length
 from adaptive_optax.schedules._steps import MAX_STEPS, as_count, as_number, as_real, power
 
 _MODES = ("triangular", "triangular2", "exp_range")
@@ -78,4 +79,4 @@ def cyclical(
             height *= power(factor, count)
         return as_real(base) * (1.0 - height) + as_real(peak) * height
 
-    return schedule
+    return with_length(schedule, ENDLESS)

@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from adaptive_optax._core.checks import check_bool, check_integer
 from adaptive_optax._core.ranges import check_hyperparameter
+from adaptive_optax.schedules._length import ENDLESS, with_length
 from adaptive_optax.schedules._steps import MAX_STEPS, as_count, as_number, as_real, power
 
 
@@ -75,4 +76,4 @@ def exponential_decay(
         limit = as_real(bound)
         return jnp.where(rate < 1, jnp.maximum(value, limit), jnp.minimum(value, limit))
 
-    return schedule
+    return with_length(schedule, ENDLESS)

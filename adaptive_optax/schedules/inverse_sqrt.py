@@ -9,6 +9,7 @@ from jax.typing import ArrayLike
 
 from adaptive_optax._core.checks import check_integer
 from adaptive_optax._core.ranges import check_hyperparameter
+from adaptive_optax.schedules._length import ENDLESS, with_length
 from adaptive_optax.schedules._steps import MAX_STEPS, as_count, as_number, as_real
 
 
@@ -52,4 +53,4 @@ def inverse_sqrt(peak_value: ArrayLike, warmup_steps: int) -> optax.Schedule:
         time = as_real(count) / warmup
         return as_real(peak) * jnp.where(count < warmup, time, 1.0 / jnp.sqrt(jnp.maximum(time, 1.0)))
 
-    return schedule
+    return with_length(schedule, ENDLESS)

@@ -151,15 +151,16 @@ def one_cycle(
         positions = [whole_steps(rises) if preset == "optax" else rises, steps]
     rates = [initial, peak, initial, final] if three_phase else [initial, peak, final]
     momenta = [high, low, high, high] if three_phase else [high, low, high]
-    return OneCycle(_in_cosines(positions, rates), _in_cosines(positions, momenta))
+    return OneCycle(_in_cosines(positions, rates, steps), _in_cosines(positions, momenta, steps))
 
 
-def _in_cosines(positions: list[Number], values: list[Number]) -> optax.Schedule:
+def _in_cosines(positions: list[Number], values: list[Number], total_steps: int) -> optax.Schedule:
     """Starts at the first of `values` and reaches the others at `positions`, in order."""
     begins = [0, *positions]
     return in_phases(
         [
             Phase(begin, end, start_value, end_value, "cosine")
             for begin, end, start_value, end_value in zip(begins, positions, values, values[1:], strict=False)
-        ]
+        ],
+        total_steps,
     )

@@ -8,6 +8,7 @@ import optax
 from jax.typing import ArrayLike
 
 from adaptive_optax._core.checks import check_bool, check_integer
+from adaptive_optax.schedules._length import ENDLESS, length_of, with_length
 from adaptive_optax.schedules._steps import MAX_STEPS, as_count, as_real
 
 
@@ -58,4 +59,7 @@ def per_epoch(schedule: optax.Schedule, steps_per_epoch: int, *, fractional: boo
         value = schedule(epoch)
         return jnp.asarray(value, jnp.result_type(value))
 
-    return of_steps
+    epochs = length_of(schedule)
+    if epochs is None:
+        return of_steps
+    return with_length(of_steps, ENDLESS if epochs == ENDLESS else epochs * steps)

@@ -64,4 +64,5 @@ def warmup_cosine(
     check_hyperparameter("end_value", end_value)
     peak, first, last = as_number(peak_value), as_number(init_value), as_number(end_value)
     total, warmup = int(total_steps), int(warmup_steps)
-    return in_phases([Phase(0, warmup, first, peak, "linear"), Phase(warmup, total, peak, last, "cosine")])
+    phases = [Phase(0, warmup, first, peak, "linear"), Phase(warmup, total, peak, last, "cosine")]
+    return in_phases(phases, total)

@@ -64,4 +64,5 @@ def warmup_stable_decay(
     check_integer("decay_steps", decay_steps, f"[0, {total_steps - warmup_steps}]", "what warm-up leaves")
     check_choice("shape", shape, SHAPES)
     peak, total, warmup, decay = as_number(peak_value), int(total_steps), int(warmup_steps), int(decay_steps)
-    return in_phases([Phase(0, warmup, 0.0, peak, "linear"), Phase(total - decay, total, peak, 0.0, shape)])
+    phases = [Phase(0, warmup, 0.0, peak, "linear"), Phase(total - decay, total, peak, 0.0, shape)]
+    return in_phases(phases, total)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import optax
 
 from adaptive_optax._core.checks import check_integer, check_params, check_same_tree
+from adaptive_optax._core.coordinates import places
 from adaptive_optax._core.low_precision import check_low_precision, in_float32, update_to_reach
 from adaptive_optax._core.precision import incremented, widen
 from adaptive_optax._core.random_bits import (
@@ -31,7 +32,7 @@ from adaptive_optax._core.random_bits import (
 from adaptive_optax._core.sharding import traced_sharding
 from adaptive_optax._core.state_check import check_state
 from adaptive_optax._core.transformation import transformation
-from adaptive_optax._core.trees import Count, by_leaf, leaf_numbers
+from adaptive_optax._core.trees import Count, by_leaf
 
 
 class StochasticRoundingState(NamedTuple):
@@ -93,16 +94,16 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:
         check_state("stochastic_rounding", state, init_fn, "params", params)
 
         updates = widen(updates)
-        updates = _step_rounded((state.count, seed), updates, params, leaf_numbers(updates))
+        updates = _step_rounded((state.count, seed), updates, params, places(updates))
         return updates, StochasticRoundingState(incremented(state.count))
 
     return transformation("stochastic_rounding", init_fn, update_fn)
 
 
 @by_leaf(like="u")
-def _step_rounded(step: tuple[jax.Array, int], u: jax.Array, p: jax.Array, number: Any) -> jax.Array:
+def _step_rounded(step: tuple[jax.Array, int], u: jax.Array, p: jax.Array, place: Any) -> jax.Array:
     count, seed = step
     if not is_low_precision(p):
         return u
-    bits = random_bits(p.shape, count, number, "parameter", seed, sharding=traced_sharding(p))
+    bits = random_bits(p.shape, count, place, "parameter", seed, sharding=traced_sharding(p))
     return update_to_reach(p, round_stochastically(in_float32(p) + in_float32(u), p.dtype, bits))
