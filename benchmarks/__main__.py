@@ -39,6 +39,7 @@ class Suite(enum.StrEnum):
     telemetry = "telemetry"
     low_precision = "low_precision"
     error_control = "error_control"
+    limit_cost = "limit_cost"
 
 
 def module(suite: str) -> Any:

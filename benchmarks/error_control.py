@@ -1,8 +1,7 @@
-"""The learning rates that `error_controlled` and `adgd` find, in four parts.
+"""The learning rates that `error_controlled` and `adgd` find, in three parts; `limit_cost` has their price.
 
 * basin: what a peak rate that is too high costs with the limit and without it, and training without any rate;
 * deterministic: evaluations on smooth functions, next to optax's line searches;
-* cost: the time of a step;
 * edge: the limit next to the edge of stability.
 """
 
@@ -15,7 +14,6 @@ from matplotlib.figure import Figure
 
 from benchmarks import (
     error_control_basin,
-    error_control_cost,
     error_control_deterministic,
     error_control_edge,
 )
@@ -24,7 +22,6 @@ from benchmarks.tables import Table
 PARTS: dict[str, Any] = {
     "basin": error_control_basin,
     "deterministic": error_control_deterministic,
-    "cost": error_control_cost,
     "edge": error_control_edge,
 }
 
@@ -35,7 +32,7 @@ def measure(
     """Measures the parts."""
     result: dict[str, Any] = {name: PARTS[name].measure(quick, advance) for name in parts}
     trials = 1 if quick else error_control_basin.SEEDS
-    seeds = {"basin": f"0 to {trials - 1}", "data": [0, 1], "quadratics": 0, "edge": 0, "bootstrap": 0}
+    seeds = {"basin": f"0 to {trials - 1}", "data": [0, 1], "quadratics": 0, "edge": 0}
     steps = {name: setting.steps for name, setting in error_control_basin.SETTINGS.items()}
     return result | {"settings": {"steps": steps}, "seeds": seeds}
 

@@ -21,6 +21,7 @@ from benchmarks import (
     error_control_basin,
     error_control_deterministic,
     error_control_edge,
+    limit_cost,
     readme,
     scaling,
     studies,
@@ -361,18 +362,24 @@ def test_a_quick_run_of_error_control_has_tables_and_pictures_of_all_parts():
     result = json.loads(json.dumps(error_control.measure(True, lambda text: None), allow_nan=False))
     assert result.keys() == {*error_control.PARTS, "settings", "seeds"}
     tables = error_control.tables(result)
-    assert tables.keys() == {"basin", "no_rate", "followed", "deterministic", "cost"}
+    assert tables.keys() == {"basin", "no_rate", "followed", "deterministic"}
     assert [row[:2] for row in tables["basin"].rows] == [["regression, batch 256", "constant"]]
-    assert len(tables["no_rate"].rows) == len(tables["followed"].rows) == len(tables["cost"].rows) == 1
+    assert len(tables["no_rate"].rows) == len(tables["followed"].rows) == 1
     assert len(tables["deterministic"].rows) == 3
     assert all(row["has_converged"] for row in result["deterministic"])
-    assert result["cost"][0]["probes_per_step"] == pytest.approx(0.1)
     (edge,) = result["edge"]
     assert [point["step"] for point in edge["points"]] == list(range(0, 60, 10))
     parts = ("basin", "edge")
     names = {f"error_control_{part}_{theme}" for part in parts for theme in ("light", "dark")}
     assert error_control.figures(result).keys() == names
-    assert error_control.tables({"cost": result["cost"]}).keys() == {"cost"}
+    assert error_control.tables({"deterministic": result["deterministic"]}).keys() == {"deterministic"}
+
+
+def test_the_cost_of_a_limit_is_that_of_one_probe_in_ten_steps():
+    result = json.loads(json.dumps(limit_cost.measure(True, lambda text: None), allow_nan=False))
+    (row,) = result["rows"]
+    assert row["probes_per_step"] == pytest.approx(0.1) and 0 < row["ratio"] < 100
+    assert len(limit_cost.tables(result)["cost"].rows) == 1
 
 
 @pytest.mark.parametrize("name", list(error_control_basin.all_arms(list(error_control_basin.SHAPES))))

@@ -1,8 +1,7 @@
-"""The cost of the limit: a jitted training step with and without it.
+"""The cost of `error_controlled`: a jitted training step with and without it.
 
 The limit probes with a value in one step in ten, so whole periods of ten steps are timed, interleaved in one
-process. The suite splits a CPU into one device per core, as the study does; a step runs on one of them.
-Reports the median of per-round ratios with its 95 % interval (bootstrap).
+process. Reports the median of per-round ratios with its 95 % interval (bootstrap).
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import adaptive_optax as ao
 from adaptive_optax import study
 from adaptive_optax.study import tasks
 from benchmarks.tables import Table, digits
+from benchmarks.telemetry import convolutional
 from benchmarks.timing import alternate
 
 STEPS = 10  # per block
@@ -66,14 +66,15 @@ class Training:
         return self._carry[1]
 
 
-def measure(quick: bool, advance: Callable[[str], None]) -> list[dict[str, Any]]:
-    """Measures both networks; a quick run one."""
+def measure(quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
+    """Measures four networks; a quick run one."""
     rows = []
-    for make in (tasks.localization,) if quick else (tasks.localization, tasks.text):
+    networks = (tasks.localization, tasks.digits, convolutional, tasks.text)
+    for make in networks[:1] if quick else networks:
         task = make()
-        advance(f"cost: {task.name}")
+        advance(task.name)
         rows.append(_row(task, rounds=3 if quick else 50))
-    return rows
+    return {"rows": rows, "seeds": {"parameters": 0, "bootstrap": 0}}
 
 
 def _row(task: study.Task, rounds: int) -> dict[str, Any]:
@@ -102,13 +103,13 @@ def _row(task: study.Task, rounds: int) -> dict[str, Any]:
     }
 
 
-def tables(rows: list[dict[str, Any]]) -> dict[str, Table]:
+def tables(result: dict[str, Any]) -> dict[str, Table]:
     """Returns the table."""
     table = Table(
         f"A training step with the limit (`every={STEPS}`) over one without",
         ["network", "ms without", "ms with", "ratio"],
     )
-    for row in rows:
+    for row in result["rows"]:
         low, high = row["ratio_interval"]
         table.add(
             f"{row['network']}, {row['parameters']:,} parameters",
