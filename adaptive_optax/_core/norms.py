@@ -24,19 +24,50 @@ def is_safe(sum_of_squares: jax.Array, size: Any) -> jax.Array:
     return (sum_of_squares >= lowest) & (sum_of_squares < jnp.inf)
 
 
-def root_of_squares(sum_of_squares: Callable[[Any], jax.Array], size: int) -> jax.Array:
+def root_of_squares(
+    sum_of_squares: Callable[[Any, Any], jax.Array], arrays: Any, size: int, dtype: Any
+) -> jax.Array:
     """Returns the root of a sum of squares, right from 1e-30 to 1e30 in float32. Inf and NaN propagate.
 
+    A sum that overflows or underflows is repeated with scaled values. That is a loop, so that the program
+    contains the sum, and on several devices the all-reduce, only once.
+
     Args:
-        sum_of_squares: Returns the sum, given a factor by which to scale the values before they are squared.
+        sum_of_squares: Returns the sum, given a factor by which to scale the values before they are squared,
+            and the arrays.
+        arrays: The values, a tree.
         size: The number of values.
+        dtype: The dtype of the sum.
     """
-    plain = sum_of_squares(1.0)
-    dtype = plain.dtype
     shift = 2.0**80 if dtype == jnp.float32 else 2.0**600
 
-    def scaled_root():
-        factor = jnp.where(jnp.isinf(plain), jnp.asarray(1 / shift, dtype), jnp.asarray(shift, dtype))
-        return jnp.sqrt(sum_of_squares(factor)) / factor
+    def scaled_root(arrays):
+        """The root in units of 1 / factor, and the factor."""
 
-    return jax.lax.cond(is_safe(plain, size) | jnp.isnan(plain), lambda: jnp.sqrt(plain), scaled_root)
+        def attempt(state):
+            tries, _, total = state
+            scaling = jnp.where(jnp.isinf(total), jnp.asarray(1 / shift, dtype), jnp.asarray(shift, dtype))
+            factor = jnp.where(tries == 0, jnp.ones((), dtype), scaling)
+            return tries + 1, factor, sum_of_squares(factor, arrays)
+
+        def is_unfinished(state):
+            tries, _, total = state
+            return (tries == 0) | ((tries == 1) & ~(is_safe(total, size) | jnp.isnan(total)))
+
+        start = jnp.zeros((), jnp.int32), jnp.ones((), dtype), jnp.zeros((), dtype)
+        _, factor, total = jax.lax.while_loop(is_unfinished, attempt, start)
+        return jnp.sqrt(total), factor
+
+    @jax.custom_jvp
+    def root(arrays):
+        found, factor = scaled_root(arrays)
+        return found / factor
+
+    @root.defjvp
+    def _(primals, tangents):
+        found, factor = scaled_root(*primals)
+        _, change = jax.jvp(lambda arrays: sum_of_squares(factor, arrays), primals, tangents)
+        slope = change / (2 * jnp.where(found > 0, found, 1)) / factor
+        return found / factor, slope
+
+    return root(arrays)

@@ -249,10 +249,10 @@ def _distance(tree: Any, other: Any) -> jax.Array:
         return jnp.zeros((), dtype)
     leaves, others = ([*column] for column in zip(*pairs, strict=True))
 
-    def sum_of_squares(factor):
-        return sum(_squared_distance((factor, dtype), leaves, others), start=jnp.zeros((), dtype))
+    def sum_of_squares(factor, arrays):
+        return sum(_squared_distance((factor, dtype), *arrays), start=jnp.zeros((), dtype))
 
-    return root_of_squares(sum_of_squares, sum(x.size for x in leaves))
+    return root_of_squares(sum_of_squares, (leaves, others), sum(x.size for x in leaves), dtype)
 
 
 @by_leaf(like="x")

@@ -49,10 +49,10 @@ def global_norm(tree: PyTree) -> Scalar:
     if not leaves:
         return jnp.zeros((), dtype)
 
-    def sum_of_squares(factor):
+    def sum_of_squares(factor, leaves):
         return sum(_sum_of_squares((factor, dtype), leaves), start=jnp.zeros((), dtype))
 
-    return root_of_squares(sum_of_squares, sum(x.size for x in leaves))
+    return root_of_squares(sum_of_squares, leaves, sum(x.size for x in leaves), dtype)
 
 
 @by_leaf(like="x")
