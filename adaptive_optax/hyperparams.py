@@ -91,8 +91,8 @@ def inject_hyperparams(
     The state holds real numbers (but not bools, nor arguments annotated as `int`) and schedules. A callable
     counts as a schedule if the parameter's default is a number, or if its annotation allows a number as well
     as a callable (`optax.ScalarOrSchedule`). Everything else (masks, label functions, dtypes) goes to the
-    factory unchanged. Integers whose default is an integer too stay int32. optax's stateful schedules are
-    supported.
+    factory unchanged, and so do schedules of `error_controlled`, which needs their shape. Integers whose
+    default is an integer too stay int32. optax's stateful schedules are supported.
 
     Differences from optax: values are float32 whatever the parameters' dtype (in bfloat16 a b2 of 0.999
     is 1); a mask is never mistaken for a schedule; and a value that you set stays, even in place of a
@@ -143,6 +143,8 @@ def inject_hyperparams(
     dtype, hints = jnp.dtype(hyperparam_dtype), _hints(factory)
 
     def is_hyperparameter(name, value):
+        if callable(value) and name in getattr(factory, "keeps_schedules", ()):
+            return False
         return _is_hyperparameter(value, signature.parameters[name].default, hints.get(name))
 
     def dtype_of(name, value):

@@ -107,6 +107,15 @@ def test_the_error_of_a_quadratic_is_half_h_times_its_curvature(x64, estimate):
             optax.chain(ao.scale_by_rms(), optax.scale(10.0)),
         ),
         "rms": (ao.scale_by_rms(), ao.scale_by_rms()),
+        "two traces": (optax.chain(optax.trace(0.9), ao.trace(0.5)), optax.scale(20.0)),
+        "trace, Adam": (
+            optax.chain(ao.trace(0.9), optax.scale_by_adam()),
+            optax.chain(optax.scale(10.0), ao.scale_by_adam(b1=0.0)),
+        ),
+        "Adam, trace": (
+            optax.chain(optax.scale_by_adam(), ao.trace(0.9)),
+            optax.chain(ao.scale_by_adam(b1=0.0), optax.scale(10.0)),
+        ),
     }.values(),
 )
 def test_the_direction_of_a_probe_has_no_momentum(direction, without):
@@ -131,6 +140,8 @@ def test_the_direction_of_a_probe_is_a_compressed_moment_of_the_gradient():
     for _ in range(4):
         g = jnp.asarray(rng.normal(size=4096), jnp.float32)
         d = momentum_free_direction(tx, g, state, params)
+        compiled = jax.jit(functools.partial(momentum_free_direction, tx))(g, state, params)
+        np.testing.assert_allclose(compiled, d, rtol=0.05, atol=1e-3 * float(jnp.max(jnp.abs(d))))
         _, state = tx.update(g, state, params)
     exact = g / (jnp.sqrt(ao.dense(state.nu) / state.nu_weight) + 1e-8)
     assert float(jnp.linalg.norm(d - exact) / jnp.linalg.norm(exact)) < 0.15
@@ -394,6 +405,35 @@ def test_a_value_function_of_another_batch_is_counted():
     assert int(ao.get_error_control(state).mismatches) == 0
 
 
+@pytest.mark.parametrize("found", [np.nan, np.inf, 2.2])
+def test_a_value_function_that_is_not_the_loss_leaves_the_limit_where_it_starts(found):
+    _, state = probed_with(lambda x: jnp.sum(x) * 0 + found, jnp.ones(2), 2.0, steps=20)
+    control = ao.get_error_control(state)
+    assert float(control.step_limit) == np.float32(1e-3) and int(control.mismatches) == 20
+
+
+@pytest.mark.parametrize("offset", [1e-3, -5e-3])
+def test_a_difference_like_rounding_in_bfloat16_does_not_end_the_search(offset):
+    tx = ao.error_controlled(ao.scale_by_adam(), 10.0)
+    _, _, exact = run(tx, 60)
+    params = jnp.asarray(START, jnp.float32)
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state):
+        value, gradient = jax.value_and_grad(quadratic)(params)
+        updates, state = tx.update(
+            gradient, state, params, value=value, value_fn=lambda x: (1 + offset) * quadratic(x)
+        )
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(60):
+        params, state = step(params, state)
+    assert int(ao.get_error_control(state).mismatches) == 0
+    np.testing.assert_allclose(float(numbers_of(state).noise), abs(offset), rtol=1e-2)
+    assert 0.3 < float(state.step_limit / exact.step_limit) < 3
+
+
 def test_a_loss_that_is_not_finite_at_the_end_of_the_probe_is_too_long_a_step():
     def wall(x):
         return jnp.where(jnp.any(x < 0.9), jnp.nan, jnp.sum(x))
@@ -470,6 +510,24 @@ def test_inside_accumulation_it_probes_the_emissions():
     params, _, state = run(tx, 400)
     assert float(quadratic(params)) < 1e-2 * float(quadratic(jnp.asarray(START, jnp.float32)))
     assert int(ao.get_error_control(state).probes) < 25
+
+
+@pytest.mark.parametrize("storage", ["bfloat16", ao.Int8(block_size=16, min_size=1)], ids=str)
+def test_around_moments_in_low_precision(storage):
+    params = jnp.linspace(-1, 1, 128)
+    tx = ao.error_controlled(ao.scale_by_adam(mu_storage=storage, nu_storage=storage), 10.0)
+    exact = ao.error_controlled(ao.scale_by_adam(), 10.0)
+    ends = [run(each, 60, lambda x: jnp.sum(x**2), params)[2] for each in (tx, exact)]
+    assert 0.5 < float(ends[0].step_limit / ends[1].step_limit) < 2
+
+
+def test_injected_a_schedule_keeps_its_shape():
+    schedule = optax.linear_schedule(1e4, 0.0, 60)
+    rates = []
+    for make in (ao.error_controlled, ao.inject_hyperparams(ao.error_controlled)):
+        _, states, _ = run(make(ao.scale_by_adam(), max_learning_rate=schedule), 60)
+        rates.append([float(ao.get_error_control(state).learning_rate) for state in states])
+    np.testing.assert_allclose(*rates, rtol=1e-6)
 
 
 def test_inside_rejection_a_bad_step_changes_nothing():
@@ -627,6 +685,8 @@ def test_the_probe_is_computed_only_when_it_is_due():
         ({"max_learning_rate": -1.0}, "max_learning_rate"),
         ({"tolerance": 0.0}, "tolerance"),
         ({"tolerance": jnp.nan}, "tolerance"),
+        ({"tolerance": 60.0}, "tolerance"),
+        ({"every": 2**31}, "every"),
         ({"every": 0}, "every"),
         ({"every": 2.5}, "every"),
         ({"estimate": "hessian"}, "estimate"),
@@ -650,6 +710,11 @@ def test_arguments_out_of_range(keywords, message):
         ({"value": 1.0, "value_fn": 3.0}, "value_fn must be a function"),
         ({"value": jnp.ones(3), "value_fn": quadratic}, "value must be a real scalar"),
         ({"value": 1j, "value_fn": quadratic}, "value must be a real scalar"),
+        ({"value": (1.0, 2.0), "value_fn": quadratic}, "value must be a real scalar"),
+        ({"value": [1.0], "value_fn": quadratic}, "value must be a real scalar"),
+        ({"value": {"a": 1.0}, "value_fn": quadratic}, "value must be a real scalar"),
+        ({"value": "x", "value_fn": quadratic}, "value must be a real scalar"),
+        ({"value": 1.0, "value_fn": lambda x: "x"}, "value_fn must return a real scalar"),
         ({"value": 1.0, "value_fn": lambda x: x}, "value_fn must return a real scalar"),
         ({"value": 1.0, "value_fn": lambda x: (quadratic(x), {})}, "value_fn must return a real scalar"),
     ],

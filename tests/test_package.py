@@ -156,6 +156,20 @@ def test_importing_it_imports_jax_optax_chex_and_numpy_only():
     assert printed.strip() == "{'adaptive_optax'}"
 
 
+def test_importing_it_leaves_the_choice_of_devices_to_the_user():
+    code = (
+        "import jax, adaptive_optax, adaptive_optax.study.tasks, adaptive_optax.integrations.flax;"
+        "jax.config.update('jax_num_cpu_devices', 3); print(jax.device_count())"
+    )
+    environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"} | {
+        "JAX_PLATFORMS": "cpu"
+    }
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True
+    )
+    assert ran.stdout.strip() == "3"
+
+
 def test_the_version_is_that_of_the_installed_package():
     assert importlib.metadata.version("adaptive-optax") == ao.__version__
 

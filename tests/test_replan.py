@@ -127,7 +127,7 @@ def test_a_smaller_sum_keeps_both_ends(share):
 
 
 def test_one_step_cannot_have_another_sum():
-    with pytest.raises(ValueError, match="one step cannot have another value"):
+    with pytest.raises(ValueError, match="integral must be 0.25, the value that the only step left has"):
         ao.replan(ao.warmup_cosine(0.5, 100), at=50, total_steps=51, integral=0.5)
 
 
@@ -170,6 +170,21 @@ def test_traced_values_and_peaks():
     many = jax.vmap(found, (0, None, None))(jnp.array([0.5, 0.25]), 0.01, 200.0)
     np.testing.assert_allclose(many[:, 60:400].sum(1), [200.0, 200.0], rtol=1e-5)
     assert many[0, 30] == 2 * many[1, 30]
+
+
+def test_a_negative_schedule_does_not_jump():
+    replanned = ao.replan(lambda count: -1.0, at=50, total_steps=200, planned_steps=100, end_value=3.0)
+    found = values(replanned, range(48, 202))
+    assert found[0] == found[2] == -1 and found[-1] == 3
+    assert np.abs(np.diff(found)).max() < 0.03
+
+
+def test_a_sum_needs_a_schedule_that_can_be_traced():
+    def schedule(count):
+        return 0.1 if count < 60 else 0.01
+
+    with pytest.raises(ValueError, match="or leave out integral"):
+        ao.replan(schedule, at=50, total_steps=200, planned_steps=100, integral=10.0)
 
 
 def test_a_schedule_of_another_library_needs_its_length():

@@ -1,6 +1,7 @@
 """state_sharding on meshes of eight devices, and random bits by global coordinates inside shard_map."""
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -121,6 +122,24 @@ def test_shards_that_do_not_hold_whole_blocks_share_their_scales():
     assert found.mu.scale["w"].spec == PartitionSpec(None, None)
 
 
+def test_the_memory_of_lbfgs_is_split_like_the_parameters():
+    mesh = mesh_of(AxisType.Auto)
+    params = abstract_params(mesh, "tensor parallel")
+    found = ao.state_sharding(optax.lbfgs(), params)[0]
+    assert found.diff_params_memory["steps"].spec == PartitionSpec(None, "data", "model")
+    assert found.diff_updates_memory["bias"].spec == PartitionSpec(None, "model")
+
+
+@KINDS
+def test_inside_set_mesh(kind):
+    mesh = mesh_of(kind)
+    params, tx = abstract_params(mesh, "fully sharded"), ao.adamw(1e-3, granularity="tensor")
+    outside = ao.state_sharding(tx, params)
+    with jax.set_mesh(mesh):
+        assert ao.state_sharding(tx, params) == outside
+        ao.state_sharding(optax.adam(1e-3), params)
+
+
 def test_a_state_for_thousands_of_devices_needs_none():
     mesh = AbstractMesh((64, 64), ("data", "model"))
     split = NamedSharding(mesh, PartitionSpec("data", "model"))
@@ -151,6 +170,11 @@ def test_what_is_refused():
         ao.state_sharding(ao.adam(0.1), {"w": np.ones(4)})
     with pytest.raises(ValueError, match=r"params\['w'\] of shape \(3,\) cannot be split"):
         ao.state_sharding(ao.adam(0.1), {"w": jax.ShapeDtypeStruct((3,), jnp.float32, sharding=split)})
+    deep = NamedSharding(mesh, PartitionSpec(None, "data"))
+    with pytest.raises(ValueError, match=r"params\['w'\] of shape \(4,\) cannot be split"):
+        ao.state_sharding(
+            ao.adam(0.1), {"w": types.SimpleNamespace(shape=(4,), dtype=jnp.float32, sharding=deep)}
+        )
     other = NamedSharding(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)), PartitionSpec("data"))
     params = {n: jax.ShapeDtypeStruct((8,), jnp.float32, sharding=s) for n, s in (("a", split), ("b", other))}
     with pytest.raises(ValueError, match="params must be on one mesh: 'b'"):
@@ -203,13 +227,17 @@ def test_rounding_inside_shard_map_is_by_global_coordinate(kind, storage):
 
 
 def test_specs_that_do_not_fit():
-    with pytest.raises(ValueError, match="specs must be a tree of PartitionSpec, got 3 at 'w'"):
-        with ao.global_coordinates({"w": 3}):
+    for wrong in (3, None):
+        message = f"specs must be a tree of PartitionSpec, got {wrong} at 'w'"
+        with pytest.raises(ValueError, match=message), ao.global_coordinates({"w": wrong}):
             pass
     tx, params = ao.stochastic_rounding(), {"w": jnp.ones(4, jnp.bfloat16)}
     with (
         ao.global_coordinates({"w": PartitionSpec(None, "x")}),
         pytest.raises(ValueError, match="has 1 axes"),
     ):
+        tx.update(params, tx.init(params), params)
+    wrong = ao.global_coordinates({"w": PartitionSpec("x")})
+    with wrong, pytest.raises(ValueError, match="must be those of the jax.shard_map around it"):
         tx.update(params, tx.init(params), params)
     tx.update(params, tx.init(params), params)

@@ -57,7 +57,7 @@ def global_coordinates(specs: Any) -> Iterator[None]:
         >>> sharded["w"].shape
         (8,)
     """
-    found = dict(paths_and_leaves(specs))
+    found = dict(paths_and_leaves(specs, masked=True))
     for path, spec in found.items():
         if not isinstance(spec, PartitionSpec):
             raise ValueError(f"specs must be a tree of PartitionSpec, got {spec!r} at {path!r}.")
@@ -87,7 +87,12 @@ def _place(index: int, path: str, shape: tuple[int, ...], spec: PartitionSpec | 
         raise ValueError(f"specs has {spec} for {path!r}, which has {len(shape)} axes.")
     # Sizes stay Python integers: those of a large leaf's axes may exceed 32 bits when multiplied.
     names = [() if name is None else name for name in axes]
-    whole = [n * jax.lax.axis_size(name) if name else n for n, name in zip(shape, names, strict=True)]
+    try:
+        whole = [n * jax.lax.axis_size(name) if name else n for n, name in zip(shape, names, strict=True)]
+    except NameError as error:
+        raise ValueError(
+            f"specs has {spec} for {path!r}, whose axes must be those of the jax.shard_map around it."
+        ) from error
     strides = [math.prod(whole[axis + 1 :]) % 2**32 for axis in range(len(shape))]
     corner = jnp.zeros((), jnp.uint32)
     for n, name, stride in zip(shape, names, strides, strict=True):

@@ -7,7 +7,7 @@ import contextvars
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,19 @@ from adaptive_optax._core.trees import Count
 
 ScheduleState: TypeAlias = optax.EmptyState | optax.ScaleByScheduleState
 """The step count if a hyperparameter is a schedule; nothing if all are numbers."""
+
+
+_Factory = TypeVar("_Factory", bound=Callable[..., Any])
+
+
+def keeps_schedules(*names: str) -> Callable[[_Factory], _Factory]:
+    """Declares arguments of a factory whose schedules `inject_hyperparams` passes on as they are."""
+
+    def declare(factory):
+        setattr(factory, "keeps_schedules", frozenset(names))  # noqa: B010 (functions declare no such attribute)
+        return factory
+
+    return declare
 
 
 def as_hyperparameter(name: str, value: Any, *, owner: str = "") -> Any:

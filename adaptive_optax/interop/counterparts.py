@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -22,7 +23,8 @@ from adaptive_optax.transforms.rms import ScaleByRmsState
 
 Leaves = dict[str, Any]
 
-_COUNTED_RMS = type(optax.scale_by_rms(bias_correction=True).init(()))  # optax does not export it
+# optax does not export it. Traced: to compute anything at import would keep users from choosing devices.
+_COUNTED_RMS = type(jax.eval_shape(optax.scale_by_rms(bias_correction=True).init, ()))
 _ADAM = (ScaleByAdamState, *OPTAX_ADAM)
 _RMS = (ScaleByRmsState, optax.ScaleByRmsState, optax.ScaleByRStdDevState, _COUNTED_RMS)
 _TRACE = (TraceState, optax.TraceState)

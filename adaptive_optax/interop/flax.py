@@ -159,6 +159,10 @@ def value_fn(
     def value_of(params: Params) -> jax.Array:
         own = structure.unflatten(jax.tree.leaves(params))
         result = loss(nnx.merge(graphdef, own, kept, copy=True), *batch)
-        return result[0] if has_aux else result
+        if not has_aux:
+            return result
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise ValueError(f"loss must return (value, aux) with has_aux=True, got {result!r}.")
+        return result[0]
 
     return value_of

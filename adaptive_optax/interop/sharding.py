@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -30,8 +31,9 @@ def state_sharding(tx: optax.GradientTransformation | optax.MultiSteps, params: 
     Moments, accumulators and averages are sharded as their parameters are. A moment that is shared along
     axes keeps the sharding of the others. The scales of an Int8 moment are sharded like its codes along
     every axis where shards hold whole blocks. What belongs to no single parameter (counts, labels, the
-    fields of telemetry) is on every device. The state of any other transformation is sharded as JAX infers
-    it from `tx.init`, which for optax's is right too.
+    fields of telemetry), and what has another shape (Adafactor's factors), is on every device. The state of
+    any other transformation is sharded as JAX infers it from `tx.init`; what has the shape of a parameter,
+    or stacks arrays of that shape as L-BFGS's memory does, like that parameter.
 
     It traces `tx.init` for a mesh whose axes are all `Explicit`, on which shardings are part of types.
     Nothing is computed or allocated.
@@ -60,23 +62,50 @@ def state_sharding(tx: optax.GradientTransformation | optax.MultiSteps, params: 
     if not isinstance(tx, optax.MultiSteps):
         check_transformation("tx", tx)
     mesh = _mesh_of(params)
-    typed = AbstractMesh(
-        mesh.axis_sizes, mesh.axis_names, axis_types=(AxisType.Explicit,) * len(mesh.axis_names)
-    )
+    typed = mesh.abstract_mesh.update(axis_types=(AxisType.Explicit,) * len(mesh.axis_names))
 
     def in_type(path, x):
-        given = getattr(x, "sharding", None)
-        spec = given.spec if isinstance(given, NamedSharding) else PartitionSpec()
-        sharding = NamedSharding(typed, spec)
+        shape, spec = jnp.shape(x), _spec_of(x)
         try:
-            sharding.shard_shape(x.shape)
+            sharding = NamedSharding(typed, spec)
+            sharding.shard_shape(shape)
         except ValueError as error:
-            raise ValueError(f"params[{path!r}] of shape {x.shape} cannot be split by {spec}.") from error
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+            raise ValueError(f"params[{path!r}] of shape {shape} cannot be split by {spec}.") from error
+        return jax.ShapeDtypeStruct(shape, jnp.result_type(x), sharding=sharding)
 
-    leaves = [in_type(*pair) for pair in paths_and_leaves(params)]
-    state = jax.eval_shape(tx.init, jax.tree.unflatten(jax.tree.structure(params), leaves))
-    return jax.tree.map(lambda x: NamedSharding(mesh, getattr(x.sharding, "spec", PartitionSpec())), state)
+    known = dict(paths_and_leaves(params))
+    leaves = [in_type(path, x) for path, x in known.items()]
+    with jax.sharding.use_abstract_mesh(typed):
+        state = jax.eval_shape(tx.init, jax.tree.unflatten(jax.tree.structure(params), leaves))
+
+    def placed(path, x):
+        spec = getattr(x.sharding, "spec", PartitionSpec())
+        if all(name is None for name in spec):
+            spec = _spec_of_copies(path, x.shape, known)
+        return NamedSharding(mesh, spec)
+
+    found = [placed(path, x) for path, x in paths_and_leaves(state)]
+    return jax.tree.unflatten(jax.tree.structure(state), found)
+
+
+def _spec_of(x: Any) -> PartitionSpec:
+    sharding = getattr(x, "sharding", None)
+    return sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
+
+
+def _spec_of_copies(path: str, shape: tuple[int, ...], params: dict[str, Any]) -> PartitionSpec:
+    """The sharding of an array created from scratch: that of a parameter if it stacks copies of one."""
+    parts = path.split("/")
+    names = ("/".join(parts[i:]) for i in range(len(parts)))
+    name = next((name for name in names if name in params), None)
+    if (
+        name is None
+        or not jnp.ndim(params[name])
+        or shape[-jnp.ndim(params[name]) :] != jnp.shape(params[name])
+    ):
+        return PartitionSpec()
+    spec = _spec_of(params[name])
+    return PartitionSpec(*[None] * (len(shape) - jnp.ndim(params[name])), *spec)
 
 
 def _mesh_of(params: Any) -> Mesh | AbstractMesh:

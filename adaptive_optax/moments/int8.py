@@ -88,7 +88,9 @@ class Int8Moment(NamedTuple):
 
     def encode_like(self, values: PyTree, *, count: Count, role: Role) -> Int8Moment:
         """Encodes values like this moment, with the same leaves compressed."""
-        return Int8(int(unwrapped(self.block_size))).encode(self, values, count=count, role=role)
+        known = known_scalar(self.block_size)
+        size = unwrapped(self.block_size) if known is None else int(known)
+        return _encoded(self, values, size, count, role)
 
     def __repr__(self) -> str:
         compressed, others = [], []
@@ -187,9 +189,7 @@ class Int8(Storage):
 
     def encode(self, moment: Moment, values: PyTree, *, count: Count, role: Role) -> Moment:
         """Rounds the values to codes."""
-        step = count, role, self
-        codes, scale = _encode(step, moment.codes, moment.scale, values, places(values))
-        return moment._replace(codes=codes, scale=scale)
+        return _encoded(moment, values, self.block_size, count, role)
 
     def _compresses(self, x: Any) -> bool:
         if jnp.iscomplexobj(x) or x.ndim == 0 or x.size < self.min_size:
@@ -224,18 +224,30 @@ def _decode(block_size: Any, codes: jax.Array, scale: jax.Array) -> jax.Array:
     return _root_entry(code) * jnp.square(scale)
 
 
+def _encoded(moment: Any, values: PyTree, block_size: Any, count: Count, role: Role) -> Int8Moment:
+    step = count, role, block_size
+    codes, scale = _encode(step, moment.codes, moment.scale, values, places(values))
+    return moment._replace(codes=codes, scale=scale)
+
+
 @by_leaf(like=("old", "old_scale"))
 def _encode(
-    step: tuple[jax.Array, Role, Int8], old: jax.Array, old_scale: jax.Array, x: jax.Array, place: Any
+    step: tuple[jax.Array, Role, Any], old: jax.Array, old_scale: jax.Array, x: jax.Array, place: Any
 ) -> tuple[jax.Array, jax.Array]:
-    count, role, storage = step
+    count, role, block_size = step
     if not _is_code(old):
         return x.astype(old.dtype), _one(x)
-    largest = _largest(x, extents_of(x.shape, old_scale.shape, storage.block_size))
+    extents = extents_of(x.shape, old_scale.shape, block_size)
+    if isinstance(extents[-1], int):
+        largest = _largest(x, extents)
+    else:  # of a moment whose storage is not known here
+        rows = _largest(x, (*extents[:-1], 1))
+        block = jnp.arange(x.shape[-1]) // extents[-1]
+        largest = jnp.zeros(old_scale.shape, x.dtype).at[..., block].max(rows)
     # The inverse is 0 for a block of zeros; a block that is not finite, or nearly so, shows in its scale.
     # Multiply by a number computed once per block: XLA would keep the quotients of all values in memory.
     inverse = jnp.where(largest > 0, 1 / jnp.where(largest > 0, largest, 1), 0)
-    inverse = spread_blocks(inverse, x, storage.block_size)
+    inverse = spread_blocks(inverse, x, block_size)
     bits = random_bits(x.shape, count, place, role, sharding=traced_sharding(x))
     uniform = as_uniform(bits).astype(x.dtype)
     if role == "mu":

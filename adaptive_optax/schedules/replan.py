@@ -59,8 +59,8 @@ def replan(
     r"""Plans the rest of a run anew, from the value that its schedule has now.
 
     For a run that becomes longer or shorter than planned, and for a finished one that goes on. Nothing
-    before step `at` changes, and there is no jump there. With $a$ = `at`, $T$ = `total_steps` and the
-    length $P$ for which $\eta$ = `schedule` was made:
+    before step `at` changes, but for the rounding of compiled code, and there is no jump there. With $a$ =
+    `at`, $T$ = `total_steps` and the length $P$ for which $\eta$ = `schedule` was made:
 
     $$
     \eta'_t = \begin{cases}
@@ -77,7 +77,8 @@ def replan(
     holds its last value. Schedules without an end, such as `exponential_decay`, `step_decay`, `cyclical`
     and `inverse_sqrt`, just go on.
 
-    With `end_value`, E is that value; otherwise the last term is left out. With `integral`, the rest of the
+    With `end_value`, E is that value, and what was not negative stays so; otherwise the last term is left
+    out. With `integral`, the rest of the
     schedule has that sum, so that the run moves as far as it should: a hat, which rises from 0 over the
     first 10 % of the steps that are left and falls to 0 at their end, is added to the above. That is the
     warm-up and decay with which finished runs are continued. If the sum is to be smaller, the values are
@@ -91,7 +92,8 @@ def replan(
             not from this library, which do not tell it.
         end_value: The value at the end of the run, at least 0. May be traced.
         integral: The sum of the values of all steps from `at` to `total_steps` - 1, above 0, within the
-            rounding of the default float type. May be traced.
+            rounding of the default float type. May be traced. Finding it takes memory and time for each of
+            these steps, and `schedule` must run under `jax.vmap`.
 
     Returns:
         The schedule, which can be planned anew once more.
@@ -172,7 +174,9 @@ def _ending(rest: _Rest, steps: int, end_value: Any) -> _Rest:
     def ending(since: jax.Array) -> jax.Array:
         done = as_real(since) / steps
         missing = as_real(end_value) - rest(jnp.full_like(since, steps))
-        moved = jnp.maximum(rest(since) + done * missing, 0.0)
+        planned = rest(since)
+        moved = planned + done * missing
+        moved = jnp.where(planned >= 0, jnp.maximum(moved, 0.0), moved)
         return jnp.where(since >= steps, as_real(end_value), moved)
 
     return ending
@@ -188,15 +192,26 @@ def _summing(rest: _Rest, steps: int, integral: Any) -> _Rest:
 
     with jax.ensure_compile_time_eval():
         counts = jnp.arange(steps)
-        values, hats = jax.vmap(rest)(counts), hat(counts)
+        try:
+            values, hats = jax.vmap(rest)(counts), hat(counts)
+        except TypeError as error:  # of tracers that are used as numbers
+            raise ValueError(
+                "The sum of a schedule is found by jax.vmap, under which this one does not run: use "
+                "jnp.where in place of `if`, or leave out integral."
+            ) from error
     total, height, removable = _sum(values), _sum(hats), _sum(values * hats)
     missing = integral - total
     least = total - removable
     known = [x for x in (missing, least) if not isinstance(x, Tracer)]
-    if len(known) == 2 and (integral < least * (1 - 1e-6) or (missing > 0 and height == 0)):
+    if len(known) == 2 and height == 0 and abs(missing) > 1e-6 * abs(total):
         raise ValueError(
-            f"integral must be at least {float(least):.6g} with these values at both ends"
-            f"{', and one step cannot have another value' if height == 0 else ''}, got {float(integral):.6g}."
+            f"integral must be {float(total):.6g}, the value that the only step left has, got "
+            f"{float(integral):.6g}."
+        )
+    if len(known) == 2 and integral < least * (1 - 1e-6):
+        raise ValueError(
+            f"integral must be at least {float(least):.6g} with these values at both ends, got "
+            f"{float(integral):.6g}."
         )
     added = jnp.maximum(missing, 0) / jnp.where(height > 0, height, 1)
     taken = jnp.clip(-missing / jnp.where(removable > 0, removable, 1), 0, 1)

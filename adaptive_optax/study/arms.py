@@ -281,7 +281,7 @@ def arm(name: str) -> NamedArm:
     if is_limited:
         _, colon, suffix = suffix.partition(":")
     if colon and suffix not in AVERAGES:
-        suffixes = ", ".join((LIMITED, *AVERAGES))
+        suffixes = ", ".join(AVERAGES if is_limited else (LIMITED, *AVERAGES))
         raise ValueError(
             f"arm {name!r}: after the schedule, nothing or one of {suffixes} may follow, got {suffix!r}."
         )

@@ -47,22 +47,53 @@ def momentum_free_direction(
         return direction.update(updates, state, params, **extra_args)
 
     kinds = (*types_with_moments(), TraceState, *_OPTAX)
-    if not states_of(kinds, state):
+    stages = _stages(state, kinds)
+    if not stages:
         return after(state)[0]
 
-    def paired(f, *states):
-        def is_kind(node):
-            return isinstance(node, kinds)
+    def in_stage(stage, f, *states):
+        """The first of the states, with f of the nodes of this stage, or of all later ones, in all states."""
+        position = iter(stages)
 
-        return jax.tree.map(
-            lambda *nodes: f(*nodes) if is_kind(nodes[0]) else nodes[0], *states, is_leaf=is_kind
-        )
+        def of_nodes(node, *others):
+            if not isinstance(node, kinds):
+                return node
+            at = next(position)
+            return f(node, *others) if at == stage or (at > stage and f is _emptied) else node
 
-    once = after(paired(_emptied, state))[1]
-    twice = once
-    if states_of(tuple(_OPTAX), state):  # after the same gradient once more
-        twice = after(paired(_with_first_moments_of, state, once))[1]
-    return after(paired(_settled, state, once, twice))[0]
+        return jax.tree.map(of_nodes, *states, is_leaf=lambda node: isinstance(node, kinds))
+
+    # What arrives at a momentum depends on those in front of it in the chain, so these come first.
+    settled = state
+    for stage in range(max(stages) + 1):
+        start = in_stage(stage, _emptied, settled)
+        once = after(start)[1]
+        twice = once
+        if states_of(tuple(_OPTAX), state):  # after the same gradient once more
+            twice = after(in_stage(stage, _with_first_moments_of, start, once))[1]
+        settled = in_stage(stage, _settled, settled, once, twice)
+    return after(settled)[0]
+
+
+def _stages(state: Any, kinds: tuple[type, ...]) -> list[int]:
+    """For each momentum in a state, how many are in front of it in a chain, whose states are plain tuples."""
+    found: list[int] = []
+
+    def walk(node, stage):
+        """Returns the stage of what comes after the node."""
+        if isinstance(node, kinds):
+            found.append(stage)
+            return stage + 1
+        parts = jax.tree.leaves(node, is_leaf=lambda part: part is not node)
+        if len(parts) == 1 and parts[0] is node:
+            return stage
+        ends = [stage]
+        for part in parts:
+            ends.append(walk(part, ends[-1] if type(node) is tuple else stage))
+        return max(ends)
+
+    walk(state, 0)
+    return found
 
 
 def _weighted(state: Any) -> dict[str, str]:

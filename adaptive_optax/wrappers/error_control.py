@@ -41,7 +41,7 @@ from adaptive_optax._core.state_check import check_state
 from adaptive_optax._core.states import carries_hyperparameters, one_state_of, unwrapped
 from adaptive_optax._core.transformation import transformation, with_array_state
 from adaptive_optax._core.trees import Count, Flag, OptState, Scalar
-from adaptive_optax._core.values import as_hyperparameter, value_at
+from adaptive_optax._core.values import as_hyperparameter, keeps_schedules, value_at
 from adaptive_optax.schedules.height import peak_and_mean
 from adaptive_optax.transforms.match_parameter_dtype import outgoing
 from adaptive_optax.transforms.momentum_free import momentum_free_direction
@@ -86,6 +86,7 @@ class Numbers(NamedTuple):
         error: The mean error of the steps since the limit was found.
         predicted: The decrease that the gradient promised in the last probe.
         actual: The decrease that the last probe found.
+        noise: How far `value_fn(params)` was from `value` at the last check, as a fraction of it.
         last_error: The logarithm of the last error over the tolerance, for a controller.
         error_before: That of the one before it.
     """
@@ -100,6 +101,7 @@ class Numbers(NamedTuple):
     error: Scalar
     predicted: Scalar
     actual: Scalar
+    noise: Scalar
     last_error: Scalar
     error_before: Scalar
 
@@ -186,6 +188,7 @@ class ErrorControl(NamedTuple):
     limited: Scalar
 
 
+@keeps_schedules("max_learning_rate")
 def error_controlled(
     direction: optax.GradientTransformation,
     max_learning_rate: optax.ScalarOrSchedule | None = None,
@@ -235,19 +238,22 @@ def error_controlled(
     steps below the edge of stability let the curvature grow, which lowers the rate again (Roulet et al.
     2024).
 
-    A probe says nothing, and changes nothing, if the gradient is 0 or not finite, the loss is not finite,
-    or d points up the gradient. A decrease that is lost in rounding counts as E = 0. A loss that is not
-    finite at the end of the probe counts as 50, which is also the largest error; the least is -1.
+    A probe says nothing, and changes nothing, if the gradient or the learning rate is 0, the gradient or the
+    loss is not finite, or d points up the gradient. A decrease that is lost in rounding counts as E = 0. A
+    loss that is not finite at the end of the probe counts as 50, which is also the largest error; the least
+    is -1.
 
     Args:
         direction: A transformation that rescales gradients and does not change their sign: `scale_by_adam()`,
             `scale_by_rms()`, a chain of one with `clip_by_global_norm` or `add_decoupled_weight_decay`. Which
             momentum can be left out of d is listed in the guide on error control; other momentum stays in.
-        max_learning_rate: $\alpha$ in [0, inf], or a schedule of the step count, which starts at 0 and
-            must run under `jax.vmap`. None for no rate at all, with a factor behind this that decays, as in
+        max_learning_rate: $\alpha$ in [0, inf], or a schedule of the step count, which starts at 0 and must
+            run under `jax.vmap`. $\max \alpha$ is the highest of its first 2**24 values: a schedule that
+            grows for ever has no shape; use a number or `follow_schedule=False`. None for no rate at all,
+            with a factor behind this that decays, as in
             `optax.chain(error_controlled(direction), optax.scale_by_schedule(shape))`: p is 2 then. For a
             constant rate that only the limit determines, pass `jnp.inf`.
-        tolerance: The error at which the limit is held, in (0, inf).
+        tolerance: The error at which the limit is held, in (0, 10].
         every: The number of steps between probes once E is not negligible, at least 1.
         estimate: "value" probes with one evaluation of the loss; "gradient" with its gradient,
             $E = \langle g - g(\theta - h d), d \rangle / 2 \langle g, d \rangle$, which costs three times
@@ -263,15 +269,16 @@ def error_controlled(
         The transformation, with the sign of descent. `update` needs `params`, `value=`, the loss at them, and
         `value_fn=`, the loss of the same batch as a function of the parameters; with nnx,
         `integrations.flax.value_fn` makes it. (optax's line searches need the same.) It has to be the same
-        function: the same batch, dropout key and penalties. One probe in 16 checks that
-        `value_fn(params)` is `value`; if not, the probe is ignored and counted in
-        `get_error_control(state).mismatches`. The limit then stays where it starts.
+        function: the same batch, dropout key and penalties. One probe in 16 compares `value_fn(params)` with
+        `value`. If they differ by more than 1 %, the probe is ignored and counted in
+        `get_error_control(state).mismatches`; the limit then stays where it starts. A smaller difference
+        counts as rounding, as of bfloat16: decreases below twice the difference count as E = 0.
 
     Raises:
         ValueError: If an argument is out of range (at construction), a leaf is not floating (at init), or if
             `params`, `value` or `value_fn` is missing, not a scalar, or does not fit the others (at update).
 
-    State cost: the state of `direction` and 18 scalars in three arrays. Time: one evaluation of the loss in
+    State cost: the state of `direction` and 19 scalars in three arrays. Time: one evaluation of the loss in
     `every` steps, and two more updates of `direction`. Under `vmap` every step probes.
 
     Examples:
@@ -298,8 +305,8 @@ def error_controlled(
     check_transformation("direction", direction)
     if max_learning_rate is not None:
         max_learning_rate = as_hyperparameter("max_learning_rate", max_learning_rate)
-    check_scalar("tolerance", tolerance, "(0, inf)")
-    check_integer("every", every, "[1, inf)")
+    check_scalar("tolerance", tolerance, "(0, 10]")
+    check_integer("every", every, "[1, 2147483647]")
     check_choice("estimate", estimate, ("value", "gradient"))
     check_hyperparameter("initial_learning_rate", initial_learning_rate)
     check_bool("follow_schedule", follow_schedule)
@@ -367,12 +374,14 @@ def error_controlled(
                 h = jnp.where(counts.phase == _FOUND, taken, h)
             d = momentum_free_direction(direction, updates, inner, params, **extra_args)
             f = _checked(value_fn, params)
-            probe = _probe(estimate, params, updates, d, h, value, f)
-            is_same = jax.lax.cond(
+            noise = jax.lax.cond(
                 (counts.probes % _PROBES_PER_CHECK == 0) | (counts.mismatches > 0),
-                lambda: _agrees(f(params), value),
-                lambda: jnp.ones((), jnp.bool_),
+                lambda: _difference_of_losses(f(params), value).astype(dtype),
+                lambda: numbers.noise,
             )
+            is_same = noise <= _SAME_LOSS
+            numbers = numbers._replace(noise=jnp.where(is_same, noise, 0))
+            probe = _probe(estimate, params, updates, d, h, value, f, numbers.noise)
             numbers, counts = _controlled(
                 numbers, counts, probe, is_same, h, jnp.asarray(tolerance, dtype), controller
             )
@@ -458,9 +467,18 @@ def _check_loss(value: Any, value_fn: Any) -> None:
         )
     if not callable(value_fn):
         raise ValueError(f"value_fn must be a function of the parameters, got {value_fn!r}.")
-    is_real = not jnp.iscomplexobj(value) and jnp.issubdtype(jnp.result_type(value), jnp.number)
-    if np.ndim(value) or not is_real:
+    if not _is_real_scalar(value):
         raise ValueError(f"value must be a real scalar, got {value!r}.")
+
+
+def _is_real_scalar(x: Any) -> bool:
+    is_array = isinstance(x, int | float | np.generic | np.ndarray | jax.Array) and not isinstance(x, bool)
+    return (
+        is_array
+        and np.ndim(x) == 0
+        and jnp.issubdtype(jnp.result_type(x), jnp.number)
+        and not jnp.iscomplexobj(x)
+    )
 
 
 def _checked(value_fn: Callable[[Any], Any], params: Any) -> Callable[[Any], jax.Array]:
@@ -478,8 +496,7 @@ def _checked(value_fn: Callable[[Any], Any], params: Any) -> Callable[[Any], jax
                 "error_controlled: value_fn fails, and a mask around it hides some of the parameters. Put "
                 "the mask inside, as in error_controlled(freeze(scale_by_adam(), pattern))."
             ) from error
-        is_leaf = jax.tree.structure(value) == jax.tree.structure(0.0)
-        if not is_leaf or np.ndim(value) or jnp.iscomplexobj(value):
+        if not _is_real_scalar(value):
             raise ValueError(f"value_fn must return a real scalar, got {value!r}.")
         return jnp.asarray(value)
 
@@ -507,7 +524,14 @@ class _Probe(NamedTuple):
 
 
 def _probe(
-    estimate: Estimate, params: Any, g: Any, d: Any, h: jax.Array, value: Any, f: Callable[[Any], Any]
+    estimate: Estimate,
+    params: Any,
+    g: Any,
+    d: Any,
+    h: jax.Array,
+    value: Any,
+    f: Callable[[Any], Any],
+    noise: jax.Array,
 ) -> _Probe:
     """Steps from the parameters by h along -d, and compares the loss with what its gradient g promises."""
     dtype = h.dtype
@@ -529,7 +553,7 @@ def _probe(
     over = jnp.where(promised > 0, promised, 1)
     if estimate == "value":
         actual = value - cast(loss(after), dtype)
-        floor = resolution * jnp.abs(value)
+        floor = jnp.maximum(resolution, 2 * noise) * jnp.abs(value)
         is_measured = (promised > floor) | ~(jnp.abs(actual) <= floor)
         error = (promised - actual) / over
     else:
@@ -612,11 +636,12 @@ def _followed(numbers: Numbers, error: Scalar, controller: StepController) -> Nu
     )
 
 
-def _agrees(found: Any, value: Any) -> jax.Array:
-    """Whether two computations of the same loss agree, with room for another order of sums in bfloat16."""
+def _difference_of_losses(found: Any, value: Any) -> jax.Array:
+    """The difference of two computations of a loss as a fraction of it; 0 if the known one is not finite."""
     found, value = (jnp.asarray(x, jnp.float32) for x in (found, value))
-    differs = jnp.abs(found - value) > _SAME_LOSS * jnp.abs(value) + float(jnp.finfo(jnp.float32).tiny)
-    return ~differs | ~jnp.isfinite(value)
+    difference = jnp.abs(found - value) / jnp.maximum(jnp.abs(value), float(jnp.finfo(jnp.float32).tiny))
+    difference = jnp.where(found == value, 0, difference)
+    return jnp.where(jnp.isfinite(value), jnp.where(jnp.isnan(difference), jnp.inf, difference), 0)
 
 
 def _resolution(params: list[Any], value: Any) -> float:
