@@ -108,10 +108,6 @@ def test_the_error_of_a_quadratic_is_half_h_times_its_curvature(x64, estimate):
         ),
         "rms": (ao.scale_by_rms(), ao.scale_by_rms()),
         "two traces": (optax.chain(optax.trace(0.9), ao.trace(0.5)), optax.scale(20.0)),
-        "trace, Adam": (
-            optax.chain(ao.trace(0.9), optax.scale_by_adam()),
-            optax.chain(optax.scale(10.0), ao.scale_by_adam(b1=0.0)),
-        ),
         "Adam, trace": (
             optax.chain(optax.scale_by_adam(), ao.trace(0.9)),
             optax.chain(ao.scale_by_adam(b1=0.0), optax.scale(10.0)),
