@@ -197,7 +197,7 @@ def test_examples_use_the_public_api_only(path):
         r"^(?:from|import) (adaptive_optax[\w.]*)(?: import (\w+))?", path.read_text(), re.M
     )
     assert imported
-    public = {"adaptive_optax", "adaptive_optax.study", "adaptive_optax.study.tasks"}
+    public = {f"adaptive_optax{name}" for name in ("", ".integrations.flax", ".study", ".study.tasks")}
     assert {module if name != "tasks" else f"{module}.tasks" for module, name in imported} <= public
 
 
