@@ -115,19 +115,16 @@ def train(options: argparse.Namespace) -> tuple[list[float], float, int]:
     state_layout = ao.state_sharding(tx, params)
     state = jax.jit(tx.init, out_shardings=state_layout)(params)
 
+    def gathered_loss(params, windows):
+        return loss(jax.tree.map(lambda w: move(w, whole), params), windows)
+
     @functools.partial(jax.jit, donate_argnums=(0, 1), out_shardings=(layout, state_layout, whole))
     def step(params, state, windows):
-        def gathered(params, windows):
-            return loss(jax.tree.map(lambda w: move(w, whole), params), windows)
-
-        value, gradients = jax.value_and_grad(gathered)(params, windows)
+        value, gradients = jax.value_and_grad(gathered_loss)(params, windows)
         updates, state = tx.update(gradients, state, params)
         return optax.apply_updates(params, updates), state, value
 
-    @functools.partial(jax.jit, out_shardings=whole)
-    def evaluate(params, windows):
-        return loss(jax.tree.map(lambda w: move(w, whole), params), windows)
-
+    evaluate = jax.jit(gathered_loss, out_shardings=whole)
     training, validation = texts()
 
     def batch(text, starts):
@@ -160,8 +157,7 @@ def train(options: argparse.Namespace) -> tuple[list[float], float, int]:
 
 def picture(losses: list[float], final: float) -> Figure:
     """Draws the losses and their running mean."""
-    figure = Figure(figsize=(4.8, 3.2), layout="constrained")
-    axes = figure.subplots()
+    axes = (figure := Figure(figsize=(4.8, 3.2), layout="constrained")).subplots()
     axes.plot(losses, color="0.8", linewidth=0.8, label="training, each batch")
     width = max(len(losses) // 20, 1)
     mean = np.convolve(losses, np.ones(width) / width, mode="valid")
@@ -169,7 +165,6 @@ def picture(losses: list[float], final: float) -> Figure:
     axes.plot(len(losses), final, "o", color="black", label=f"validation: {final:.3f}")
     axes.set(xlabel="step", ylabel="bits per character")
     axes.legend(frameon=False)
-    axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 

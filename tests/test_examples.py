@@ -1,7 +1,11 @@
 """The examples that train by hand: short runs write their pictures, and what they print is sensible."""
 
+import os
 import re
 import runpy
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,3 +71,43 @@ def test_fine_tuning(tmp_path, capsys):
     assert body == {path for path in moments if "layer_" in path and "lora" not in path}
     before, after, frozen = map(float, re.findall(r"(\d\.\d{3}) (?:at the|if the)", printed))
     assert 0.4 < before < frozen and before < after
+
+
+def train_sharded(*arguments):
+    """Starts the sharded trainer as from a shell."""
+    command = [sys.executable, str(EXAMPLES / "sharded_training.py"), "--steps", "6", *map(str, arguments)]
+    environment = {name: x for name, x in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+    )
+
+
+def checksum(process):
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    return re.findall(r"checksum of the parameters: (\w+)", printed), printed
+
+
+def test_two_processes_train_to_the_bits_of_one(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        where = f"localhost:{free.getsockname()[1]}"
+    together = ("--devices", 1, "--processes", 2, "--coordinator", where)
+    both = [train_sharded(*together, "--process", i) for i in (0, 1)]
+    (found,), _ = checksum(both[0])
+    assert checksum(both[1])[0] == []
+    (expected,), printed = checksum(train_sharded("--devices", 2))
+    assert found == expected and pictures(tmp_path / "out") == {"loss"}
+    per_device, total = re.findall(
+        r"parameters: ([\d,]+) bytes on each of 2 devices, ([\d,]+) in all", printed
+    )[0]
+    assert 2 * int(per_device.replace(",", "")) == int(total.replace(",", ""))
+
+
+@pytest.mark.parametrize("axes", ["auto", "explicit"])
+def test_layouts_train_alike(tmp_path, axes):
+    ends = []
+    for layout in ("full", "data"):
+        _, printed = checksum(train_sharded("--layout", layout, "--axes", axes, "--out", layout))
+        ends += map(float, re.findall(r"([\d.]+) bits per character on other topics", printed))
+    assert len(ends) == 2 and abs(ends[0] - ends[1]) < 0.002 and ends[0] < 4.9
