@@ -150,10 +150,11 @@ class Checkpoints:
             "versions": _versions(),
             "leaves": {path: [*_type_of(x), _checksum(data[path])] for path, x in leaves},
         }
-        items = ocp.args.Composite(
-            state=cast(Any, ocp.args.PyTreeSave)({path: x for path, x in data.items() if x.size}),
-            manifest=cast(Any, ocp.args.JsonSave)({"manifest": manifest, "crc32": _digest(manifest)}),
-        )
+        items: dict[str, Any] = {
+            "manifest": cast(Any, ocp.args.JsonSave)({"manifest": manifest, "crc32": _digest(manifest)})
+        }
+        if full := {path: x for path, x in data.items() if x.size}:
+            items["state"] = cast(Any, ocp.args.PyTreeSave)(full)
         self._writing = step
         try:
             _try_to_write(self.folder)
@@ -163,7 +164,7 @@ class Checkpoints:
             _ORBAX_LOG.addFilter(_is_wanted)
             if self._manager is None:
                 self._manager = _manager(self.folder, self.keep)
-            self._manager.save(step, args=items, force=True)
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
         except Exception as error:
             raise self._failed(error) from error
 
