@@ -1,21 +1,20 @@
 """A language model in Flax linen that survives being killed, and can be trained on when it has ended.
 
-A small transformer learns the prose of Python's manual character by character: AdamW under the one-cycle policy for
-rate and momentum, two micro-batches a step of the optimizer, bfloat16 parameters rounded at random, telemetry, and
-with `--int8` moments of 8 bits. Batches and dropout depend on nothing but the number of the step.
+A small transformer learns the prose of Python's manual: AdamW under the one-cycle policy, two micro-batches
+for each of its steps, bfloat16 parameters rounded at random, telemetry, and with `--int8` moments of 8 bits.
+Batches and dropout depend only on the number of the step.
 
     pip install -e .[examples]
     python examples/char_lm_linen.py
 
-It takes about two minutes on two CPU cores. Kill it at any time, with Ctrl-C, SIGTERM or SIGKILL: the same command
-goes on from the last checkpoint and ends with the same bits. When it has ended, a larger `--steps` trains on: the
-rate rises again from where it was. `--out` receives checkpoints/, curve.csv and curve.png.
+It takes about two minutes on two CPU cores. Kill it at any time (Ctrl-C, SIGTERM, SIGKILL): the same command
+goes on from the last checkpoint and ends with the same bits. When it has ended, a larger `--steps` trains on:
+the rate rises again from where it was. `--out` receives checkpoints/, curve.csv and curve.png.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import math
 import re
 import signal
@@ -31,7 +30,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 from matplotlib.figure import Figure
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 import adaptive_optax as ao
 from adaptive_optax.integrations.orbax import Checkpoints
@@ -41,7 +40,7 @@ CONTEXT, BATCH, MICRO_BATCHES, PEAK, EVALUATE_EVERY, PLANS = 64, 32, 2, 4e-3, 10
 
 
 def prose() -> tuple[np.ndarray, np.ndarray]:
-    """The manual's paragraphs as codes, for training and (every eighth topic) for validation, without overlap."""
+    """Codes of the manual's paragraphs: training, and validation (every eighth topic), without overlap."""
     parts: dict[bool, list[str]] = {True: [], False: []}
     seen: set[str] = set()  # whole paragraphs, and what any six words of validation are
     for validation in (True, False):
@@ -80,7 +79,7 @@ class Transformer(nn.Module):
 
 
 def schedules(plan: np.ndarray) -> ao.OneCycle:
-    """One cycle for the first plan; from each later one on, what was left is stretched, or a new hat begins."""
+    """One cycle for the first plan; later ones stretch what was left of it, or begin a new hat."""
     cycle, planned = ao.one_cycle(PEAK, int(plan[0, 1])), int(plan[0, 1])
     for at, total in plan[1:].tolist():
         if total:  # a finished run moves half as far per step as one at half the peak would
@@ -90,15 +89,9 @@ def schedules(plan: np.ndarray) -> ao.OneCycle:
 
 
 def optimizer(cycle: ao.OneCycle, storage: str) -> optax.GradientTransformation:
-    """AdamW with everything around it; a moment of the rate is a step of the optimizer, not a micro-batch."""
-    adamw = ao.adamw(
-        cycle.learning_rate,
-        b1=cycle.momentum,
-        weight_decay=0.1,
-        mask=ao.decay_mask,
-        mu_storage=storage,
-        nu_storage=storage,
-    )
+    """AdamW with everything around it."""
+    kinds: Any = {"mu_storage": storage, "nu_storage": storage, "mask": ao.decay_mask}
+    adamw = ao.adamw(cycle.learning_rate, b1=cycle.momentum, weight_decay=0.1, **kinds)
     measured = ao.telemetry(optax.chain(ao.clip_by_global_norm(1.0), adamw, ao.stochastic_rounding()))
     return ao.accumulate_gradients(measured, MICRO_BATCHES)
 
@@ -106,7 +99,7 @@ def optimizer(cycle: ao.OneCycle, storage: str) -> optax.GradientTransformation:
 def command_line() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(description="Trains a character model that survives being killed.")
-    parser.add_argument("--steps", type=int, default=2000, help="micro-batches in all, an even number")
+    parser.add_argument("--steps", type=int, default=1000, help="micro-batches in all, an even number")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
     parser.add_argument("--int8", action="store_true", help="keep Adam's moments in 8 bits")
     parser.add_argument("--width", type=int, default=64, help="a multiple of 4")
@@ -120,19 +113,17 @@ def main(arguments: list[str] | None = None) -> None:
     """Trains, or goes on; then evaluates, draws and prints."""
     parser = command_line()
     given = parser.parse_args(arguments)
-    if given.steps < 4 or given.steps % MICRO_BATCHES:
-        parser.error(f"--steps must be an even number of at least 4, got {given.steps}.")
-    for name in ("save_every", "layers"):
-        if getattr(given, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1, got {getattr(given, name)}.")
+    if given.steps < 4 or given.steps % MICRO_BATCHES or min(given.save_every, given.layers) < 1:
+        parser.error("--steps must be even and at least 4, --save-every and --layers at least 1.")
     if given.width < 4 or given.width % 4:
         parser.error(f"--width must be a multiple of 4, got {given.width}.")
     model, storage = Transformer(given.width, given.layers), "int8" if given.int8 else "float32"
     train, validation = map(jnp.asarray, prose())
     emissions = given.steps // MICRO_BATCHES
 
-    # What a checkpoint holds. The plans of the rate, rows of (from, to), belong to it: the run may become longer.
-    params = model.init(jax.random.key(0), jnp.zeros((1, CONTEXT), int), train=False)
+    # What a checkpoint holds, with the plans of the rate, rows of (from, to).
+    codes = jnp.zeros((1, CONTEXT), int)
+    params = model.init(jax.random.key(0), codes, train=False)
     plan = np.zeros((PLANS, 2), np.int32)
     plan[0, 1] = emissions
     start = {"params": params, "opt": optimizer(schedules(plan), storage).init(params), "plan": plan}
@@ -140,28 +131,30 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         first, run = checkpoints.restore(start, step=given.from_step) or (0, start)
     except ValueError as error:
-        sys.exit(
-            f"{error}\nTo use an older checkpoint, add --from-step STEP; for another model, another --out."
-        )
+        sys.exit(f"{error}\nFor an older checkpoint, add --from-step STEP; for another model, another --out.")
     used = int((run["plan"][:, 1] > 0).sum())
     if given.steps < first:
         sys.exit(f"--steps must be at least {first}, the steps of the checkpoint, got {given.steps}.")
     if emissions != run["plan"][used - 1, 1] and given.steps > first:
         if used == PLANS:
-            sys.exit(
-                f"--steps was changed {PLANS - 1} times, which is as often as a checkpoint can remember."
-            )
+            sys.exit(f"--steps can be changed {PLANS - 1} times, and was.")
         run["plan"][used] = first // MICRO_BATCHES, emissions
-        print(
-            f"The run of {MICRO_BATCHES * run['plan'][used - 1, 1]} steps is planned anew for {given.steps}."
-        )
+        planned = MICRO_BATCHES * run["plan"][used - 1, 1]
+        print(f"The run of {planned} steps is planned anew for {given.steps}.")
     cycle = schedules(run["plan"])
     tx = optimizer(cycle, storage)
     rate = jax.jit(cycle.learning_rate)
 
-    def bits(params, codes, train, key=None):
-        logits = model.apply(params, codes[:, :-1], train=train, rngs={"dropout": key} if train else {})
-        return optax.softmax_cross_entropy_with_integer_labels(logits, codes[:, 1:]).mean() / math.log(2)
+    def logits(params: Any, codes: jax.Array, key: jax.Array | None = None) -> Any:
+        return model.apply(
+            params, codes, train=key is not None, rngs=None if key is None else {"dropout": key}
+        )
+
+    def bits(params, codes, key=None):
+        losses = optax.softmax_cross_entropy_with_integer_labels(
+            logits(params, codes[:, :-1], key), codes[:, 1:]
+        )
+        return losses.mean() / math.log(2)
 
     def windows(text, starts):
         return text[starts[:, None] + jnp.arange(CONTEXT + 1)]
@@ -170,48 +163,46 @@ def main(arguments: list[str] | None = None) -> None:
     def step(params, state, i):
         key, dropout = jax.random.split(jax.random.fold_in(jax.random.key(1), i))
         batch = windows(train, jax.random.randint(key, (BATCH,), 0, len(train) - CONTEXT))
-        loss, grads = jax.value_and_grad(bits)(params, batch, True, dropout)
+        loss, grads = jax.value_and_grad(bits)(params, batch, dropout)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
 
     @jax.jit
     def evaluate(params):
-        return bits(params, windows(validation, jnp.arange(0, len(validation) - CONTEXT, CONTEXT)), False)
+        return bits(params, windows(validation, jnp.arange(0, len(validation) - CONTEXT, CONTEXT)))
 
     @jax.jit
-    def continued(params, codes):
-        def next_one(i, codes):
-            seen = jax.lax.dynamic_slice(codes, (i - CONTEXT,), (CONTEXT,))
-            logits = model.apply(params, seen[None], train=False)[0, -1]
-            chosen = jax.random.categorical(jax.random.fold_in(jax.random.key(2), i), logits / 0.7)
-            return codes.at[i].set(chosen)
-
-        return jax.lax.fori_loop(CONTEXT, len(codes), next_one, codes)
+    def next_code(params, seen, i):
+        last = logits(params, seen[None])[0, -1]
+        return jax.random.categorical(jax.random.fold_in(jax.random.key(2), i), last / 0.7)
 
     curve = given.out / "curve.csv"  # what is there of later steps than the checkpoint's comes again
-    lines = list(csv.reader(curve.open())) if first and curve.exists() else []
-    rows = [row for row in lines if len(row) == 4 and row[0].isdigit() and int(row[0]) <= first]
+    lines = curve.read_text().splitlines() if first and curve.exists() else []
+    rows = [
+        row
+        for row in (line.split(",") for line in lines)
+        if len(row) == 4 and row[0].isdigit() and int(row[0]) <= first
+    ]
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signals.append(number))
-    if first == given.steps:
-        print(f"The run of {first} steps is finished; a larger --steps trains on.", flush=True)
-    else:
-        print(f"Step {first} of {given.steps}" + (": resumed." if first else "."), flush=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    finished = "finished; a larger --steps trains on"
+    ended = finished if first == given.steps else "resumed" if first else "begins"
+    print(f"Step {first} of {given.steps}: {ended}.", flush=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     given.out.mkdir(parents=True, exist_ok=True)
-    with checkpoints, curve.open("w", newline="", buffering=1) as file, Progress(*columns) as progress:
-        writer = csv.writer(file)
-        writer.writerows(rows)
+    partial = curve.with_suffix(".partial")
+    partial.write_text("".join(",".join(row) + "\n" for row in rows))
+    partial.replace(curve)
+    with checkpoints, curve.open("a", buffering=1) as file, Progress(*columns) as progress:
         bar = progress.add_task("", total=given.steps, completed=first)
         for i in range(first, given.steps):
             run["params"], run["opt"], loss = step(run["params"], run["opt"], i)
             done, now = i + 1, float(rate(i // MICRO_BATCHES))
-            checked = (
-                f"{evaluate(run['params']):.4f}" if done % EVALUATE_EVERY == 0 or done == given.steps else ""
-            )
-            writer.writerow(row := [str(done), f"{loss:.4f}", f"{now:.3g}", checked])
-            rows.append(row)
+            due = done % EVALUATE_EVERY == 0 or done == given.steps
+            checked = f"{evaluate(run['params']):.4f}" if due else ""
+            rows.append([str(done), f"{loss:.4f}", f"{now:.3g}", checked])
+            file.write(",".join(rows[-1]) + "\n")
             progress.update(bar, completed=done, description=f"{loss:.3f} bits per character, rate {now:.2g}")
             if done % given.save_every == 0 or done == given.steps or signals:
                 checkpoints.save(done, run)
@@ -221,13 +212,13 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"Stopped after step {done} and saved it; the same command goes on from there.")
                 return
 
-    text = continued(run["params"], jnp.concatenate([validation[:CONTEXT], jnp.zeros(200, int)]))
+    text = np.asarray(validation[:CONTEXT])
+    for i in range(200):
+        text = np.append(text, next_code(run["params"], text[-CONTEXT:], i))
     leaves = b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(run["params"]))
-    print(
-        f"Validation: {evaluate(run['params']):.4f} bits per character. A sample, after the first {CONTEXT}:"
-    )
+    print(f"Validation: {evaluate(run['params']):.4f} bits per character. A sample:")
     print("".join(ALPHABET[code] for code in text))
-    print(f"Last measured: {ao.get_telemetry(run['opt'])}" if False else "", end="")
+    print(f"Norm of the last gradient: {ao.get_telemetry(run['opt']).gradient_norm:.3g}")
     print(f"Checksum of the parameters: {zlib.crc32(leaves):08x}")
     draw([[float(x or "nan") for x in row] for row in rows]).savefig(given.out / "curve.png", dpi=160)
 
