@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[2]
 MODULES = (
     "adaptive_optax",
     "adaptive_optax.integrations.flax",
+    "adaptive_optax.integrations.orbax",
     "adaptive_optax.study",
     "adaptive_optax.study.tasks",
     "adaptive_optax.typing",
