@@ -182,7 +182,12 @@ def test_examples_use_the_public_api_only(path):
         r"^(?:from|import) (adaptive_optax[\w.]*)(?: import (\w+))?", path.read_text(), re.M
     )
     assert imported
-    public = {"adaptive_optax", "adaptive_optax.study", "adaptive_optax.study.tasks"}
+    public = {
+        "adaptive_optax",
+        "adaptive_optax.study",
+        "adaptive_optax.study.tasks",
+        "adaptive_optax.integrations.orbax",
+    }
     assert {module if name != "tasks" else f"{module}.tasks" for module, name in imported} <= public
 
 
