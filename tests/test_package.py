@@ -197,7 +197,8 @@ def test_examples_use_the_public_api_only(path):
         r"^(?:from|import) (adaptive_optax[\w.]*)(?: import (\w+))?", path.read_text(), re.M
     )
     assert imported
-    public = {f"adaptive_optax{name}" for name in ("", ".integrations.flax", ".study", ".study.tasks")}
+    names = ("", ".integrations.flax", ".integrations.orbax", ".study", ".study.tasks")
+    public = {f"adaptive_optax{name}" for name in names}
     assert {module if name != "tasks" else f"{module}.tasks" for module, name in imported} <= public
 
 
