@@ -37,10 +37,10 @@ from adaptive_optax._core.paths import paths_and_leaves
 
 try:
     import orbax.checkpoint as ocp
-except ImportError as error:
+except ImportError as _error:
     raise ImportError(
         "adaptive_optax.integrations.orbax needs orbax: pip install orbax-checkpoint."
-    ) from error
+    ) from _error
 
 Tree = TypeVar("Tree")
 
