@@ -415,7 +415,7 @@ def _read_manifest(folder: Path) -> dict[str, Any]:
     if manifest["format"] != _FORMAT:
         raise ValueError(
             f"The checkpoint {folder} must have a manifest of format {_FORMAT}, got {manifest['format']}; "
-            f"it was written by adaptive_optax {manifest['versions'].get('adaptive-optax')}."
+            f"it was written by adaptive_optax {manifest['versions'].get('adaptive_optax')}."
         )
     return manifest
 

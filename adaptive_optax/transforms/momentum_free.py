@@ -51,27 +51,26 @@ def momentum_free_direction(
     if not stages:
         return after(state)[0]
 
-    def in_stage(stage, f, *states):
-        """The first of the states, with f of the nodes of this stage, or of all later ones, in all states."""
+    def replaced(f, first, last, *states):
+        """The first of the states, with f of the nodes of some stages in all states."""
         position = iter(stages)
 
         def of_nodes(node, *others):
             if not isinstance(node, kinds):
                 return node
-            at = next(position)
-            return f(node, *others) if at == stage or (at > stage and f is _emptied) else node
+            return f(node, *others) if first <= next(position) <= last else node
 
         return jax.tree.map(of_nodes, *states, is_leaf=lambda node: isinstance(node, kinds))
 
     # What arrives at a momentum depends on those in front of it in the chain, so these come first.
-    settled = state
-    for stage in range(max(stages) + 1):
-        start = in_stage(stage, _emptied, settled)
+    settled, last = state, max(stages)
+    for stage in range(last + 1):
+        start = replaced(_emptied, stage, last, settled)
         once = after(start)[1]
         twice = once
         if states_of(tuple(_OPTAX), state):  # after the same gradient once more
-            twice = after(in_stage(stage, _with_first_moments_of, start, once))[1]
-        settled = in_stage(stage, _settled, settled, once, twice)
+            twice = after(replaced(_with_first_moments_of, stage, stage, start, once))[1]
+        settled = replaced(_settled, stage, stage, settled, once, twice)
     return after(settled)[0]
 
 
