@@ -67,6 +67,11 @@ def _draw_band(axes: Axes, x: Any, mean: Any, error: Any, style: dict[str, Any],
     axes.plot(x, mean, **style, **more)
 
 
+def _sparse_marks(i: int, every: int, arm: str) -> dict[str, Any]:
+    """The style of the i-th arm's curve, with a marker on every few points, at other points for each arm."""
+    return {"markevery": (i % every, every), "markersize": 4.5, "linewidth": 1.4, "label": arm}
+
+
 # ---- The five pictures ----
 
 
@@ -262,7 +267,7 @@ def plot_curves(record: Record, axes: Axes, *, theme: str = "light") -> None:
         curves = np.asarray(record.validation_curves)[trials]
         reported = np.isfinite(curves).any(axis=0)  # a training function may measure at steps of its own
         mean, error = column_means(curves[:, reported], leave_out=record.details.mode is None)
-        marks = {"markevery": (i % every, every), "markersize": 4.5, "linewidth": 1.4, "label": arm}
+        marks = _sparse_marks(i, every, arm)
         _draw_band(axes, steps[reported], mean, error, style, **marks)
         late = steps[reported] >= steps[-1] / 2
         seen += [(mean - error)[late], (mean + error)[late]]
@@ -324,7 +329,7 @@ def plot_effective_rates(record: Record, axes: Axes, *, theme: str = "light") ->
         if found is None:
             continue
         at = np.isfinite(found.mean)
-        marks = {"markevery": (i % 4, 4), "markersize": 4.5, "linewidth": 1.4, "label": arm}
+        marks = _sparse_marks(i, 4, arm)
         _draw_band(axes, steps[at], found.mean[at], found.error[at], style, **marks)
         axes.plot(steps, found.scheduled, ":", color=style["color"], linewidth=0.9)
         seen += [found.mean[at], (found.mean - np.nan_to_num(found.error))[at]]
@@ -359,7 +364,7 @@ def plot_limits(record: Record, axes: Axes, *, theme: str = "light") -> None:
         found = limits(record, arm)
         if found is None:
             continue
-        marks = {"markevery": (i % 4, 4), "markersize": 4.5, "linewidth": 1.4, "label": arm}
+        marks = _sparse_marks(i, 4, arm)
         axes.plot(steps, found.limit, **style, **marks)
         axes.plot(steps, found.edge, ":", color=style["color"], linewidth=0.9)
         seen += [found.limit[1:], found.edge[1:]]  # the first is where the search starts
