@@ -27,7 +27,10 @@ def checksums(text):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """The output of an undisturbed run, that of one with ten kills, and the folder of both."""
+    """The output of an undisturbed run, that of one with ten kills, their curves, and the folder of both.
+
+    A test may go on with the run that was killed, so its curve is read here.
+    """
     out, rng = tmp_path_factory.mktemp("char_lm"), np.random.default_rng(0)
     undisturbed = run("--out", out / "undisturbed")
     assert undisturbed.returncode == 0, undisturbed.stderr
@@ -49,7 +52,8 @@ def runs(tmp_path_factory):
         outputs.append((begun + process.communicate()[0], process.returncode))
     last = run("--out", out / "killed")
     assert last.returncode == 0, last.stderr
-    return undisturbed.stdout, [*outputs, (last.stdout, 0)], out
+    curves = [(out / name / "curve.csv").read_bytes() for name in ("undisturbed", "killed")]
+    return undisturbed.stdout, [*outputs, (last.stdout, 0)], curves, out
 
 
 def saved(folder):
@@ -58,11 +62,11 @@ def saved(folder):
 
 
 def test_ten_kills_change_no_bit(runs):
-    undisturbed, outputs, out = runs
+    undisturbed, outputs, curves, out = runs
     assert checksums(outputs[-1][0]) == checksums(undisturbed)
     assert sum(code == -signal.SIGKILL for _, code in outputs) >= 8, outputs
     assert sum("resumed" in text for text, _ in outputs) >= 4, outputs
-    assert (out / "killed/curve.csv").read_bytes() == (out / "undisturbed/curve.csv").read_bytes()
+    assert curves[0] == curves[1] and curves[0].count(b"\n") >= 60
     assert (out / "killed/curve.png").stat().st_size > 10_000
 
 
@@ -71,7 +75,7 @@ def run(*options):
 
 
 def test_a_finished_run_is_evaluated_and_trained_on_without_a_jump(runs):
-    output, _, out = runs
+    output, _, _, out = runs
     again = run("--out", out / "killed")
     assert again.returncode == 0, again.stderr
     assert "Step 60 of 60: finished" in again.stdout
@@ -90,7 +94,7 @@ def test_a_finished_run_is_evaluated_and_trained_on_without_a_jump(runs):
 
 
 def test_sigterm_saves_and_a_damaged_checkpoint_says_what_to_do(runs, tmp_path):
-    output, _, _ = runs
+    output, _, _, _ = runs
     process = subprocess.Popen(command("--out", tmp_path), cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "Step 0 of 60: begins.\n"
     while not (tmp_path / "checkpoints" / "5").exists():

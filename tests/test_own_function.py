@@ -528,7 +528,7 @@ class Elsewhere:
         self.at_once = at_once
         self.pool = concurrent.futures.ThreadPoolExecutor(1)
         self.loaded = [{} for _ in range(workers)]
-        self.jobs, self.sent, self.loads = 0, 0, 0
+        self.jobs, self.sent, self.loads = 0, 0, [0] * workers
 
     def submit(self, function, *arguments):
         parcel, keys = arguments
@@ -548,7 +548,7 @@ class Elsewhere:
         try:
             return function(parcel, [tuple(key) for key in keys])
         finally:
-            self.loads += len(jobs._LOADED) - len(self.loaded[worker])
+            self.loads[worker] += len(jobs._LOADED) - len(self.loaded[worker])
             self.loaded[worker] = dict(jobs._LOADED)
             jobs._LOADED.clear()
             jobs._LOADED.update(before)
@@ -566,9 +566,9 @@ def test_data_travel_to_a_worker_once(undisturbed, workers, at_once):
     executor = Elsewhere(workers, at_once)
     found = compare(function, executor=executor)
     pd.testing.assert_frame_equal(found.table, undisturbed.table)
-    assert executor.loads == workers
+    assert max(executor.loads) == 1
     assert executor.jobs >= len(found.table)
-    if workers == 1:  # otherwise a job that takes the content along may end at a worker that has it
+    if workers == 1:  # otherwise a job that takes the content along may end at a worker that has it, each time
         assert executor.sent == 1
 
 

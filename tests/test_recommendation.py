@@ -15,6 +15,7 @@ from adaptive_optax import study
 from adaptive_optax.study.arms import AVERAGES, OPTIMIZERS, SCHEDULE_FREE, SCHEDULES
 from adaptive_optax.study.decay import _arms
 from adaptive_optax.study.details import Details
+from adaptive_optax.study.engine.trials import TELEMETRY
 from adaptive_optax.study.evaluation import declared
 from adaptive_optax.study.recommendation import code_for, simplicity
 
@@ -50,7 +51,7 @@ def found(*arms, tuned=None, own=(), looks=(10,)):
         best_rates=dict.fromkeys(verdicts, 0.01), grid=dict.fromkeys(verdicts, [0.01]), seconds_per_step={},
         devices=[], versions={}, command=[], metric_name="loss", seconds=0.0,
     )  # fmt: skip
-    steps, curves, telemetry = np.array([0, 1000]), np.ones((len(rows), 2)), np.ones((len(rows), 2, 4))
+    steps, curves, telemetry = np.array([0, 1000]), np.ones((len(rows), 2)), np.ones((len(rows), 2, len(TELEMETRY)))
     made = study.Comparison(pd.DataFrame(rows), steps, curves, steps, curves, steps, telemetry, details)
     if looks:
         decided = {arm: verdict.decision for arm, verdict in made.verdicts.items()}

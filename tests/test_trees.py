@@ -9,7 +9,7 @@ import optax
 import pytest
 
 import adaptive_optax as ao
-from adaptive_optax._core.trees import by_leaf, leaf_numbers
+from adaptive_optax._core.trees import by_leaf
 
 
 def axpy_counted():
@@ -115,11 +115,6 @@ def test_a_tree_without_leaves(empty):
     axpy, runs = axpy_counted()
     assert axpy((1.0, 2.0), empty, empty) == (empty, empty)
     assert not runs
-
-
-def test_leaves_are_numbered_in_their_order():
-    x, _ = trees()
-    assert leaf_numbers(x) == {"a": 0, "b": [1, 2], "c": None}
 
 
 # With the equations that each leaf may add. Without `by_leaf` a leaf of bfloat16 state adds 141.

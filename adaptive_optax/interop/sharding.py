@@ -66,10 +66,10 @@ def state_sharding(tx: optax.GradientTransformation | optax.MultiSteps, params: 
 
     def in_type(path, x):
         shape, spec = jnp.shape(x), _spec_of(x)
+        sharding = NamedSharding(typed, spec)
         try:
-            sharding = NamedSharding(typed, spec)
             sharding.shard_shape(shape)
-        except ValueError as error:
+        except (ValueError, IndexError) as error:  # an uneven split; more axes than x has
             raise ValueError(f"params[{path!r}] of shape {shape} cannot be split by {spec}.") from error
         return jax.ShapeDtypeStruct(shape, jnp.result_type(x), sharding=sharding)
 
