@@ -568,7 +568,9 @@ def test_data_travel_to_a_worker_once(undisturbed, workers, at_once):
     pd.testing.assert_frame_equal(found.table, undisturbed.table)
     assert max(executor.loads) == 1
     assert executor.jobs >= len(found.table)
-    if workers == 1:  # otherwise a job that takes the content along may end at a worker that has it, each time
+    if (
+        workers == 1
+    ):  # otherwise a job that takes the content along may end at a worker that has it, each time
         assert executor.sent == 1
 
 

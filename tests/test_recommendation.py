@@ -51,7 +51,11 @@ def found(*arms, tuned=None, own=(), looks=(10,)):
         best_rates=dict.fromkeys(verdicts, 0.01), grid=dict.fromkeys(verdicts, [0.01]), seconds_per_step={},
         devices=[], versions={}, command=[], metric_name="loss", seconds=0.0,
     )  # fmt: skip
-    steps, curves, telemetry = np.array([0, 1000]), np.ones((len(rows), 2)), np.ones((len(rows), 2, len(TELEMETRY)))
+    steps, curves, telemetry = (
+        np.array([0, 1000]),
+        np.ones((len(rows), 2)),
+        np.ones((len(rows), 2, len(TELEMETRY))),
+    )
     made = study.Comparison(pd.DataFrame(rows), steps, curves, steps, curves, steps, telemetry, details)
     if looks:
         decided = {arm: verdict.decision for arm, verdict in made.verdicts.items()}

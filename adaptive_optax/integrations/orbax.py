@@ -19,7 +19,9 @@ import logging
 import os
 import re
 import shutil
+import sys
 import tempfile
+import time
 import uuid
 import warnings
 import zlib
@@ -212,10 +214,11 @@ class Checkpoints:
         if not steps:
             return None
         chosen = steps[-1] if step is None else int(step)
-        try:
-            loaded, versions = self._load(chosen, leaves)
-        except _Damaged as error:
-            raise ValueError(self._damage(chosen, str(error), leaves)) from error
+        with _without_late_answers():
+            try:
+                loaded, versions = self._load(chosen, leaves)
+            except _Damaged as error:
+                raise ValueError(self._damage(chosen, str(error), leaves)) from error
         for name, version in _versions().items():
             if versions.get(name, version) != version:
                 warnings.warn(
@@ -357,6 +360,31 @@ class _Damaged(ValueError):
 def _manager(folder: Path, keep: int) -> Any:
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
     return ocp.CheckpointManager(folder, options=options)
+
+
+@contextlib.contextmanager
+def _without_late_answers():
+    """Keeps off the screen what happens in orbax when one of many reads fails.
+
+    It closes its event loop at the first failure. The other reads then find it closed, each in a thread of
+    TensorStore's, which prints a traceback.
+    """
+    hook = sys.unraisablehook
+
+    def filtered(unraisable):
+        if not (
+            isinstance(unraisable.exc_value, RuntimeError) and "loop is closed" in str(unraisable.exc_value)
+        ):
+            hook(unraisable)
+
+    sys.unraisablehook = filtered
+    try:
+        yield
+    except ValueError:
+        time.sleep(0.1)  # the last of them
+        raise
+    finally:
+        sys.unraisablehook = hook
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:
