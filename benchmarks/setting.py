@@ -74,7 +74,7 @@ def origin(result: dict[str, Any]) -> str:
     versions, commit = result["versions"], result["commit"]
     named = ["jax", "optax"] + (["torch"] if result.get("uses_torch") else [])
     parts = [
-        result["host"] if "cpu" in result["hardware"] else result["device"].split(": ")[1],
+        result["host"] if " cpu: " in result["device"] else result["device"].split(": ")[1],
         f"Python {result['python']}",
         f"adaptive_optax {versions['adaptive_optax']} at {commit}"
         + (" with uncommitted changes" if result["uncommitted_changes"] else ""),

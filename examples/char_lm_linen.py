@@ -7,7 +7,7 @@ Batches and dropout depend only on the number of the step.
     pip install -e .[examples]
     python examples/char_lm_linen.py
 
-It takes about two minutes on two CPU cores. Kill it at any time (Ctrl-C, SIGTERM, SIGKILL): the same command
+It takes about a minute on two CPU cores. Kill it at any time (Ctrl-C, SIGTERM, SIGKILL): the same command
 goes on from the last checkpoint and ends with the same bits. When it has ended, a larger `--steps` trains on:
 the rate rises again from where it was. `--out` receives checkpoints/, curve.csv and curve.png.
 """
@@ -16,12 +16,10 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 import signal
 import sys
 import zlib
 from pathlib import Path
-from pydoc_data.topics import topics
 from typing import Any
 
 import jax
@@ -34,28 +32,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 import adaptive_optax as ao
 from adaptive_optax.integrations.orbax import Checkpoints
+from adaptive_optax.study.tasks import ALPHABET, prose_windows
 
-ALPHABET = " abcdefghijklmnopqrstuvwxyz.,()'"
 CONTEXT, BATCH, MICRO_BATCHES, PEAK, EVALUATE_EVERY, PLANS = 64, 32, 2, 4e-3, 100, 16
-
-
-def prose() -> tuple[np.ndarray, np.ndarray]:
-    """Codes of the manual's paragraphs: training, and validation (every eighth topic), without overlap."""
-    parts: dict[bool, list[str]] = {True: [], False: []}
-    seen: set[str] = set()  # whole paragraphs, and what any six words of validation are
-    for validation in (True, False):
-        for i, name in enumerate(sorted(topics)):
-            for block in re.split(r"\n\s*\n", topics[name]) if (i % 8 == 0) == validation else ():
-                text = " ".join(block.lower().replace("\N{RIGHT SINGLE QUOTATION MARK}", "'").split())
-                is_prose = sum(c.isalpha() or c == " " for c in text) >= 0.88 * len(text) >= 52
-                text = " ".join("".join(c if c in ALPHABET else " " for c in text).split())
-                words = text.split()
-                phrases = {" ".join(words[i : i + 6]) for i in range(max(len(words) - 5, 1))}
-                if is_prose and text not in seen and (validation or not phrases & seen):
-                    parts[validation].append(text)
-                    seen |= {text} | (phrases if validation else set())
-    coded = {key: np.array([ALPHABET.index(c) for c in " ".join(texts)]) for key, texts in parts.items()}
-    return coded[False], coded[True]
 
 
 class Transformer(nn.Module):
@@ -96,8 +75,8 @@ def optimizer(cycle: ao.OneCycle, storage: str) -> optax.GradientTransformation:
     return ao.accumulate_gradients(measured, MICRO_BATCHES)
 
 
-def command_line() -> argparse.ArgumentParser:
-    """The command line."""
+def main(arguments: list[str] | None = None) -> None:
+    """Trains, or goes on; then evaluates, draws and prints."""
     parser = argparse.ArgumentParser(description="Trains a character model that survives being killed.")
     parser.add_argument("--steps", type=int, default=1000, help="micro-batches in all, an even number")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
@@ -106,24 +85,17 @@ def command_line() -> argparse.ArgumentParser:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--from-step", type=int, help="go back to this checkpoint instead of the newest")
     parser.add_argument("--out", type=Path, default=Path("out/char_lm"))
-    return parser
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Trains, or goes on; then evaluates, draws and prints."""
-    parser = command_line()
     given = parser.parse_args(arguments)
     if given.steps < 4 or given.steps % MICRO_BATCHES or min(given.save_every, given.layers) < 1:
         parser.error("--steps must be even and at least 4, --save-every and --layers at least 1.")
     if given.width < 4 or given.width % 4:
         parser.error(f"--width must be a multiple of 4, got {given.width}.")
     model, storage = Transformer(given.width, given.layers), "int8" if given.int8 else "float32"
-    train, validation = map(jnp.asarray, prose())
+    train, validation = map(jnp.asarray, prose_windows(CONTEXT))  # codes [window, CONTEXT + 1]
     emissions = given.steps // MICRO_BATCHES
 
     # What a checkpoint holds, with the plans of the rate, rows of (from, to).
-    codes = jnp.zeros((1, CONTEXT), int)
-    params = model.init(jax.random.key(0), codes, train=False)
+    params = model.init(jax.random.key(0), validation[:1, :-1], train=False)
     plan = np.zeros((PLANS, 2), np.int32)
     plan[0, 1] = emissions
     start = {"params": params, "opt": optimizer(schedules(plan), storage).init(params), "plan": plan}
@@ -142,47 +114,33 @@ def main(arguments: list[str] | None = None) -> None:
         planned = MICRO_BATCHES * run["plan"][used - 1, 1]
         print(f"The run of {planned} steps is planned anew for {given.steps}.")
     cycle = schedules(run["plan"])
-    tx = optimizer(cycle, storage)
-    rate = jax.jit(cycle.learning_rate)
-
-    def logits(params: Any, codes: jax.Array, key: jax.Array | None = None) -> Any:
-        return model.apply(
-            params, codes, train=key is not None, rngs=None if key is None else {"dropout": key}
-        )
+    tx, rate = optimizer(cycle, storage), jax.jit(cycle.learning_rate)
 
     def bits(params, codes, key=None):
-        losses = optax.softmax_cross_entropy_with_integer_labels(
-            logits(params, codes[:, :-1], key), codes[:, 1:]
-        )
+        rngs = None if key is None else {"dropout": key}
+        logits: Any = model.apply(params, codes[:, :-1], train=key is not None, rngs=rngs)
+        losses = optax.softmax_cross_entropy_with_integer_labels(logits, codes[:, 1:].astype(int))
         return losses.mean() / math.log(2)
-
-    def windows(text, starts):
-        return text[starts[:, None] + jnp.arange(CONTEXT + 1)]
 
     @jax.jit
     def step(params, state, i):
         key, dropout = jax.random.split(jax.random.fold_in(jax.random.key(1), i))
-        batch = windows(train, jax.random.randint(key, (BATCH,), 0, len(train) - CONTEXT))
+        batch = train[jax.random.randint(key, (BATCH,), 0, len(train))]
         loss, grads = jax.value_and_grad(bits)(params, batch, dropout)
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state, loss
 
-    @jax.jit
-    def evaluate(params):
-        return bits(params, windows(validation, jnp.arange(0, len(validation) - CONTEXT, CONTEXT)))
+    evaluate = jax.jit(lambda params: bits(params, validation))
 
     @jax.jit
     def next_code(params, seen, i):
-        last = logits(params, seen[None])[0, -1]
-        return jax.random.categorical(jax.random.fold_in(jax.random.key(2), i), last / 0.7)
+        logits: Any = model.apply(params, seen[None], train=False)
+        return jax.random.categorical(jax.random.fold_in(jax.random.key(2), i), logits[0, -1] / 0.7)
 
     curve = given.out / "curve.csv"  # what is there of later steps than the checkpoint's comes again
     lines = curve.read_text().splitlines() if first and curve.exists() else []
-    rows = [
-        row
-        for row in (line.split(",") for line in lines)
-        if len(row) == 4 and row[0].isdigit() and int(row[0]) <= first
-    ]
+    known = [row for row in (line.split(",") for line in lines) if len(row) == 4 and row[0].isdigit()]
+    rows = [row for row in known if int(row[0]) <= first]
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signals.append(number))
@@ -212,7 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
                 print(f"Stopped after step {done} and saved it; the same command goes on from there.")
                 return
 
-    text = np.asarray(validation[:CONTEXT])
+    text = np.asarray(validation[0, :CONTEXT])
     for i in range(200):
         text = np.append(text, next_code(run["params"], text[-CONTEXT:], i))
     leaves = b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(run["params"]))
