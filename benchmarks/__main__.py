@@ -42,9 +42,10 @@ class Suite(enum.StrEnum):
     limit_cost = "limit_cost"
     structure = "structure"
     memory = "memory"
+    soak = "soak"
 
 
-NOT_TIMED = (Suite.structure, Suite.memory)
+NOT_TIMED = (Suite.structure, Suite.memory, Suite.soak)
 
 
 def module(suite: str) -> Any:
