@@ -162,7 +162,7 @@ def _compiled(quick: bool, advance: Callable[[str], None]) -> Iterator[dict[str,
 
 def training_step(model: Transformer, tx: Any, dtype: Any, mesh: Mesh) -> dict[str, int]:
     """The compiler's account of a training step, in bytes on each device, and what `held` says."""
-    samples, length = mesh.shape["fsdp"], 128
+    samples, length = 8 * mesh.shape["fsdp"], 128
     tokens = jax.ShapeDtypeStruct(
         (samples, length + 1), jnp.int32, sharding=NamedSharding(mesh, PartitionSpec("fsdp"))
     )
@@ -215,18 +215,20 @@ def tables(result: dict[str, Any]) -> dict[str, Table]:
     for size in dict.fromkeys(row["size"] for row in result["rows"]):
         rows = [row for row in result["rows"] if row["size"] == size]
         devices = list(dict.fromkeys(row["devices"] for row in rows))
-        title = f"{rows[0]['parameters'] / 1e9:.1f} billion parameters: GB on each device, parameters + state"
+        title = f"{rows[0]['parameters'] / 1e9:.1f} billion parameters: MB on each device, parameters + state"
         table = Table(title, ["optimizer", "bytes per parameter", *(f"{n} devices" for n in devices)])
         for optimizer in dict.fromkeys(row["optimizer"] for row in rows):
             mine = [row for row in rows if row["optimizer"] == optimizer]
             all_bytes = sum(mine[0]["bytes"].values()) * mine[0]["devices"] / mine[0]["parameters"]
-            cells = [" + ".join(digits(n / 1e9) for n in row["bytes"].values()) for row in mine]
+            cells = [" + ".join(digits(n / 1e6) for n in row["bytes"].values()) for row in mine]
             table.add(optimizer, f"{all_bytes:.2f}", *cells)
         found[size.replace(" ", "").lower()] = table
-    columns = ["slice", "optimizer", "predicted", "arguments", "temporary"]
-    table = Table(
-        "A training step of a small transformer, from XLA's memory analysis: MB on each chip", columns
+    columns = ["slice", "optimizer", "parameters + state", "as the compiler pads them", "temporary"]
+    title = (
+        "A training step of a transformer of {:.0f} M parameters, by XLA's memory analysis: MB on each chip"
     )
+    parameters = result["compiled"][0]["parameters"] / 1e6 if result["compiled"] else 0
+    table = Table(title.format(parameters), columns)
     for row in result["compiled"]:
         cells = [digits(row[key] / 1e6) for key in ("held", "arguments", "temporary")]
         table.add(row["slice"], row["optimizer"], *cells)

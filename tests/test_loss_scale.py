@@ -258,3 +258,11 @@ def test_arguments_out_of_range_are_refused(arguments, message):
         ao.dynamic_loss_scale(ao.sgd(0.1), **arguments)
     with pytest.raises(ValueError, match="must hold one state of dynamic_loss_scale, got 0"):
         ao.scale_loss(1.0, ao.sgd(0.1).init(PARAMS))
+
+
+def test_a_loss_that_is_no_number_is_refused():
+    state = ao.dynamic_loss_scale(ao.sgd(0.1)).init(PARAMS)
+    with pytest.raises(ValueError, match=r"loss must be a real scalar .*scale its value, scale_loss\(loss\("):
+        ao.scale_loss(lambda params: 1.0, state)
+    with pytest.raises(ValueError, match="got 'high' at 'a'"):
+        ao.scale_loss({"a": "high"}, state)

@@ -6,10 +6,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.typing import ArrayLike
 
 from adaptive_optax._core.checks import check_integer, check_transformation
+from adaptive_optax._core.paths import paths_and_leaves
 from adaptive_optax._core.precision import divide, incremented, scalar_dtype, scale, widen
 from adaptive_optax._core.ranges import check_hyperparameter
 from adaptive_optax._core.state_check import check_state
@@ -204,7 +206,7 @@ def scale_loss(loss: Loss, opt_state: OptState) -> Loss:
         The scaled loss, float32 or wider.
 
     Raises:
-        ValueError: If there is no such state or more than one.
+        ValueError: If there is no such state or more than one, or the loss is a function.
 
     Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
@@ -212,5 +214,10 @@ def scale_loss(loss: Loss, opt_state: OptState) -> Loss:
         >>> ao.scale_loss(jnp.float16(0.5), state)
         Array(2., dtype=float32)
     """
+    for path, x in paths_and_leaves(loss):
+        if not isinstance(x, jax.Array | np.ndarray | np.generic | int | float):
+            where = f" at {path!r}" if path else ""
+            hint = "; scale its value, scale_loss(loss(params), opt_state)" if callable(x) else ""
+            raise ValueError(f"loss must be a real scalar or a tree of them, got {x!r}{where}{hint}.")
     s = get_loss_scale(opt_state)
     return jax.tree.map(lambda x: scale(widen(x), s), loss)
