@@ -161,13 +161,14 @@ def errors_of(kind, count):
 
 
 def reporting(tx):
-    """A step on a linear loss that reports any error e one likes: only the probe evaluates `value_fn`."""
+    """A step on a loss that has any error e one likes after a step of h; only probes evaluate it."""
     params = jnp.zeros(1)
 
     @jax.jit
     def step(state, h, e):
         def loss(x):
-            return jnp.where(jnp.all(x == 0), 0.0, -h * (1 - e))  # promised: h
+            moved = -x[0]  # promised: the same
+            return -moved * (1 - e * moved / h)
 
         return tx.update(jnp.ones(1), state, params, value=0.0, value_fn=loss)
 
@@ -308,7 +309,8 @@ def test_a_schedule_can_be_a_cap_only():
     ("schedule", "relief"),
     [
         (optax.constant_schedule(3.0), 1.0),
-        (optax.warmup_constant_schedule(0.0, 3.0, 1000), 2.0),
+        (optax.warmup_constant_schedule(0.0, 3.0, 1000), 1.0),
+        (optax.cosine_decay_schedule(3.0, 1000, alpha=0.8), 1 / 0.9),
         (ao.warmup_stable_decay(3.0, 1000, warmup_steps=100, decay_steps=200, shape="linear"), 1 / 0.85),
         (ao.one_cycle(3.0, 1000).learning_rate, 2.0),
         (optax.piecewise_constant_schedule(3.0, {750: 1 / 3}), None),
@@ -456,7 +458,8 @@ def test_a_decrease_below_rounding_is_no_error():
 
 
 def test_an_ascent_direction_sets_no_limit_and_is_counted():
-    tx = ao.error_controlled(optax.scale(-1.0), jnp.inf, initial_learning_rate=1e-3, every=1)
+    down = optax.stateless(lambda g, _: -g if g.size == len(START) else g)  # one that only descends here
+    tx = ao.error_controlled(down, jnp.inf, initial_learning_rate=1e-3, every=1)
     params = jnp.asarray(START, jnp.float32)
     _, state = tx.update(
         jax.grad(quadratic)(params), tx.init(params), params, value=quadratic(params), value_fn=quadratic
@@ -668,7 +671,9 @@ def test_the_probe_is_computed_only_when_it_is_due():
     for _ in range(100):
         params, state = step(params, state)
     jax.effects_barrier()
-    assert len(calls) == int(counts_of(state).probes) + math.ceil(int(counts_of(state).probes) / 16)
+    # Two for each check: one in 16 probes, and where the limit was first and last too long.
+    probes = int(counts_of(state).probes)
+    assert len(calls) == probes + 2 * (math.ceil(probes / 16) + 2)
     assert int(counts_of(state).probes) < 25
 
 
@@ -728,7 +733,10 @@ def test_a_schedule_that_cannot_be_traced():
     def schedule(count):
         return 0.1 if count < 10 else 0.01
 
-    with pytest.raises(ValueError, match="use jnp.where in place of `if`, or follow_schedule=False"):
+    with pytest.raises(
+        ValueError,
+        match="use jax.numpy, jnp.where in place of `if`, and no float\\(\\); or follow_schedule=False",
+    ):
         ao.error_controlled(ao.scale_by_adam(), schedule).init(jnp.ones(2))
 
 
@@ -809,3 +817,180 @@ def test_telemetry_measures_the_limit(per):
     assert float(found.learning_rate) == float(control.learning_rate)
     plain = ao.get_telemetry(run(optax.with_extra_args_support(ao.telemetry(ao.adam(0.1))), 2)[2])
     assert np.isnan(plain.step_limit) and np.isnan(plain.curvature) and np.isnan(plain.error)
+
+
+# What does not belong together.
+
+
+def network(seed):
+    rng = np.random.default_rng(seed)
+    x = jnp.asarray(rng.normal(size=(1024, 8)), jnp.float32)
+    y = jnp.sin(x @ jnp.asarray(rng.normal(size=8), jnp.float32)) + 0.5 * jnp.asarray(rng.normal(size=1024))
+    params = {"w": jnp.asarray(rng.normal(size=(8, 32)) / 3, jnp.float32), "v": jnp.zeros(32)}
+
+    def loss(params, x, y):
+        return jnp.mean((jnp.tanh(x @ params["w"]) @ params["v"] - y) ** 2)
+
+    return params, loss, x, y
+
+
+def trained(tx, seed, steps=400, micro_batches=1, batch=8, other=False, whole=False):
+    """What the limit is after training on small batches, and what was seen of mismatches."""
+    params, loss, x, y = network(seed)
+    state, rng = tx.init(params), np.random.default_rng(seed)
+
+    @jax.jit
+    def step(params, state, x, y, i):
+        value, grad = jax.value_and_grad(loss)(params, x[i], y[i])
+
+        def value_fn(params):
+            return loss(params, x[i ^ 1], y[i ^ 1]) if other else loss(params, x[i], y[i])
+
+        updates, state = tx.update(grad, state, params, value=value, value_fn=value_fn)
+        return optax.apply_updates(params, updates), state
+
+    for _ in range(steps):
+        chosen = rng.choice(1024, (max(micro_batches, 2), batch))
+        for i in range(micro_batches):
+            params, state = step(params, state, x[chosen], y[chosen], i)
+    return ao.get_error_control(state)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_inside_accumulation_the_probe_is_one_of_the_micro_batch(seed):
+    # Of the mean gradient a micro-batch's loss keeps less, however short the step: the limit would collapse.
+    limited = ao.error_controlled(ao.scale_by_adam(), 1.0)
+    found = trained(ao.accumulate_gradients(limited, 4), seed, micro_batches=4)
+    assert 2e-3 < float(found.step_limit) < 1 and int(found.mismatches) == 0
+
+
+def test_the_gradient_passed_on_is_unscaled():
+    tx = ao.accumulate_gradients(
+        ao.dynamic_loss_scale(ao.error_controlled(ao.scale_by_rms(), 0.1), init_scale=8.0), 2
+    )
+    params = jnp.asarray(START, jnp.float32)
+    state = tx.init(params)
+    for _ in range(4):
+        grad = 8 * jax.grad(quadratic)(params)
+        _, state = tx.update(grad, state, params, value=quadratic(params), value_fn=quadratic)
+    found = ao.get_error_control(state)
+    assert int(found.probes) == 2 and abs(float(found.error)) < 0.01
+
+
+def test_the_gradient_is_that_before_clipping():
+    def probe(**extra):
+        tx = optax.chain(
+            ao.clip_by_global_norm(0.1), ao.error_controlled(ao.scale_by_rms(), initial_learning_rate=1e-3)
+        )
+        params = jnp.asarray(START, jnp.float32)
+        grad = jax.grad(quadratic)(params)
+        extra = {"grad": grad} if extra else {}
+        _, state = tx.update(
+            grad, tx.init(params), params, value=quadratic(params), value_fn=quadratic, **extra
+        )
+        return ao.get_error_control(state)
+
+    assert float(probe().error) == -1  # the loss falls much more than the clipped gradient promises
+    assert 0 < float(probe(grad=True).error) < 0.1
+
+
+@pytest.mark.parametrize("grad", [jnp.ones(3), {"w": jnp.ones(4)}], ids=str)
+def test_another_gradient_is_refused(grad):
+    tx, params = ao.error_controlled(ao.scale_by_adam()), jnp.asarray(START, jnp.float32)
+    with pytest.raises(ValueError, match="grad must be the gradient of value_fn, with a leaf at '' of shape"):
+        tx.update(params, tx.init(params), params, value=quadratic(params), grad=grad, value_fn=quadratic)
+
+
+@pytest.mark.parametrize("head", ["zero", "random"])
+def test_another_batch_is_noticed_even_if_its_losses_are_the_same(head):
+    # With a last layer of zeros all batches have one loss, log(5), until it is trained.
+    rng = np.random.default_rng(0)
+    x = jnp.asarray(rng.normal(size=(400, 8)), jnp.float32)
+    labels = jnp.argmax(x[:, :5], axis=1)
+    first = np.zeros((8, 5)) if head == "zero" else rng.normal(size=(8, 5))
+    params = {"w": jnp.asarray(first, jnp.float32)}
+
+    def loss(params, batch):
+        logits = x[batch] @ params["w"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels[batch]).mean()
+
+    for other in (False, True):
+        tx = ao.error_controlled(ao.scale_by_adam(), 1.0)
+
+        def train(params, tx=tx, other=other):
+            def step(carry, i):
+                params, state = carry
+                batch = jax.random.choice(jax.random.fold_in(jax.random.key(0), i), 400, (2, 16))
+                value, grad = jax.value_and_grad(loss)(params, batch[0])
+                updates, state = tx.update(
+                    grad, state, params, value=value, value_fn=lambda params: loss(params, batch[int(other)])
+                )
+                return (optax.apply_updates(params, updates), state), None
+
+            return jax.lax.scan(step, (params, tx.init(params)), jnp.arange(200))[0]
+
+        found = ao.get_error_control(jax.jit(train)(params)[1])
+        assert (int(found.mismatches) > 0) == other
+        assert float(found.step_limit) > 1e-5
+
+
+OPTIMIZERS = {
+    "adam": lambda: ao.adam(1e-3),
+    "optax's adamw": lambda: optax.adamw(1e-3),
+    "optax's sgd": lambda: optax.sgd(0.1, momentum=0.9),
+    "a schedule": lambda: ao.rmsprop(optax.linear_schedule(0.1, 0.0, 10)),
+    "another limit": lambda: ao.error_controlled(ao.scale_by_adam(), 1.0),
+    "a group": lambda: ao.partition_by_path({"": ao.adam(1e-3)}),
+    "wrapped": lambda: ao.reject_nonfinite(optax.chain(ao.clip_by_global_norm(1.0), ao.sgd(0.1))),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_whole_optimizer_is_no_direction(name):
+    with pytest.raises(ValueError, match="direction must (keep the sign|not contain a learning rate)"):
+        ao.error_controlled(OPTIMIZERS[name](), 0.1).init({"w": jnp.ones(3)})
+
+
+@pytest.mark.parametrize(
+    "first", [0.5, optax.linear_schedule(0.5, 0.0, 200), None], ids=["number", "low", "none"]
+)
+def test_a_schedule_may_be_another_one_than_at_first(first):
+    state = run(ao.error_controlled(ao.scale_by_rms(), first, every=1), 40)[2]
+    step = stepper(ao.error_controlled(ao.scale_by_rms(), optax.linear_schedule(50.0, 0.0, 200), every=1))
+    _, state = step(jnp.asarray(START, jnp.float32), state)
+    numbers = numbers_of(state)
+    assert int(counts_of(state).phase) == 3 and float(numbers.peak) == 50
+    held = float(numbers.longest * numbers.relaxation)
+    np.testing.assert_allclose(float(state.step_limit), held * 2 * (1 - 40 / 200), rtol=1e-3)
+
+
+def test_it_is_read_under_strict_promotion():
+    with jax.numpy_dtype_promotion("strict"):
+        _, _, state = run(ao.error_controlled(ao.scale_by_adam(), 1.0), 3)
+        assert float(ao.get_error_control(state).limited) == 1
+
+
+def test_hyperparameters_that_cannot_be_set():
+    params = jnp.ones(2)
+    state = ao.error_controlled(ao.scale_by_adam(), 1.0).init(params)
+    with pytest.raises(ValueError, match="'learning_rate' of error_controlled is found anew .* max_learning"):
+        ao.set_hyperparams(state, learning_rate=0.1)
+    state = ao.inject_hyperparams(ao.error_controlled)(ao.scale_by_adam(), 1.0, tolerance=0.3).init(params)
+    for tolerance in (20.0, -1.0, 0.0):
+        with pytest.raises(ValueError, match=r"tolerance must be a number in \(0, 10\]"):
+            ao.set_hyperparams(state, tolerance=tolerance)
+    with pytest.raises(ValueError, match="every must be an integer .* known before tracing.* static_args"):
+        jax.jit(optax.inject_hyperparams(ao.error_controlled)(ao.scale_by_adam(), 1.0).init)(params)
+
+
+def test_multi_steps_of_optax_in_a_train_state_gets_the_loss():
+    tx = optax.MultiSteps(ao.error_controlled(ao.scale_by_adam(), 0.1), 2)
+    state = TrainState.create(apply_fn=None, params={"x": jnp.asarray(START, jnp.float32)}, tx=tx)
+
+    def loss(params):
+        return quadratic(params["x"])
+
+    for _ in range(2):
+        value, grads = jax.value_and_grad(loss)(state.params)
+        state = state.apply_gradients(grads=grads, value=value, value_fn=loss)
+    assert int(ao.get_error_control(state.opt_state).probes) == 1

@@ -69,6 +69,11 @@ def check_integer(name: str, value: Any, interval: str, because: str = "") -> No
         number = operator.index(value)
     except TypeError:
         number = None
+    if isinstance(value, Tracer):
+        raise ValueError(
+            f"{name} must be {accepted} that is known before tracing, got a traced {value.aval}. With "
+            f"optax.inject_hyperparams, name it in static_args; ao.inject_hyperparams leaves it alone."
+        )
     if number is None or isinstance(value, bool) or not in_interval(number, interval):
         raise ValueError(f"{name} must be {accepted}, got {value!r}.")
 

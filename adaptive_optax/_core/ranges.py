@@ -23,6 +23,7 @@ RANGES = {
     "adgd.learning_rate": "(0, inf)",
     "max_learning_rate": "[0, inf]",
     "initial_learning_rate": "(0, inf)",
+    "tolerance": "(0, 10]",
     "b1": "[0, 1)",
     "b2": "[0, 1)",
     "decay": "[0, 1)",

@@ -55,6 +55,9 @@ class _CheckedSchedule:
     schedule: Callable[[Any], Any]
     interval: str
 
+    def __repr__(self) -> str:
+        return repr(self.schedule)
+
     def __call__(self, count: Any) -> Any:
         value = self.schedule(count)
         # Non-scalars are refused where they are used, traced or not.
@@ -64,7 +67,8 @@ class _CheckedSchedule:
                 dtype = jax.dtypes.canonicalize_dtype(np.float64)
                 check_hyperparameter(self.name, value, interval=self.interval, dtype=dtype)
             except ValueError as error:
-                raise ValueError(f"{error} From the schedule {self.schedule!r} at count {count}.") from None
+                at = "" if isinstance(count, Tracer) else f" at count {count}"
+                raise ValueError(f"{error} From the schedule {self.schedule!r}{at}.") from None
         return value
 
 

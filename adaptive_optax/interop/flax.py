@@ -53,7 +53,8 @@ class TrainState(train_state.TrainState):
         names = {field.name for field in dataclasses.fields(self)}
         fields = {name: value for name, value in kwargs.items() if name in names}
         extra = {name: value for name, value in kwargs.items() if name not in names}
-        tx = optax.with_extra_args_support(self.tx)
+        is_multi_steps = isinstance(self.tx, optax.MultiSteps)  # passes them on, and has no type that says so
+        tx = self.tx if is_multi_steps else optax.with_extra_args_support(self.tx)
 
         def update(updates, state, params=None):
             return tx.update(updates, state, params, **extra)

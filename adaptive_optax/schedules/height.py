@@ -1,4 +1,4 @@
-"""How high a schedule is: its peak, and its mean until it stops changing."""
+"""How high a schedule is: its peak, and its mean."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ _SAME = 1e-6  # as a fraction of the peak
 def peak_and_mean(schedule: optax.Schedule, dtype: Any) -> tuple[jax.Array, jax.Array]:
     """Returns the largest value of a schedule, and its mean over the steps until it stops changing.
 
+    If it stops at a value above that mean, as after a warm-up, the mean is that value: the run may go on for
+    as long as it likes.
+
     Examples:
         >>> import jax.numpy as jnp, optax
         >>> peak, mean = peak_and_mean(optax.linear_schedule(0.2, 0.0, 1000), jnp.float32)
@@ -38,7 +41,7 @@ def peak_and_mean(schedule: optax.Schedule, dtype: Any) -> tuple[jax.Array, jax.
     except TypeError as error:  # of tracers that are used as numbers
         raise ValueError(
             f"The shape of a schedule is found by jax.vmap, under which {schedule!r} does not run: use "
-            "jnp.where in place of `if`, or follow_schedule=False."
+            "jax.numpy, jnp.where in place of `if`, and no float(); or follow_schedule=False."
         ) from error
     peak = jnp.max(values)
     changes = jnp.abs(values - values[-1]) > _SAME * peak
@@ -47,4 +50,5 @@ def peak_and_mean(schedule: optax.Schedule, dtype: Any) -> tuple[jax.Array, jax.
     is_inside = jnp.arange(len(widths)) <= last
     areas = jnp.where(is_inside, (values[1:] + values[:-1]) / 2 * widths, 0)
     whole = jnp.sum(jnp.where(is_inside, widths, 0))
-    return peak, jnp.where(last < 0, peak, jnp.sum(areas) / jnp.maximum(whole, 1))
+    mean = jnp.where(last < 0, peak, jnp.sum(areas) / jnp.maximum(whole, 1))
+    return peak, jnp.maximum(mean, values[-1])

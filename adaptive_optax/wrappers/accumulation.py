@@ -219,6 +219,8 @@ def accumulate_gradients(
         emits = complete & (state.contributing > 0)
 
         dtypes = [t.dtype for t in jax.tree.leaves(state.total)]
+        if "value_fn" in extra_args:  # the loss of this micro-batch, of which the mean is not the gradient
+            extra_args = {"grad": updates} | extra_args
 
         def emission(total, inner_state):
             mean = jax.tree.map(lambda t: divide(t, state.weight), total)

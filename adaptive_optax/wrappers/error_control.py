@@ -8,12 +8,12 @@ falls than its gradient promises.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from adaptive_optax._core.checks import (
@@ -23,28 +23,31 @@ from adaptive_optax._core.checks import (
     check_integer,
     check_params,
     check_same_tree,
-    check_scalar,
     check_transformation,
 )
-from adaptive_optax._core.paths import paths_and_leaves
-from adaptive_optax._core.precision import (
-    cast,
-    incremented,
-    inner_product,
-    scalar_dtype,
-    scaled,
-    updated_param,
-    wide_dtype,
-)
+from adaptive_optax._core.precision import incremented, scalar_dtype, scaled
 from adaptive_optax._core.ranges import check_hyperparameter
 from adaptive_optax._core.state_check import check_state
 from adaptive_optax._core.states import carries_hyperparameters, one_state_of, unwrapped
 from adaptive_optax._core.transformation import transformation, with_array_state
-from adaptive_optax._core.trees import Count, Flag, OptState, Scalar
+from adaptive_optax._core.trees import Count, OptState, Scalar
 from adaptive_optax._core.values import as_hyperparameter, keeps_schedules, value_at
 from adaptive_optax.schedules.height import peak_and_mean
+from adaptive_optax.transforms.learning_rate import ScaleByLearningRateState
 from adaptive_optax.transforms.match_parameter_dtype import outgoing
 from adaptive_optax.transforms.momentum_free import momentum_free_direction
+from adaptive_optax.wrappers.loss_probe import (
+    Check,
+    Estimate,
+    Probe,
+    Ray,
+    check_loss,
+    check_of,
+    checked_loss,
+    leaves_like,
+    probe_of,
+    with_noise,
+)
 from adaptive_optax.wrappers.step_controller import (
     ControllerPreset,
     ErrorHistory,
@@ -52,9 +55,6 @@ from adaptive_optax.wrappers.step_controller import (
     as_controller,
     next_factor,
 )
-
-Estimate = Literal["value", "gradient"]
-"""What `error_controlled` computes at a probe."""
 
 # The scale of the limit is sought by a factor at every step. From where the error is negligible the limit
 # then grows at every probe until the error reaches the tolerance.
@@ -67,7 +67,6 @@ _UNSTABLE, _RETREAT = 10.0, 0.8
 _ERROR_DECAY, _LEAST_ERROR, _LARGEST_ERROR = 0.8, -1.0, 50.0
 _HIGHEST_RELIEF = 2.0
 _PROBES_PER_CHECK = 16
-_SAME_LOSS = 1e-2
 
 _SEEKING, _LOWERED, _GROWING, _FOUND = range(4)  # values of `phase`
 
@@ -125,7 +124,14 @@ class Counts(NamedTuple):
     limited: Count
 
 
-@carries_hyperparameters("learning_rate", "step_limit")
+def _refuse_to_set(state: Any, name: str, value: Any) -> Any:
+    raise ValueError(
+        f"set_hyperparams: {name!r} of error_controlled is found anew in every step. Set max_learning_rate: "
+        "build it with inject_hyperparams(error_controlled)(direction, max_learning_rate=number)."
+    )
+
+
+@carries_hyperparameters("learning_rate", "step_limit", set_value=_refuse_to_set)
 class ErrorControlledState(NamedTuple):
     """State of `error_controlled`, with few arrays, so that passing it to a step is cheap.
 
@@ -305,14 +311,17 @@ def error_controlled(
     check_transformation("direction", direction)
     if max_learning_rate is not None:
         max_learning_rate = as_hyperparameter("max_learning_rate", max_learning_rate)
-    check_scalar("tolerance", tolerance, "(0, 10]")
+    check_hyperparameter("tolerance", tolerance)
     check_integer("every", every, "[1, 2147483647]")
     check_choice("estimate", estimate, ("value", "gradient"))
     check_hyperparameter("initial_learning_rate", initial_learning_rate)
     check_bool("follow_schedule", follow_schedule)
     controller = None if controller is None else as_controller(controller)
     direction = with_array_state(direction)
+    _check_points_up(direction)
     shape = max_learning_rate if follow_schedule and callable(max_learning_rate) else None
+
+    heights: dict[Any, tuple[jax.Array, jax.Array]] = {}
 
     def given_at(count, dtype):
         if max_learning_rate is None:
@@ -322,21 +331,25 @@ def error_controlled(
     def has_shape(peak):
         return (peak > 0) & jnp.isfinite(peak)
 
+    def height(dtype):
+        """The highest value of a schedule, and the factor on the limit that its mean height allows."""
+        peak, mean = (1, 1) if shape is None else peak_and_mean(shape, dtype)
+        allowed = jnp.where(has_shape(peak), peak / jnp.where(mean > 0, mean, 1), 1)
+        relief = _HIGHEST_RELIEF if max_learning_rate is None else jnp.clip(allowed, 1, _HIGHEST_RELIEF)
+        return jnp.asarray(peak, dtype), jnp.asarray(relief if controller is None else 1, dtype)
+
     def own_init(params):
         dtype = scalar_dtype(params)
         count = jnp.zeros((), jnp.int32)
         first = value_at(initial_learning_rate, count, dtype)
-        peak, mean = (1, 1) if shape is None else peak_and_mean(shape, dtype)
-        relief = jnp.where(has_shape(peak), peak / jnp.where(mean > 0, mean, 1), 1)
-        if max_learning_rate is None:
-            relief = _HIGHEST_RELIEF
+        peak, relief = height(dtype)
         numbers = dict.fromkeys(Numbers._fields, 0) | {
             "learning_rate": jnp.minimum(first, given_at(count, dtype)),
             "step_limit": first,
             "longest": first,
             "relaxation": 1,
             "peak": peak,
-            "relief": jnp.clip(relief, 1, _HIGHEST_RELIEF) if controller is None else 1,
+            "relief": relief,
         }
         return ErrorControlledState(
             count=count,
@@ -347,7 +360,9 @@ def error_controlled(
 
     def init_fn(params):
         check_inexact("error_controlled", "params", params)
-        return own_init(params)._replace(inner_state=direction.init(params))
+        inner = direction.init(params)
+        _check_no_learning_rate(inner)
+        return own_init(params)._replace(inner_state=inner)
 
     def limit_of(numbers, phase, given):
         """The limit of a step, given the learning rate of the schedule."""
@@ -357,14 +372,30 @@ def error_controlled(
             held *= jnp.where(has_shape(peak), given / jnp.where(peak > 0, peak, 1), 1)
         return jnp.where(phase == _FOUND, held, numbers.longest)
 
-    def update_fn(updates, state, params=None, *, value: Any = None, value_fn: Any = None, **extra_args):
+    def update_fn(
+        updates,
+        state,
+        params=None,
+        *,
+        value: Any = None,
+        grad: Any = None,
+        value_fn: Any = None,
+        **extra_args,
+    ):
         check_params("error_controlled", params)
         check_inexact("error_controlled", "updates", updates)
         check_state("error_controlled", state, own_init, "updates", updates)
-        _check_loss(value, value_fn)
-        extra_args |= {"value": value, "value_fn": value_fn}
+        check_loss(value, value_fn)
+        extra_args |= {"value": value, "grad": grad, "value_fn": value_fn}
+        g = updates if grad is None else leaves_like(updates, grad)
         inner, dtype = state.inner_state, state.numbers.dtype
         given = given_at(state.count, dtype)
+        if dtype not in heights and (found := _constant(lambda: height(dtype))) is not None:
+            heights[dtype] = found
+        if dtype in heights:  # of this schedule, which may be another one than that of `init`
+            peak, relief = heights[dtype]
+            numbers = numbers_of(state)._replace(peak=peak, relief=relief)
+            state = state._replace(numbers=_packed(numbers, dtype))
 
         def probed(own):
             numbers, counts = numbers_of(own), counts_of(own)
@@ -373,15 +404,19 @@ def error_controlled(
                 taken = jnp.minimum(given, limit_of(numbers, counts.phase, given))
                 h = jnp.where(counts.phase == _FOUND, taken, h)
             d = momentum_free_direction(direction, updates, inner, params, **extra_args)
-            f = _checked(value_fn, params)
-            noise = jax.lax.cond(
-                (counts.probes % _PROBES_PER_CHECK == 0) | (counts.mismatches > 0),
-                lambda: _difference_of_losses(f(params), value).astype(dtype),
-                lambda: numbers.noise,
+            ray = Ray(params, g, d, checked_loss(value_fn, params))
+            is_found = counts.phase == _FOUND
+            probe = with_noise(probe_of(estimate, ray, h, value), numbers.noise, is_found)
+            is_long = ~is_found & probe.is_measured & ~(probe.error < tolerance)
+            is_due = (counts.probes % _PROBES_PER_CHECK == 0) | (counts.mismatches > 0)
+            found = jax.lax.cond(
+                is_long | is_due,
+                lambda: check_of(ray, jnp.where(is_long, h, 0), value, probe),
+                lambda: Check(numbers.noise, jnp.zeros((), dtype)),
             )
-            is_same = noise <= _SAME_LOSS
-            numbers = numbers._replace(noise=jnp.where(is_same, noise, 0))
-            probe = _probe(estimate, params, updates, d, h, value, f, numbers.noise)
+            is_same = found.is_same
+            numbers = numbers._replace(noise=jnp.where(is_same, found.noise, 0))
+            probe = with_noise(probe, numbers.noise, is_found)
             numbers, counts = _controlled(
                 numbers, counts, probe, is_same, h, jnp.asarray(tolerance, dtype), controller
             )
@@ -436,7 +471,8 @@ def get_error_control(opt_state: OptState) -> ErrorControl:
         probes=counts.probes,
         silent_probes=counts.silent,
         mismatches=counts.mismatches,
-        limited=counts.limited / jnp.maximum(state.count, 1).astype(numbers.longest.dtype),
+        limited=counts.limited.astype(numbers.longest.dtype)
+        / jnp.maximum(state.count, 1).astype(numbers.longest.dtype),
     )
 
 
@@ -458,117 +494,49 @@ def _unpacked(array: jax.Array) -> list[jax.Array]:
     return [array[..., i] for i in range(array.shape[-1])]
 
 
-def _check_loss(value: Any, value_fn: Any) -> None:
-    """Raises unless the loss and its function are there."""
-    if value is None or value_fn is None:
+def _check_points_up(direction: Any) -> None:
+    """Raises if a direction has the sign of descent, as whole optimizers with a learning rate have."""
+    x = {"w": jnp.ones(2)}
+
+    def product():
+        u, _ = direction.update(x, direction.init(x), x)
+        return jnp.sum(u["w"])
+
+    try:
+        found = _constant(product)
+    except Exception:  # it needs other parameters or arguments
+        return
+    if found is not None and found < 0:
         raise ValueError(
-            "error_controlled needs the loss and its function for the same batch: "
-            "update(updates, state, params, value=loss, value_fn=lambda params: loss(params, batch))."
+            "direction must keep the sign of gradients, as scale_by_adam() does, got one that reverses it, "
+            "as optimizers with a learning rate do: for AdamW, pass optax.chain(scale_by_adam(), "
+            "add_decoupled_weight_decay(1e-4))."
         )
-    if not callable(value_fn):
-        raise ValueError(f"value_fn must be a function of the parameters, got {value_fn!r}.")
-    if not _is_real_scalar(value):
-        raise ValueError(f"value must be a real scalar, got {value!r}.")
 
 
-def _is_real_scalar(x: Any) -> bool:
-    is_array = isinstance(x, int | float | np.generic | np.ndarray | jax.Array) and not isinstance(x, bool)
-    return (
-        is_array
-        and np.ndim(x) == 0
-        and jnp.issubdtype(jnp.result_type(x), jnp.number)
-        and not jnp.iscomplexobj(x)
-    )
-
-
-def _checked(value_fn: Callable[[Any], Any], params: Any) -> Callable[[Any], jax.Array]:
-    """The loss as a function of the parameters, with a reason if they are not all there."""
-    nodes = jax.tree.leaves(params, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
-    is_masked = any(isinstance(node, optax.MaskedNode) for node in nodes)
-
-    def loss(params):
-        try:
-            value = value_fn(params)
-        except Exception as error:
-            if not is_masked:
-                raise
+def _check_no_learning_rate(state: Any) -> None:
+    """Raises if the state of a direction contains one of this library's learning rates."""
+    kinds = (ScaleByLearningRateState, ErrorControlledState)
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
+    for node in nodes:
+        if isinstance(node, kinds):
             raise ValueError(
-                "error_controlled: value_fn fails, and a mask around it hides some of the parameters. Put "
-                "the mask inside, as in error_controlled(freeze(scale_by_adam(), pattern))."
-            ) from error
-        if not _is_real_scalar(value):
-            raise ValueError(f"value_fn must return a real scalar, got {value!r}.")
-        return jnp.asarray(value)
-
-    return loss
+                f"direction must not contain a learning rate, got one with a {type(node).__name__}: pass "
+                "scale_by_adam() rather than adam(learning_rate)."
+            )
 
 
-class _Probe(NamedTuple):
-    """What a step of a probe does.
-
-    Attributes:
-        value: The loss before the step.
-        slope: How fast the gradient promises that the loss falls.
-        promised: The decrease that it promises for the step, as the parameters' dtypes round it.
-        actual: The decrease that is found.
-        error: The part of the promise that is not kept.
-        is_measured: Whether the decrease is more than rounding.
-    """
-
-    value: Scalar
-    slope: Scalar
-    promised: Scalar
-    actual: Scalar
-    error: Scalar
-    is_measured: Flag
-
-
-def _probe(
-    estimate: Estimate,
-    params: Any,
-    g: Any,
-    d: Any,
-    h: jax.Array,
-    value: Any,
-    f: Callable[[Any], Any],
-    noise: jax.Array,
-) -> _Probe:
-    """Steps from the parameters by h along -d, and compares the loss with what its gradient g promises."""
-    dtype = h.dtype
-    known = dict(paths_and_leaves(params))
-    paths = [path for path, _ in paths_and_leaves(g)]
-    before = [known[path] for path in paths]
-    after = [updated_param(p, x) for p, x in zip(before, jax.tree.leaves(scaled(d, -h)), strict=True)]
-    # As the parameters' dtypes round the step, since it is that step whose loss is known.
-    step = [_difference(p, q) for p, q in zip(before, after, strict=True)]
-
-    def loss(leaves):
-        moved = known | dict(zip(paths, leaves, strict=True))
-        return f(jax.tree.unflatten(jax.tree.structure(params), list(moved.values())))
-
-    resolution, value = _resolution(before, value), cast(value, dtype)
-    leaves = jax.tree.leaves(g)
-    slope = _sum_of_products(leaves, jax.tree.leaves(d), dtype)
-    promised = _sum_of_products(leaves, step, dtype)
-    over = jnp.where(promised > 0, promised, 1)
-    if estimate == "value":
-        actual = value - cast(loss(after), dtype)
-        floor = jnp.maximum(resolution, 2 * noise) * jnp.abs(value)
-        is_measured = (promised > floor) | ~(jnp.abs(actual) <= floor)
-        error = (promised - actual) / over
-    else:
-        final, gradient = jax.value_and_grad(loss)(after)
-        actual = value - cast(final, dtype)
-        change = [_difference(x, jnp.conj(y)) for x, y in zip(leaves, gradient, strict=True)]
-        is_measured = promised > 0
-        error = _sum_of_products(change, step, dtype) / (2 * over)
-    return _Probe(value, slope, promised, actual, error, is_measured)
+def _constant(function: Callable[[], Any]) -> Any:
+    """Evaluates a function at once, also while tracing; None if it depends on what is traced."""
+    with jax.ensure_compile_time_eval():
+        found = function()
+    return None if any(isinstance(x, Tracer) for x in jax.tree.leaves(found)) else found
 
 
 def _controlled(
     numbers: Numbers,
     counts: Counts,
-    probe: _Probe,
+    probe: Probe,
     is_same: jax.Array,
     h: jax.Array,
     tolerance: jax.Array,
@@ -634,29 +602,3 @@ def _followed(numbers: Numbers, error: Scalar, controller: StepController) -> Nu
     return numbers._replace(
         longest=numbers.longest * factor, last_error=history.last, error_before=history.before
     )
-
-
-def _difference_of_losses(found: Any, value: Any) -> jax.Array:
-    """The difference of two computations of a loss as a fraction of it; 0 if the known one is not finite."""
-    found, value = (jnp.asarray(x, jnp.float32) for x in (found, value))
-    difference = jnp.abs(found - value) / jnp.maximum(jnp.abs(value), float(jnp.finfo(jnp.float32).tiny))
-    difference = jnp.where(found == value, 0, difference)
-    return jnp.where(jnp.isfinite(value), jnp.where(jnp.isnan(difference), jnp.inf, difference), 0)
-
-
-def _resolution(params: list[Any], value: Any) -> float:
-    """The relative rounding error of a loss, from the narrowest dtype of the parameters and the loss."""
-    dtypes = [*(x.dtype for x in params), jnp.result_type(value)]
-    eps = max((float(jnp.finfo(d).eps) for d in dtypes if jnp.issubdtype(d, jnp.inexact)), default=0.0)
-    return 4 * eps if eps > 1e-4 else 32 * eps
-
-
-def _difference(x: jax.Array, y: jax.Array) -> jax.Array:
-    wide = np.promote_types(wide_dtype(x), wide_dtype(y))
-    return cast(x, wide) - cast(y, wide)
-
-
-def _sum_of_products(xs: list[jax.Array], ys: list[jax.Array], dtype: Any) -> jax.Array:
-    """The real inner product of two lists of arrays."""
-    products = [inner_product(x, y).astype(dtype) for x, y in zip(xs, ys, strict=True)]
-    return sum(products, start=jnp.zeros((), dtype))

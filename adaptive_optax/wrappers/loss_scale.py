@@ -151,7 +151,13 @@ def dynamic_loss_scale(
     def update_fn(updates, state: Any, params=None, **extra_args):
         check_state("dynamic_loss_scale", state, own_init, "updates", updates)
         s, dtype, count = state.scale, state.scale.dtype, state.fin_steps
-        g = jax.tree.map(lambda x: divide(x, s), widen(updates))
+
+        def unscaled(tree):
+            return jax.tree.map(lambda x: divide(x, s), widen(tree))
+
+        g = unscaled(updates)
+        if extra_args.get("grad") is not None:  # which `accumulate_gradients` passes on
+            extra_args["grad"] = unscaled(extra_args["grad"])
         finite = jnp.asarray(True)
         for x in jax.tree.leaves(g):
             finite &= jnp.all(jnp.isfinite(x))

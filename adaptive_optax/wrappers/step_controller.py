@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from adaptive_optax._core.checks import check_choice, check_scalar
+from adaptive_optax._core.checks import check_scalar
 from adaptive_optax._core.trees import Scalar
 
 ControllerPreset = Literal["smooth", "pi", "noisy"]
@@ -87,7 +87,9 @@ def as_controller(controller: StepController | ControllerPreset) -> StepControll
     """Returns a controller, given one or the name of one."""
     if isinstance(controller, StepController):
         return controller
-    check_choice("controller", controller, CONTROLLERS)
+    if not isinstance(controller, str) or controller not in CONTROLLERS:
+        names = ", ".join(map(repr, CONTROLLERS))
+        raise ValueError(f"controller must be None, a StepController or one of {names}, got {controller!r}.")
     return CONTROLLERS[controller]
 
 
