@@ -113,7 +113,7 @@ class Counts(NamedTuple):
             once it has been found.
         probes: Number of probes.
         silent: Number of probes that said nothing.
-        mismatches: Number of checks in which `value_fn(params)` was not `value`.
+        mismatches: Number of checks in which value, gradient and `value_fn` did not belong together.
         limited: Number of steps that were limited.
     """
 
@@ -175,11 +175,12 @@ class ErrorControl(NamedTuple):
         actual_decrease: The decrease that the probe found.
         error: 1 - actual / predicted, in [-1, 50].
         probes: Number of probes.
-        silent_probes: Number of those that said nothing: a gradient of 0, a loss that is not finite, or
-            one that another batch had.
-        mismatches: Number of checks in which `value_fn(params)` was not `value`. If it is not 0, `value_fn`
-            has another batch, another key for dropout, or leaves out a term of the loss.
-        limited: The share of steps in which the limit was below the given learning rate, in [0, 1].
+        silent_probes: Number of those that said nothing: a gradient of 0, a loss that is not finite, a
+            direction that points up the gradient, or a mismatch.
+        mismatches: Number of checks in which value, gradient and `value_fn` did not belong together. If it is
+            not 0, `value_fn` has another batch, another key for dropout, or leaves out a term of the loss.
+        limited: The share of steps in which the limit was below the given learning rate, in [0, 1]. The shape
+            of a schedule multiplies the limit too, so with a peak that is too high it is 1 to the end.
     """
 
     learning_rate: Scalar
@@ -208,8 +209,8 @@ def error_controlled(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Limits the learning rate to the longest step for which a linear model of the loss can be trusted.
 
-    Use it as a safeguard: a learning rate that is far too high then trains about as well as a good one. It
-    does not replace tuning: what it finds is often within a factor of 2 of the best rate, and sometimes not.
+    Use it as a safeguard: a learning rate that is far too high then still trains. It does not replace tuning:
+    what it finds is often within a factor of 2 of the best rate, and sometimes not.
 
     A probe asks what the loss f of the batch does along the direction without momentum,
     $d = D^{-1} g$ for Adam ($D = \sqrt{\hat v} + \epsilon$). The gradient promises that f falls by
@@ -224,11 +225,12 @@ def error_controlled(
     So E = 0 for a tiny step, 1/2 at the minimum along d, and 1 where the loss is what it was. The limit L is
     found once and then held:
 
-    1. It starts at `initial_learning_rate` and is multiplied by 4 at every step while E < 0.05, then by
-       2 at every probe, where $\kappa$ is averaged. This is a warm-up: the learning rate is
-       $\min(\alpha(t), L)$, where $\alpha$ is `max_learning_rate`.
-    2. When $E \ge \text{tolerance}$, $L = \text{tolerance} \cdot 2 / \kappa$. From then on the learning
-       rate is
+    1. It starts at `initial_learning_rate` and is multiplied by 4 at every step, until $E \ge
+       \text{tolerance}$. It falls back to where E is 0.05, and doubles at every probe, where $\kappa$ is
+       averaged. This is a warm-up: the learning rate is $\min(\alpha(t), L)$, where $\alpha$ is
+       `max_learning_rate`.
+    2. When $E \ge \text{tolerance}$ again, $L = \text{tolerance} \cdot 2 / \kappa$. From then on the
+       learning rate is
 
     $$
     \eta_t = \min\big( \alpha(t), \; L \, r \, p \, \alpha(t) / \max \alpha \big).
@@ -236,22 +238,25 @@ def error_controlled(
 
     A schedule's shape multiplies the limit, so that annealing takes place however high its peak is. Its
     factor p is the inverse of the schedule's mean height, at most 2, since a rate that decays may start
-    higher; it is 1 for a number. The relaxation r grows from 1 to at most 4 while the mean error is above
-    1.5. Noise does not reach that, but curvature does that has adapted to the step (Cohen et al. 2021), and
-    momentum keeps such steps stable. A mean error above 10 makes r fall by 0.8 per probe.
+    higher; it is 1 for a number and for a schedule that ends at its peak. The relaxation r grows from 1 to at
+    most 4 while the mean error is above 1.5. Noise does not reach that, but curvature does that has adapted
+    to the step (Cohen et al. 2021), and momentum keeps such steps stable. A mean error above 10 makes r fall
+    by 0.8 per probe.
 
     Why it does not follow the curvature later: every rule that did lowered the rate far too much, because
     steps below the edge of stability let the curvature grow, which lowers the rate again (Roulet et al.
     2024).
 
-    A probe says nothing, and changes nothing, if the gradient or the learning rate is 0, the gradient or the
-    loss is not finite, or d points up the gradient. A decrease that is lost in rounding counts as E = 0. A
+    A probe says nothing, and changes nothing, if the gradient is 0 or not finite, the loss is not finite, d
+    points up the gradient, or, after the search, the learning rate is 0. A decrease that is lost in rounding
+    counts as E = 0; during the search, one of less than 0.02 % of a float32 loss does. A
     loss that is not finite at the end of the probe counts as 50, which is also the largest error; the least
     is -1.
 
     Args:
         direction: A transformation that rescales gradients and does not change their sign: `scale_by_adam()`,
-            `scale_by_rms()`, a chain of one with `clip_by_global_norm` or `add_decoupled_weight_decay`. Which
+            `scale_by_rms()`, a chain of one with `clip_by_global_norm` or, for AdamW,
+            `add_decoupled_weight_decay`. Not a whole optimizer, which contains a learning rate. Which
             momentum can be left out of d is listed in the guide on error control; other momentum stays in.
         max_learning_rate: $\alpha$ in [0, inf], or a schedule of the step count, which starts at 0 and must
             run under `jax.vmap`. $\max \alpha$ is the highest of its first 2**24 values: a schedule that
@@ -269,23 +274,30 @@ def error_controlled(
         controller: None holds the limit. A `StepController`, or "smooth", "pi" or "noisy" for one of its
             presets, goes on from where the limit was found as solvers do: at every probe it multiplies L by
             its factor for E(L) / tolerance, and p = r = 1. Deterministic problems may gain from that; on
-            batches it trains worse (see below).
+            batches it trains worse, as the guide on error control shows.
 
     Returns:
         The transformation, with the sign of descent. `update` needs `params`, `value=`, the loss at them, and
         `value_fn=`, the loss of the same batch as a function of the parameters; with nnx,
         `integrations.flax.value_fn` makes it. (optax's line searches need the same.) It has to be the same
-        function: the same batch, dropout key and penalties. One probe in 16 compares `value_fn(params)` with
-        `value`. If they differ by more than 1 %, the probe is ignored and counted in
-        `get_error_control(state).mismatches`; the limit then stays where it starts. A smaller difference
-        counts as rounding, as of bfloat16: decreases below twice the difference count as E = 0.
+        function: the same batch, dropout key and penalties. Where updates are not its gradient, as behind
+        clipping, pass the gradient as `grad=`; `accumulate_gradients` passes that of the micro-batch.
+
+        It is checked. One probe in 16 compares `value_fn(params)` with `value`. A probe that would end the
+        search compares the slope of `value_fn`, from a step so short that its promise is 8 times the rounding
+        error of the loss, with the one that the gradient promises. If the losses differ by more than 1 %, or
+        less than half of that promise is kept, the probe is ignored, and counted in
+        `get_error_control(state).mismatches`. A smaller difference of the losses counts as rounding, as of
+        bfloat16: decreases below twice the difference count as E = 0.
 
     Raises:
-        ValueError: If an argument is out of range (at construction), a leaf is not floating (at init), or if
-            `params`, `value` or `value_fn` is missing, not a scalar, or does not fit the others (at update).
+        ValueError: If an argument is out of range or `direction` has the sign of descent (at construction);
+            if `direction` contains a learning rate or a leaf is not floating (at init); if `params`, `value`
+            or `value_fn` is missing, not a scalar, or does not fit the others (at update).
 
     State cost: the state of `direction` and 19 scalars in three arrays. Time: one evaluation of the loss in
-    `every` steps, and two more updates of `direction`. Under `vmap` every step probes.
+    `every` steps, and two more updates of `direction`. Under `vmap` every step probes. In `shard_map` and
+    `pmap`, average value, gradient and the result of `value_fn` over the devices, or their steps differ.
 
     Examples:
         >>> import adaptive_optax as ao, jax, jax.numpy as jnp, optax
