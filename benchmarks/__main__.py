@@ -19,12 +19,13 @@ import rich
 import rich.progress
 import typer
 
+from benchmarks import compilers
 from benchmarks.readme import render as render_readme
 from benchmarks.setting import RESULTS, cores_busy_elsewhere, setting
 from benchmarks.studies import published
 
 PROJECT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/error_control.md")
+PAGES = ("README.md", "docs/error_control.md", "docs/scale.md")
 PICTURES = PROJECT / "docs" / "performance"
 MOST_CORES_BUSY = 0.2
 
@@ -45,7 +46,8 @@ class Suite(enum.StrEnum):
     soak = "soak"
 
 
-NOT_TIMED = (Suite.structure, Suite.memory, Suite.soak)
+AHEAD_OF_TIME = (Suite.structure, Suite.memory)  # by compilers that are installed apart
+NOT_TIMED = (*AHEAD_OF_TIME, Suite.soak)
 
 
 def module(suite: str) -> Any:
@@ -139,6 +141,9 @@ def main(
         with plain_errors():
             run_here(suites[0], out, quick)
     for one in suites if len(suites) > 1 else []:
+        if one in AHEAD_OF_TIME and (lacking := compilers.missing()):
+            typer.echo(f"{one.value}: skipped. {lacking}", err=True)
+            continue
         # One process per suite, so that they share no memory, caches or devices, and a crash stops only one.
         arguments = ["--suite", one.value, "--out", str(out), "--no-readme", *(["--quick"] if quick else [])]
         if subprocess.run([sys.executable, "-m", "benchmarks", *arguments], cwd=PROJECT).returncode:

@@ -62,6 +62,17 @@ _CALLED_BY_CALL = re.compile(r"to_apply=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
+def missing() -> str:
+    """Returns what to install; nothing if the wheels are there."""
+    try:
+        versions()
+    except importlib.metadata.PackageNotFoundError as error:
+        return (
+            f'XLA\'s compilers for accelerators are not installed ({error}): pip install -e ".[structure]".'
+        )
+    return ""
+
+
 @contextlib.contextmanager
 def available() -> Iterator[None]:
     """Lets XLA find what it needs. To be entered before JAX has started any device.
@@ -69,13 +80,8 @@ def available() -> Iterator[None]:
     Raises:
         ValueError: If the wheels are not installed.
     """
-    try:
-        for wheel in WHEELS:
-            importlib.metadata.version(wheel)
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ValueError(
-            f'XLA\'s compilers for accelerators are not installed ({error}): pip install -e ".[structure]".'
-        ) from None
+    if lacking := missing():
+        raise ValueError(lacking)
     environment = dict(os.environ)
     nvcc = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cuda_nvcc"
     os.environ["PATH"] += os.pathsep + str(nvcc / "bin")

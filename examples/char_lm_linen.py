@@ -2,14 +2,13 @@
 
 A small transformer learns the prose of Python's manual: AdamW under the one-cycle policy, two micro-batches
 for each of its steps, bfloat16 parameters rounded at random, telemetry, and with `--int8` moments of 8 bits.
-Batches and dropout depend only on the number of the step.
 
     pip install -e .[examples]
     python examples/char_lm_linen.py
 
-It takes about a minute on two CPU cores. Kill it at any time (Ctrl-C, SIGTERM, SIGKILL): the same command
-goes on from the last checkpoint and ends with the same bits. When it has ended, a larger `--steps` trains on:
-the rate rises again from where it was. `--out` receives checkpoints/, curve.csv and curve.png.
+It takes about a minute on two CPU cores. Kill it at any time: the same command goes on from the last
+checkpoint and ends with the same bits. When it has ended, a larger `--steps` trains on, and the rate rises
+again from where it was. `--out` receives checkpoints/, curve.csv and curve.png.
 """
 
 from __future__ import annotations
@@ -34,6 +33,7 @@ import adaptive_optax as ao
 from adaptive_optax.integrations.orbax import Checkpoints
 from adaptive_optax.study.tasks import ALPHABET, prose_windows
 
+COLUMNS = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
 CONTEXT, BATCH, MICRO_BATCHES, PEAK, EVALUATE_EVERY, PLANS = 64, 32, 2, 4e-3, 100, 16
 
 
@@ -75,8 +75,8 @@ def optimizer(cycle: ao.OneCycle, storage: str) -> optax.GradientTransformation:
     return ao.accumulate_gradients(measured, MICRO_BATCHES)
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Trains, or goes on; then evaluates, draws and prints."""
+def command_line() -> argparse.ArgumentParser:
+    """The command line."""
     parser = argparse.ArgumentParser(description="Trains a character model that survives being killed.")
     parser.add_argument("--steps", type=int, default=1000, help="micro-batches in all, an even number")
     parser.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
@@ -85,19 +85,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--from-step", type=int, help="go back to this checkpoint instead of the newest")
     parser.add_argument("--out", type=Path, default=Path("out/char_lm"))
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Trains, or goes on; then evaluates, draws and prints."""
+    parser = command_line()
     given = parser.parse_args(arguments)
-    if given.steps < 4 or given.steps % MICRO_BATCHES or min(given.save_every, given.layers) < 1:
-        parser.error("--steps must be even and at least 4, --save-every and --layers at least 1.")
-    if given.width < 4 or given.width % 4:
-        parser.error(f"--width must be a multiple of 4, got {given.width}.")
+    uneven = given.steps % MICRO_BATCHES or given.width % 4
+    if uneven or min(given.steps / 4, given.width / 4, given.save_every, given.layers) < 1:
+        parser.error("--steps must be even, at least 4, --width a multiple of 4, --save-every, --layers > 0.")
     model, storage = Transformer(given.width, given.layers), "int8" if given.int8 else "float32"
     train, validation = map(jnp.asarray, prose_windows(CONTEXT))  # codes [window, CONTEXT + 1]
-    emissions = given.steps // MICRO_BATCHES
-
-    # What a checkpoint holds, with the plans of the rate, rows of (from, to).
     params = model.init(jax.random.key(0), validation[:1, :-1], train=False)
-    plan = np.zeros((PLANS, 2), np.int32)
-    plan[0, 1] = emissions
+    emissions, plan = given.steps // MICRO_BATCHES, np.zeros((PLANS, 2), np.int32)
+    plan[0, 1] = emissions  # the plans of the rate, rows of (from, to), are in the checkpoint too
     start = {"params": params, "opt": optimizer(schedules(plan), storage).init(params), "plan": plan}
     checkpoints = Checkpoints(given.out / "checkpoints")
     try:
@@ -111,8 +113,9 @@ def main(arguments: list[str] | None = None) -> None:
         if used == PLANS:
             sys.exit(f"--steps can be changed {PLANS - 1} times, and was.")
         run["plan"][used] = first // MICRO_BATCHES, emissions
-        planned = MICRO_BATCHES * run["plan"][used - 1, 1]
-        print(f"The run of {planned} steps is planned anew for {given.steps}.")
+        print(
+            f"The run of {MICRO_BATCHES * run['plan'][used - 1, 1]} steps is planned anew for {given.steps}."
+        )
     cycle = schedules(run["plan"])
     tx, rate = optimizer(cycle, storage), jax.jit(cycle.learning_rate)
 
@@ -139,20 +142,17 @@ def main(arguments: list[str] | None = None) -> None:
 
     curve = given.out / "curve.csv"  # what is there of later steps than the checkpoint's comes again
     lines = curve.read_text().splitlines() if first and curve.exists() else []
-    known = [row for row in (line.split(",") for line in lines) if len(row) == 4 and row[0].isdigit()]
-    rows = [row for row in known if int(row[0]) <= first]
+    rows = [r for x in lines if len(r := x.split(",")) == 4 and r[0].isdigit() and int(r[0]) <= first]
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signals.append(number))
-    finished = "finished; a larger --steps trains on"
-    ended = finished if first == given.steps else "resumed" if first else "begins"
+    ended = "begins" if not first else "resumed" if first < given.steps else "finished; --steps trains on"
     print(f"Step {first} of {given.steps}: {ended}.", flush=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     given.out.mkdir(parents=True, exist_ok=True)
     partial = curve.with_suffix(".partial")
     partial.write_text("".join(",".join(row) + "\n" for row in rows))
     partial.replace(curve)
-    with checkpoints, curve.open("a", buffering=1) as file, Progress(*columns) as progress:
+    with checkpoints, curve.open("a", buffering=1) as file, Progress(*COLUMNS) as progress:
         bar = progress.add_task("", total=given.steps, completed=first)
         for i in range(first, given.steps):
             run["params"], run["opt"], loss = step(run["params"], run["opt"], i)
@@ -173,11 +173,11 @@ def main(arguments: list[str] | None = None) -> None:
     text = np.asarray(validation[0, :CONTEXT])
     for i in range(200):
         text = np.append(text, next_code(run["params"], text[-CONTEXT:], i))
-    leaves = b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(run["params"]))
-    print(f"Validation: {evaluate(run['params']):.4f} bits per character. A sample:")
+    crc = zlib.crc32(b"".join(np.asarray(x).tobytes() for x in jax.tree.leaves(run["params"])))
+    norm = ao.get_telemetry(run["opt"]).gradient_norm
+    print(f"Validation: {evaluate(run['params']):.4f} bits per character, gradient {norm:.2g}. A sample:")
     print("".join(ALPHABET[code] for code in text))
-    print(f"Norm of the last gradient: {ao.get_telemetry(run['opt']).gradient_norm:.3g}")
-    print(f"Checksum of the parameters: {zlib.crc32(leaves):08x}")
+    print(f"Checksum of the parameters: {crc:08x}")
     draw([[float(x or "nan") for x in row] for row in rows]).savefig(given.out / "curve.png", dpi=160)
 
 
@@ -190,7 +190,7 @@ def draw(rows: list[list[float]]) -> Figure:
     checked = table[np.isfinite(table[:, 3])]
     above.plot(checked[:, 0], checked[:, 3], "o-", ms=3, label="validation")
     above.set(ylabel="bits per character")
-    above.legend(frameon=False)
+    above.legend()
     below.plot(table[:, 0], table[:, 2])
     below.set(xlabel="step", ylabel="learning rate", ylim=(0, None))
     return figure

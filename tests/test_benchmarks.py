@@ -317,9 +317,24 @@ def test_one_command_measures_every_suite_that_is_published(tmp_path, monkeypatc
         return subprocess.CompletedProcess(arguments, 0)
 
     monkeypatch.setattr(command.subprocess, "run", run)
+    monkeypatch.setattr(command.compilers, "missing", lambda: "")
     command.main(out=tmp_path)
     assert begun == list(command.Suite)
     assert command.stored().keys() == set(begun)
+
+
+def test_what_needs_compilers_that_are_not_there_is_skipped(tmp_path, monkeypatch, capsys):
+    begun = []
+
+    def run(arguments, **_):
+        begun.append(arguments[arguments.index("--suite") + 1])
+        return subprocess.CompletedProcess(arguments, 0)
+
+    monkeypatch.setattr(command.subprocess, "run", run)
+    monkeypatch.setattr(command.compilers, "missing", lambda: "Install them.")
+    command.main(out=tmp_path)
+    assert set(command.Suite) - set(begun) == {"structure", "memory"}
+    assert "structure: skipped. Install them." in capsys.readouterr().err
 
 
 def test_a_quick_run_does_not_overwrite_what_is_published():

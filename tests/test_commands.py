@@ -22,6 +22,7 @@ PAGES = [
     "docs/extending.md",
     "docs/own_script.md",
     "docs/decay_now.md",
+    "docs/scale.md",
 ]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 STUDIES = sorted((ROOT / "docs").rglob("summary.json"))
@@ -66,6 +67,11 @@ def check(words, pytest_options):
         module, *arguments = arguments[1:]
         if module == "benchmarks":
             parse(benchmarks_app, arguments)
+        elif module.startswith("benchmarks."):
+            assert (
+                not arguments
+                and '__name__ == "__main__"' in (ROOT / f"{module.replace('.', '/')}.py").read_text()
+            )
         elif module == "pytest":
             for word in arguments:
                 named = word.removeprefix("--").partition("=")[0].replace("-", "_")

@@ -54,3 +54,10 @@ def test_an_absurd_rate_is_limited(capsys):
     loss, x, y = names["loss"], names["x"], names["y"]
     assert loss(names["params"], x, y) < 0.1 * loss(jax.tree.map(jnp.zeros_like, names["params"]), x, y)
     assert capsys.readouterr().out.startswith("loss 0.")
+
+
+def test_a_state_is_created_where_it_belongs():
+    names = run("scale.md")
+    mu = names["state"][1][0].mu
+    assert mu.codes["w"].sharding.is_equivalent_to(names["split"], 2)
+    assert len(mu.codes["w"].addressable_shards) == jax.device_count()

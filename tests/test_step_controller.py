@@ -146,7 +146,10 @@ def test_presets():
     own = StepController(0.5)
     assert as_controller(own) is own
     assert (own.safety, own.min_factor, own.max_factor) == (0.9, 0.2, 2.0)
-    refused(lambda: as_controller("fast"), "controller must be None, a StepController or one of 'smooth', 'pi', 'noisy', got 'fast'")
+    refused(
+        lambda: as_controller("fast"),
+        "controller must be None, a StepController or one of 'smooth', 'pi', 'noisy', got 'fast'",
+    )
 
 
 @pytest.mark.parametrize("gains", GAINS)
