@@ -121,8 +121,6 @@ def fine_tune(model: Network, sets: tuple[Data, Data], steps: int) -> dict[str, 
     """Trains with the body frozen, then without; returns the curves of both halves, and of the comparison."""
     groups = ao.partition_by_path(GROUPS)
     frozen = ao.freeze(groups, BODY)
-    # Freezes nothing, but keeps the places in the state, by which a group finds its rate or schedule.
-    unfrozen = ao.freeze(groups, lambda params: jax.tree.map(lambda leaf: False, params))
 
     print(ao.describe_partition(frozen, nnx.state(model, nnx.Param)))
     optimizer = nnx.Optimizer(model, frozen, wrt=nnx.Param)  # the matrices of LoRA are nnx.Params as well
@@ -131,12 +129,12 @@ def fine_tune(model: Network, sets: tuple[Data, Data], steps: int) -> dict[str, 
     other_model, other_optimizer = nnx.clone(model), nnx.clone(optimizer)
 
     params = nnx.state(model, nnx.Param)
-    state, table = ao.transfer_state(optimizer.opt_state, frozen, unfrozen, params)
-    print(f"\n{ao.describe_partition(unfrozen, params)}\n\nWhat happened to the moments (mu and nu):")
+    state, table = ao.transfer_state(optimizer.opt_state, frozen, groups, params)
+    print(f"\n{ao.describe_partition(groups, params)}\n\nWhat happened to the moments (mu and nu):")
     for row in table:
         if "/mu/" in row.path or "/nu/" in row.path:
             print(f"{row.outcome:5} {row.path}")
-    optimizer = optimizer_from_state(model, unfrozen, state)
+    optimizer = optimizer_from_state(model, groups, state)
     curves["body trained"] = train("body trained", model, optimizer, sets, steps - half)
     curves["still frozen"] = train("still frozen", other_model, other_optimizer, sets, steps - half)
     for name in ("body trained", "still frozen"):

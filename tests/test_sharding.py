@@ -183,6 +183,43 @@ def test_what_is_refused():
         ao.state_sharding(lambda x: x, params)
 
 
+WRAPPERS = {
+    "reject_nonfinite": lambda: ao.reject_nonfinite(ao.adamw(0.1)),
+    "dynamic_loss_scale": lambda: ao.dynamic_loss_scale(ao.adamw(0.1), init_scale=1.0),
+    "dropped micro-batches": lambda: ao.accumulate_gradients(ao.adamw(0.1), 1, drop_nonfinite=True),
+}
+
+
+@KINDS
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_all_devices_reject_what_one_sees(name, kind):
+    tx, mesh = WRAPPERS[name](), mesh_of(kind)
+    layout = LAYOUTS["fully sharded"]
+    params = {
+        name: jax.device_put(jnp.ones(shape), NamedSharding(mesh, layout[name]))
+        for name, shape in SHAPES.items()
+    }
+    shardings = ao.state_sharding(tx, params)
+    state = jax.jit(tx.init, out_shardings=shardings)(params)
+    placed = jax.tree.map(lambda x: x.sharding, params)
+
+    def step(params, state, bad):
+        gradients = jax.tree.map(jnp.ones_like, params)
+        bias = jnp.where(jnp.arange(SHAPES["bias"][0]) == 0, jnp.where(bad, jnp.nan, 1.0), 1.0)
+        gradients["bias"] = jax.device_put(bias, placed["bias"])  # one coordinate, on one device
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state
+
+    step = jax.jit(step, out_shardings=(placed, shardings))
+    for bad in (True, False):
+        after, state = step(params, state, bad)
+        for old, new in zip(jax.tree.leaves(params), jax.tree.leaves(after), strict=True):
+            assert (np.asarray(old) == np.asarray(new)).all() == bad
+            assert len({shard.device for shard in new.addressable_shards}) == 8
+    found = ao.get_rejections(state)
+    assert int(found.total) + int(found.dropped) == 1
+
+
 # Inside shard_map.
 
 

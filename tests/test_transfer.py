@@ -215,3 +215,22 @@ def test_a_measurement_is_of_the_same_leaves_or_new(inner):
     whole = ao.telemetry(ao.reject_nonfinite(inner))
     assert int(ao.transfer_state(state, tx, whole, PARAMS)[0].measured) == 0
     assert int(ao.transfer_state(trained(whole), whole, whole, renamed)[0].measured) == 5
+
+
+@pytest.mark.parametrize("unfreezes", [True, False])
+def test_groups_keep_their_schedules_when_a_wrapper_comes_or_goes(unfreezes):
+    params = {"body": jnp.ones(3), "head": jnp.ones(2)}
+    groups = ao.partition_by_path(
+        {"body": ao.adam(optax.linear_schedule(1.0, 0.0, 100))},
+        default=ao.adamw(optax.linear_schedule(2.0, 0.0, 100)),
+    )
+    old, new = ao.freeze(groups, "body"), groups
+    old, new = (old, new) if unfreezes else (new, old)
+    state = old.init(params)
+    for _ in range(10):
+        _, state = old.update(params, state, params)
+    state, _ = ao.transfer_state(state, old, new, params)
+    _, state = new.update(params, state, params)
+    rates = ao.get_hyperparams(state)
+    assert float(rates["body/learning_rate"]) == pytest.approx(0.9)
+    assert float(rates["default/learning_rate"]) == pytest.approx(1.8)

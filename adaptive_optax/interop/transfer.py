@@ -337,7 +337,8 @@ class _Transfer:
     def _source(self, x: Any, own: Any, path: str, same: list[Node]) -> Node | None:
         """The old state that provides counts and weights.
 
-        It is the one with most leaves, the one at the same path, or the only one.
+        It is the one with most leaves, the one at the same path, the one at the same path within a wrapper that
+        was added or removed outside, or the only one.
         """
         votes: collections.Counter[int] = collections.Counter()
         moments = moments_declared_by(type(x))
@@ -350,7 +351,9 @@ class _Transfer:
         if has_leaves:
             return same[max(votes, key=lambda i: (votes[i], same[i].path == path))] if votes else None
         here = [node for node in same if node.path == path]
-        return here[0] if here else same[0] if len(same) == 1 else None
+        within = [node for node in same if _ends_alike(node.path, path)]
+        found = next((nodes for nodes in (here, within, same) if len(nodes) == 1), None)
+        return None if found is None else found[0]
 
     def _field(self, x: Any, name: str, path: str, matches: _Matches) -> Any:
         """A field, filled with arrays of the old state."""
@@ -401,6 +404,11 @@ class _Transfer:
         if role != "nu" or leaf not in self.shapes:
             return None
         return regrouped(found, self.shapes[leaf], wanted)
+
+
+def _ends_alike(path: str, other: str) -> bool:
+    """Whether one path is the end of the other."""
+    return f"/{path}".endswith(f"/{other}") or f"/{other}".endswith(f"/{path}")
 
 
 def _without_measurement(node: Node) -> Node:
