@@ -337,8 +337,8 @@ class _Transfer:
     def _source(self, x: Any, own: Any, path: str, same: list[Node]) -> Node | None:
         """The old state that provides counts and weights.
 
-        It is the one with most leaves, the one at the same path, the one at the same path within a wrapper that
-        was added or removed outside, or the only one.
+        It is the one with most leaves, the one at the same path, the one whose path is the same but for a
+        wrapper outside, or the only one.
         """
         votes: collections.Counter[int] = collections.Counter()
         moments = moments_declared_by(type(x))
