@@ -6,9 +6,9 @@ for each of its steps, bfloat16 parameters rounded at random, telemetry, and wit
     pip install -e .[examples]
     python examples/char_lm_linen.py
 
-It takes about a minute on two CPU cores. Kill it at any time: the same command goes on from the last
-checkpoint and ends with the same bits. When it has ended, a larger `--steps` trains on, and the rate rises
-again from where it was. `--out` receives checkpoints/, curve.csv and curve.png.
+It takes about a minute on two CPU cores. Kill it at any time: the same command goes on and ends with the same
+bits. When it has ended, a larger `--steps` trains on. `--out` receives checkpoints/, curve.csv and curve.png.
+For your own text, replace `prose_windows`, which returns codes [window, character], and `ALPHABET`.
 """
 
 from __future__ import annotations
