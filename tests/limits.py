@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+import adaptive_optax as ao
+
 SCALES = np.array([1.0, 3.0, 10.0, 30.0])
 START = np.array([1.0, -2.0, 0.5, 1.5])
 
