@@ -485,7 +485,7 @@ def test_what_cannot_be_saved_or_restored(tmp_path):
     checkpoints = Checkpoints(tmp_path)
     with pytest.raises(ValueError, match="tree must hold arrays only, got int at 'a/n'; wrap"):
         checkpoints.save(1, {"a": {"n": 3}})
-    with pytest.raises(ValueError, match="tree must hold arrays of numbers, got dtype <U1 at 's'"):
+    with pytest.raises(ValueError, match="tree must hold arrays that orbax can write, got <U1 at 's'"):
         checkpoints.save(1, {"s": np.array("x")})
     for step in (-1, 1.0, "1"):
         with pytest.raises(ValueError, match=r"step must be an integer in \[0, inf\), got "):
@@ -535,3 +535,113 @@ def test_saving_does_not_wait_for_the_disk(tmp_path, monkeypatch):
         may_end.set()
         checkpoints.wait()
         assert checkpoints.steps() == [1, 2] and renames
+
+
+def x_of(value):
+    return {"x": np.full(3, float(value))}
+
+
+def gone_back(folder, step):
+    with Checkpoints(folder) as checkpoints:
+        for each in (10, 20, 30):
+            checkpoints.save(each, x_of(each))
+    checkpoints = Checkpoints(folder)
+    assert checkpoints.restore(x_of(0), step=step)[0] == step
+    return checkpoints
+
+
+@pytest.mark.parametrize("step", [5, 15, 20])
+def test_after_going_back_steps_go_on_from_there(tmp_path, step):
+    checkpoints = gone_back(tmp_path, 20)
+    with pytest.raises(
+        ValueError, match="step must be above 20, that of the checkpoint that was gone back to"
+    ):
+        checkpoints.save(step, x_of(99))
+    assert checkpoints.steps() == [10, 20, 30]
+    checkpoints.save(21, x_of(21))
+    checkpoints.close()
+    assert checkpoints.steps() == [10, 20, 21] and (tmp_path / "set_aside/30").exists()
+
+
+def test_what_was_set_aside_comes_back_if_the_write_fails(tmp_path, monkeypatch):
+    checkpoints = gone_back(tmp_path, 10)
+
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(orbax.ocp.CheckpointManager, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            checkpoints.save(15, x_of(15))
+    assert checkpoints.steps() == [10, 20, 30]
+    checkpoints.save(15, x_of(15))
+    checkpoints.close()
+    assert checkpoints.steps() == [10, 15]
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        jnp.ones(4, jnp.uint4),
+        np.ones(2, np.longdouble),
+        np.zeros(2, [("a", np.float32)]),
+        np.array(["a"]),
+        np.array([None]),
+    ],
+    ids=lambda x: str(x.dtype),
+)
+def test_arrays_that_cannot_be_written_are_refused_at_once(tmp_path, x):
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(ValueError, match="tree must hold arrays that orbax can write, got .* at 'a/b'"):
+            checkpoints.save(1, {"a": {"b": x}})
+        checkpoints.save(1, {"a": jnp.ones(1)})
+    assert checkpoints.steps() == [1]
+
+
+def test_traced_arrays_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="got a traced one at 'x': save outside of jit"):
+        jax.jit(lambda x: Checkpoints(tmp_path).save(1, {"x": x}))(jnp.ones(2))
+
+
+@pytest.mark.parametrize("dtype", [">f4", "<f4", ">i8", ">c8"])
+def test_byte_orders_of_other_machines(tmp_path, dtype):
+    x = np.arange(3).astype(dtype)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"x": x})
+        for like in (x, x.astype(x.dtype.newbyteorder("="))):
+            _, found = checkpoints.restore({"x": like})
+            np.testing.assert_array_equal(found["x"], x)
+            assert found["x"].dtype == like.dtype
+
+
+def test_a_path_that_orbax_misreads_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"folder must not have a '\[' in its path"):
+        Checkpoints(tmp_path / "lr=[0.1]")
+
+
+def test_a_link_to_nothing_is_no_folder(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    with pytest.raises(ValueError, match="which is a link to nothing"):
+        Checkpoints(tmp_path / "link")
+
+
+def test_a_checkpoint_that_is_deleted_while_it_is_read(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path, keep=1) as writer:
+        writer.save(1, x_of(1))
+    reader, load = Checkpoints(tmp_path), Checkpoints._load
+
+    def overtaken(self, step, leaves):
+        if step == 1:
+            with Checkpoints(tmp_path, keep=1) as writer:
+                writer.save(2, x_of(2))
+        return load(self, step, leaves)
+
+    monkeypatch.setattr(Checkpoints, "_load", overtaken)
+    step, found = reader.restore(x_of(0))
+    assert step == 2 and found["x"][0] == 2
+
+
+def test_a_foreign_folder_has_no_manifest(tmp_path):
+    (tmp_path / "7").mkdir()
+    with pytest.raises(ValueError, match="it has no manifest, so that it was not written by this class"):
+        Checkpoints(tmp_path).restore(x_of(0))

@@ -274,3 +274,9 @@ def test_batches_grow_with_the_longer_plan():
     n = 20  # emissions, within the first 100 steps
     np.testing.assert_array_equal(short.accumulation_steps.values[:n], long.accumulation_steps.values[:n])
     np.testing.assert_allclose(short.learning_rate.values[:n], long.learning_rate.values[:n])
+
+
+@pytest.mark.parametrize(("value", "found"), [(None, "None"), (np.ones(2), r"an array of shape \(2,\)")])
+def test_a_schedule_that_returns_no_number(value, found):
+    with pytest.raises(ValueError, match=f"schedule must return a number, got {found} at step 10"):
+        ao.replan(lambda count: value, at=10, total_steps=100, planned_steps=50)

@@ -130,6 +130,26 @@ def test_the_memory_of_lbfgs_is_split_like_the_parameters():
     assert found.diff_updates_memory["bias"].spec == PartitionSpec(None, "model")
 
 
+def test_the_memory_of_lbfgs_for_a_single_array():
+    split = NamedSharding(mesh_of(AxisType.Auto), PartitionSpec("data"))
+    found = ao.state_sharding(optax.lbfgs(), jax.ShapeDtypeStruct((8, 4), jnp.float32, sharding=split))[0]
+    assert found.diff_params_memory.spec == PartitionSpec(None, "data")
+
+
+def test_a_parameter_whose_path_ends_like_a_field_of_the_state():
+    mesh = mesh_of(AxisType.Auto)
+    split, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    params = {
+        "mu": {"w": jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=split)},
+        "w": jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=everywhere),
+    }
+    for tx in (ao.scale_by_adam(), optax.scale_by_adam()):
+        found = ao.state_sharding(tx, params)
+        for moment in (found.mu, found.nu):
+            assert moment["w"].is_fully_replicated
+            assert moment["mu"]["w"].is_equivalent_to(split, 2)
+
+
 @KINDS
 def test_inside_set_mesh(kind):
     mesh = mesh_of(kind)
@@ -237,6 +257,20 @@ def three_steps(tx, params, gradients):
         updates, state = tx.update(gradients, state, params)
         params = optax.apply_updates(params, updates)
     return params
+
+
+def test_specs_without_a_parameter_are_refused():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    params = {"w": jnp.ones((8, 8), jnp.bfloat16)}
+
+    def rounded(params):
+        with ao.global_coordinates({"W": PartitionSpec("data")}):
+            tx = ao.stochastic_rounding()
+            return tx.update(params, tx.init(params), params)[0]
+
+    specs = {"w": PartitionSpec("data")}
+    with pytest.raises(ValueError, match="specs must have a leaf for every parameter, and has none for 'w'"):
+        jax.shard_map(rounded, mesh=mesh, in_specs=(specs,), out_specs=specs)(params)
 
 
 @KINDS

@@ -36,12 +36,12 @@ def global_coordinates(specs: Any) -> Iterator[None]:
     ```
 
     Args:
-        specs: A tree of `PartitionSpec` like the parameters: how `shard_map` splits them. A leaf whose path
-            is missing is whole. Shards must be of equal size, as those of `shard_map` are.
+        specs: A tree of `PartitionSpec` like the parameters: how `shard_map` splits them, `PartitionSpec()`
+            for a parameter that is whole. Shards must be of equal size, as those of `shard_map` are.
 
     Raises:
         ValueError: If a leaf is no `PartitionSpec`; while tracing, if a spec has more entries than its leaf
-            has axes.
+            has axes, or the leaf of a parameter with axes is missing.
 
     Examples:
         >>> import adaptive_optax as ao, jax, jax.numpy as jnp
@@ -77,6 +77,12 @@ def places(tree: Any) -> Any:
     specs, treedef = _SPECS.get(), jax.tree.structure(tree)
     if specs is None:
         return treedef.unflatten(range(treedef.num_leaves))
+    for path, x in paths_and_leaves(tree):
+        if path and x.ndim and path not in specs:
+            raise ValueError(
+                f"specs must have a leaf for every parameter, and has none for {path!r}: use PartitionSpec() "
+                "if it is whole."
+            )
     pairs = enumerate(paths_and_leaves(tree))
     return treedef.unflatten([_place(i, path, x.shape, specs.get(path)) for i, (path, x) in pairs])
 

@@ -32,6 +32,7 @@ from typing import Any, Self, TypeVar, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from adaptive_optax import __version__
 from adaptive_optax._core.checks import check_integer
@@ -93,13 +94,17 @@ class Checkpoints:
         if "://" in text:
             raise ValueError(f"folder must be on a file system, got {text!r}.")
         if os.path.lexists(text) and not os.path.isdir(text):
-            raise ValueError(f"folder must be a folder, got {text!r}, which is a file.")
+            kind = "a link to nothing" if os.path.islink(text) and not os.path.exists(text) else "a file"
+            raise ValueError(f"folder must be a folder, got {text!r}, which is {kind}.")
         check_integer("keep", keep, "[1, inf)")
         self.folder: Path = Path(text).absolute()
+        if "[" in str(self.folder):  # orbax would look for the arrays by this pattern, and write none
+            raise ValueError(f"folder must not have a '[' in its path, which orbax misreads, got {text!r}.")
         self.keep: int = int(keep)
         self._manager: Any = None
         self._writing: int | None = None
         self._went_back_to: int | None = None
+        self._put_aside: dict[int, Path] = {}
 
     def steps(self) -> list[int]:
         """Returns the steps of the complete checkpoints, the newest last."""
@@ -118,10 +123,10 @@ class Checkpoints:
 
         Args:
             step: The number of steps taken, above that of every checkpoint in the folder. After
-                `restore(like, step=...)` it may be lower: the checkpoints from there on are then moved to the
-                folder `set_aside`.
+                `restore(like, step=...)`, above that step: later checkpoints are then moved to the folder
+                `set_aside`.
             tree: Any tree of arrays: parameters, an optimizer's state, telemetry, keys of random numbers,
-                counters. Arrays without elements are not written.
+                counters. Arrays without elements are not written. Weak types and byte orders are not kept.
 
         Raises:
             ValueError: If `step` is not above the newest, or a leaf is not an array.
@@ -137,14 +142,18 @@ class Checkpoints:
                     f"tree must hold arrays only, got {type(x).__name__} at {path!r}; wrap a number with "
                     "np.asarray."
                 )
-            if isinstance(x, np.ndarray | np.generic) and x.dtype.kind in "OSUMm":
-                raise ValueError(f"tree must hold arrays of numbers, got dtype {x.dtype} at {path!r}.")
+            if isinstance(x, Tracer):
+                raise ValueError(f"tree must hold arrays, got a traced one at {path!r}: save outside of jit.")
+            if not _is_key(x) and not _can_be_written(x.dtype):
+                raise ValueError(f"tree must hold arrays that orbax can write, got {x.dtype} at {path!r}.")
         self.wait()
-        newest = max(self.steps(), default=-1)
-        if step <= newest and self._went_back_to is None:
+        back = self._went_back_to
+        newest = max(self.steps(), default=-1) if back is None else back
+        if step <= newest:
+            which = "the newest checkpoint in" if back is None else "the checkpoint that was gone back to in"
             raise ValueError(
-                f"step must be above {newest}, that of the newest checkpoint in {self.folder}, got {step}; "
-                "restore from it first, go back with restore(like, step=...), or use another folder."
+                f"step must be above {newest}, that of {which} {self.folder}, got {step}; restore from it "
+                "first, go back with restore(like, step=...), or use another folder."
             )
         data = {path: _plain(x) for path, x in leaves}
         manifest = {
@@ -160,8 +169,8 @@ class Checkpoints:
         self._writing = step
         try:
             _try_to_write(self.folder)
-            if self._went_back_to is not None:
-                self._set_aside([s for s in self.steps() if s > self._went_back_to])
+            if back is not None:
+                self._set_aside([s for s in self.steps() if s > back])
                 self._went_back_to = None
             _ORBAX_LOG.addFilter(_is_wanted)
             if self._manager is None:
@@ -213,12 +222,19 @@ class Checkpoints:
             )
         if not steps:
             return None
-        chosen = steps[-1] if step is None else int(step)
         with _without_late_answers():
-            try:
-                loaded, versions = self._load(chosen, leaves)
-            except _Damaged as error:
-                raise ValueError(self._damage(chosen, str(error), leaves)) from error
+            while True:
+                chosen = steps[-1] if step is None else int(step)
+                try:
+                    loaded, versions = self._load(chosen, leaves)
+                    break
+                except _Damaged as error:
+                    there = self.steps()
+                    if not there or chosen in there:
+                        raise ValueError(self._damage(chosen, str(error), leaves)) from error
+                    if step is not None:
+                        raise ValueError(f"Checkpoint {step} was deleted while it was read.") from error
+                    steps = there  # a writer has deleted it and written a newer one
         for name, version in _versions().items():
             if versions.get(name, version) != version:
                 warnings.warn(
@@ -241,7 +257,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
         except Exception as error:
             raise self._failed(error) from error
-        self._writing = None
+        self._writing, self._put_aside = None, {}
         _ORBAX_LOG.removeFilter(_is_wanted)
 
     def close(self) -> None:
@@ -270,17 +286,25 @@ class Checkpoints:
         """Cleans up after a write that failed, and returns what to raise."""
         step, self._writing = self._writing, None
         manager, self._manager = self._manager, None
+        put_aside, self._put_aside = self._put_aside, {}
         if manager is not None:
             with contextlib.suppress(Exception):
                 manager.close()
         _ORBAX_LOG.removeFilter(_is_wanted)
         for rest in self.folder.glob(f"{step}.orbax-checkpoint-tmp*"):
             shutil.rmtree(rest, ignore_errors=True)
+        for old, path in put_aside.items():
+            with contextlib.suppress(OSError):
+                os.replace(path, self.folder / str(old))
+        if put_aside:
+            self._went_back_to = max((s for s in self.steps() if s < min(put_aside)), default=None)
         steps = self.steps()
         good = f"checkpoint {steps[-1]} there is intact" if steps else "there is none there yet"
         number = _errno_of(error)
         reason = os.strerror(number) if number else _first_line(error)
         remedy = "; free some space and save again" if number in _FULL else ""
+        if number in (errno.ENOENT, errno.ENOTEMPTY) or "NOT_FOUND" in str(error):
+            remedy = "; does another process write there?"
         message = f"Checkpoint {step} could not be written to {self.folder}: {reason}; {good}{remedy}."
         return OSError(number, message) if number else OSError(message)
 
@@ -291,6 +315,7 @@ class Checkpoints:
             for step in reversed(steps):  # the newest first: what is left is always a run up to some step
                 name = str(step) if not (aside / str(step)).exists() else f"{step}.{uuid.uuid4().hex[:8]}"
                 os.replace(self.folder / str(step), aside / name)
+                self._put_aside[step] = aside / name
         if steps:
             if self._manager is not None:
                 self._manager.close()
@@ -405,13 +430,25 @@ def _is_key(x: Any) -> bool:
 def _plain(x: Any) -> Any:
     """What is written of a leaf; of keys their data. What may change in place is copied."""
     if isinstance(x, np.ndarray | np.generic):
-        return np.array(x)
+        return np.array(x, _native(x.dtype))
     return jax.random.key_data(x) if _is_key(x) else x
 
 
 def _type_of(x: Any) -> tuple[list[int], str]:
     """Shape and dtype, as they stand in the manifest."""
-    return [int(n) for n in x.shape], str(x.dtype)
+    return [int(n) for n in x.shape], str(_native(x.dtype))
+
+
+def _native(dtype: Any) -> Any:
+    """A dtype in this machine's byte order, in which arrays are written."""
+    return dtype.newbyteorder("=") if isinstance(dtype, np.dtype) else dtype
+
+
+def _can_be_written(dtype: Any) -> bool:
+    """Whether orbax writes it, which finds out in the background, and does not say which array it was."""
+    if dtype.kind in "OSUMm" or dtype.names is not None or dtype.name in ("uint2", "uint4"):
+        return False
+    return dtype.itemsize <= {"f": 8, "c": 16}.get(dtype.kind, 8)
 
 
 def _shown(kind: Any) -> str:
@@ -431,6 +468,8 @@ def _digest(manifest: dict[str, Any]) -> int:
 
 
 def _read_manifest(folder: Path) -> dict[str, Any]:
+    if folder.is_dir() and not (folder / "manifest").exists():
+        raise _Damaged("it has no manifest, so that it was not written by this class, or not completely")
     try:
         with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as checkpointer:
             found = checkpointer.restore(folder / "manifest", args=cast(Any, ocp.args.JsonRestore)())
@@ -466,7 +505,9 @@ def _place(x: Any) -> Any:
 def _placed(read: Any, x: Any) -> Any:
     """What was read, as the kind of array that `x` is."""
     if isinstance(x, np.ndarray | np.generic):
-        return np.asarray(read, x.dtype)[()] if isinstance(x, np.generic) else read
+        return (
+            np.asarray(read, x.dtype)[()] if isinstance(x, np.generic) else read.astype(x.dtype, copy=False)
+        )
     array = read if isinstance(read, jax.Array) else jnp.asarray(read)
     if not _is_key(x):
         return array

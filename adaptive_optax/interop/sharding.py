@@ -44,7 +44,8 @@ def state_sharding(tx: optax.GradientTransformation | optax.MultiSteps, params: 
             Explicit axes. Leaves without a `NamedSharding` count as replicated.
 
     Returns:
-        A tree of `NamedSharding` like `tx.init(params)`, on the mesh of the parameters.
+        A tree of `NamedSharding` like `tx.init(params)`, on the mesh of the parameters and in the default
+        memory of its devices.
 
     Raises:
         ValueError: If no parameter has a `NamedSharding`, they are on different meshes, an axis of
@@ -96,16 +97,20 @@ def _spec_of(x: Any) -> PartitionSpec:
 def _spec_of_copies(path: str, shape: tuple[int, ...], params: dict[str, Any]) -> PartitionSpec:
     """The sharding of an array created from scratch: that of a parameter if it stacks copies of one."""
     parts = path.split("/")
-    names = ("/".join(parts[i:]) for i in range(len(parts)))
-    name = next((name for name in names if name in params), None)
-    if (
-        name is None
-        or not jnp.ndim(params[name])
-        or shape[-jnp.ndim(params[name]) :] != jnp.shape(params[name])
-    ):
+    names = ("/".join(parts[i:]) for i in range(len(parts) + 1))
+    fitting = [name for name in names if name in params and _stacks(shape, jnp.shape(params[name]))]
+    if not fitting:
         return PartitionSpec()
-    spec = _spec_of(params[name])
-    return PartitionSpec(*[None] * (len(shape) - jnp.ndim(params[name])), *spec)
+    specs = [_spec_of(params[name]) for name in fitting]
+    is_copy = shape == jnp.shape(params[fitting[0]])
+    if is_copy and any(spec != specs[0] for spec in specs):
+        return PartitionSpec()  # of the one that is replicated, whose path ends like the field's
+    return PartitionSpec(*[None] * (len(shape) - jnp.ndim(params[fitting[0]])), *specs[0])
+
+
+def _stacks(shape: tuple[int, ...], one: tuple[int, ...]) -> bool:
+    """Whether an array has the shape of a parameter with axes, or of several."""
+    return bool(one) and shape[-len(one) :] == one
 
 
 def _mesh_of(params: Any) -> Mesh | AbstractMesh:

@@ -141,6 +141,10 @@ def replan(
             f"made, got {schedule!r}."
         )
     first, steps = int(at), int(total_steps) - int(at)
+    start = schedule(as_count(first))
+    if start is None or jnp.ndim(start):
+        found = "None" if start is None else f"an array of shape {jnp.shape(start)}"
+        raise ValueError(f"schedule must return a number, got {found} at step {first}.")
     rest = _stretched(schedule, first, steps, planned)
     if end_value is not None:
         rest = _ending(rest, steps, as_number(end_value))
