@@ -124,7 +124,7 @@ def measure(quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
         compiled = list(_compiled(quick, advance))
     note = ", ".join(f"{name} {version}" for name, version in compilers.versions().items())
     rows = list(counted(quick, advance))
-    return {"rows": rows, "compiled": compiled, "hardware": HARDWARE, "note": note}
+    return {"rows": rows, "compiled": compiled, "seeds": {}, "hardware": HARDWARE, "note": note}
 
 
 def counted(quick: bool, advance: Callable[[str], None]) -> Iterator[dict[str, Any]]:

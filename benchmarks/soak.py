@@ -131,7 +131,7 @@ def measure(quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
             checkpoints = Checkpoints(out).steps()
         found = json.loads(ended.stdout.splitlines()[-1])
         runs[name] = found | {"checkpoints": checkpoints, "seconds": time.perf_counter() - began}
-    return {"steps": steps, "runs": runs}
+    return {"steps": steps, "runs": runs, "seeds": {"parameters": 0, "batches": 1}}
 
 
 def _process(arguments: list[str]) -> subprocess.CompletedProcess[str]:

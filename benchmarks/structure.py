@@ -98,7 +98,7 @@ def measure(quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
         rows = list(_rows(quick, advance))
         communicating = list(_communicating(quick, advance))
     note = ", ".join(f"{name} {version}" for name, version in compilers.versions().items())
-    return {"rows": rows, "collectives": communicating, "hardware": HARDWARE, "note": note}
+    return {"rows": rows, "collectives": communicating, "seeds": {}, "hardware": HARDWARE, "note": note}
 
 
 def _rows(quick: bool, advance: Callable[[str], None]) -> Iterator[dict[str, Any]]:

@@ -61,7 +61,7 @@ class Checkpoints:
     The folder is created by the first `save`. It must be on a file system, not in a bucket.
 
     Args:
-        folder: Where the checkpoints are or will be, of this run alone. No "[" in its path: orbax misreads it.
+        folder: Where the checkpoints are or will be, of this run alone. Without a "[" in its path.
         keep: How many to keep, at least 1. Older ones are deleted once a new one is complete, so that for a
             moment there is one more.
 
