@@ -7,13 +7,9 @@ need and which collectives they run. That is structure, not time: launches and t
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import dataclasses
 import importlib.metadata
-import math
 import os
-import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,19 +43,6 @@ SLICES = {
     "256 TPU v5e": ("tpu", "v5e:16x16", (32, 8)),
     "4096 TPU v5p": ("tpu", "v5p:16x16x16", (512, 8)),
 }
-_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5} | {
-    f"{kind}{bits}": bits / 8 for kind in ("s", "u", "f", "bf") for bits in (8, 16, 32, 64)
-}
-_KERNELS = frozenset(
-    ("fusion", "copy", "sort", "custom-call", "reduce", "scatter", "convert", "select", "broadcast", "add")
-) | {"multiply"}
-_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all")
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{", re.MULTILINE)
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*?) ([\w\-]+)\((.*?)\)(?:, |$)")
-_ARRAY = re.compile(r"\b([a-z]+\d+|pred)(?:e\w+)?\[([\d,]*)\]")
-_CALLED = re.compile(r"(?:body|condition|true_computation|false_computation)=%?([\w.\-]+)")
-_CALLED_BY_CALL = re.compile(r"to_apply=%?([\w.\-]+)")
-_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 
 
 def missing() -> str:
@@ -114,60 +97,3 @@ def mesh_of(name: str) -> Mesh:
     platform, topology, shape = SLICES[name]
     found = np.array(devices(platform, topology)).reshape(shape)
     return Mesh(found, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-
-
-@dataclasses.dataclass(frozen=True)
-class Kernel:
-    """An instruction that is run by itself, and the bytes of its operands and results."""
-
-    name: str
-    operation: str
-    traffic: float
-
-
-def kernels(hlo: str) -> list[Kernel]:
-    """Returns the kernels of a compiled program.
-
-    Bodies of loops and branches of conditionals count once each, so what a step does not run counts too.
-    """
-    bodies, entry = _computations(re.sub(r"/\*.*?\*/", "", hlo))
-    found: list[Kernel] = []
-    waiting, seen = [entry], {entry}
-    while waiting:
-        sizes: dict[str, float] = {}
-        for line in bodies.get(waiting.pop(), ()):
-            match = _INSTRUCTION.match(line)
-            if not match:
-                continue
-            name, shape, operation, operands = match.groups()
-            sizes[name] = _bytes(shape)
-            if operation in _KERNELS:
-                read = (sizes.get(each.strip().lstrip("%"), 0) for each in operands.split(","))
-                found.append(Kernel(name, operation, sizes[name] + sum(read)))
-            called = _CALLED.findall(line) + (_CALLED_BY_CALL.findall(line) if operation == "call" else [])
-            for branches in _BRANCHES.findall(line):
-                called += [each.strip().lstrip("%") for each in branches.split(",")]
-            waiting += [each for each in called if each not in seen]
-            seen |= set(called)
-    return found
-
-
-def collectives(hlo: str) -> dict[str, int]:
-    """Counts the collectives of a compiled program, by kind."""
-    kinds = "|".join(_COLLECTIVES)
-    return dict(collections.Counter(re.findall(rf" ({kinds})(?:-start)?\(", hlo)))
-
-
-def _computations(hlo: str) -> tuple[dict[str, list[str]], str]:
-    """Returns the lines of every computation, and the name of the one that the program begins with."""
-    starts = list(_COMPUTATION.finditer(hlo))
-    ends = [start.start() for start in starts[1:]] + [len(hlo)]
-    bodies = {start[2]: hlo[start.end() : end].splitlines() for start, end in zip(starts, ends, strict=True)}
-    return bodies, next(start[2] for start in starts if start[1])
-
-
-def _bytes(shape: str) -> float:
-    return sum(
-        _BYTES.get(dtype, 0) * math.prod(int(n) for n in sizes.split(",") if n)
-        for dtype, sizes in _ARRAY.findall(shape)
-    )

@@ -7,7 +7,6 @@ import importlib.util
 import itertools
 import math
 import os
-import re
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 import optax
 
 import adaptive_optax as ao
+from benchmarks.programs import entry_kernels
 from benchmarks.trees import Shapes, constant, normal, on_device, size
 
 HAS_TORCH = importlib.util.find_spec("torch") is not None
@@ -107,7 +107,7 @@ class Step:
             raise RuntimeError(f"The backend {jax.default_backend()!r} does not report the memory of a step.")
         peak = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
         return {
-            "kernels_per_leaf": kernels(self._compiled.as_text()) / self._leaves,
+            "kernels_per_leaf": entry_kernels(self._compiled.as_text()) / self._leaves,
             "state_bytes_per_parameter": self._state_bytes / self._parameters,
             "temp_bytes_per_parameter": memory.temp_size_in_bytes / self._parameters,
             "peak_bytes_per_parameter": (peak - memory.alias_size_in_bytes) / self._parameters,
@@ -137,18 +137,6 @@ def preparation(steps: dict[str, Step], repeats: int) -> dict[str, dict[str, flo
 def preparation_sum(row: dict[str, Any], name: str) -> float:
     """Returns the total seconds of tracing, lowering and compiling, from a row of results."""
     return sum(row["preparation_s"][name].values())
-
-
-_NO_KERNEL = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "opt-barrier"}
-
-
-def kernels(hlo: str) -> int:
-    """Counts the kernels in an optimized module's entry computation: fusions, reductions, copies, calls."""
-    entry = hlo[hlo.index("\nENTRY ") :]
-    entry = entry[: entry.index("\n}")]
-    opcodes = re.findall(r"^\s+(?:ROOT )?%?\S+ = (?:\(.*?\)|\S+) ([a-z][\w-]*)\(", entry, re.MULTILINE)
-    # A pair of start and done is one kernel.
-    return sum(opcode not in _NO_KERNEL and not opcode.endswith("-done") for opcode in opcodes)
 
 
 def torch_module() -> Any:

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import adaptive_optax as ao
-from benchmarks import compilers
+from benchmarks import compilers, programs
 from benchmarks.tables import Table
 
 HARDWARE = "ahead_of_time"
@@ -126,7 +126,7 @@ def _structure(tx: Any, params: Any, place: Any) -> dict[str, Any]:
     state = jax.eval_shape(tx.init, params)
     step = jax.jit(step_of(tx), donate_argnums=(0, 1), out_shardings=place)
     compiled: Any = step.lower(*map(placed, (params, state, params))).compile()
-    found = compilers.kernels(compiled.as_text())
+    found = programs.kernels(compiled.as_text())
     count = sum(x.size for x in jax.tree.leaves(params))
     return {
         "leaves": len(jax.tree.leaves(params)),
@@ -155,7 +155,7 @@ def _collectives(tx: Any, mesh: Mesh) -> dict[str, int]:
     out = (jax.tree.map(lambda x: x.sharding, params), shardings)
     step = jax.jit(step_of(tx), donate_argnums=(0, 1), out_shardings=out)
     compiled: Any = step.lower(params, state, params).compile()
-    return compilers.collectives(compiled.as_text())
+    return programs.collectives(compiled.as_text())
 
 
 def tables(result: dict[str, Any]) -> dict[str, Table]:

@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import adaptive_optax as ao
-from benchmarks import compilers
+from benchmarks import programs
 from benchmarks.structure import step_of
 
 # Matrices split along either axis, and a vector; every shard holds whole blocks of 256 values.
@@ -72,14 +72,14 @@ def test_a_coordinate_wise_update_communicates_nothing(name, kind):
     dtype = (
         jnp.bfloat16 if name in ("stochastic rounding", "master weights", "Kahan summation") else jnp.float32
     )
-    assert compilers.collectives(compiled(COORDINATE_WISE[name](), kind, dtype)) == {}
+    assert programs.collectives(compiled(COORDINATE_WISE[name](), kind, dtype)) == {}
 
 
 @KINDS
 @pytest.mark.parametrize("name", ONE_SCALAR)
 def test_a_global_norm_is_one_all_reduce_of_one_scalar(name, kind):
     text = compiled(ONE_SCALAR[name](), kind)
-    assert compilers.collectives(text) == {"all-reduce": 1}
+    assert programs.collectives(text) == {"all-reduce": 1}
     assert summed(text) == [
         ["f32[]"] * len(LEAVES)
     ]  # the CPU's compiler joins those of leaves, and adds later
@@ -89,7 +89,7 @@ def test_a_global_norm_is_one_all_reduce_of_one_scalar(name, kind):
 @pytest.mark.parametrize("name", ONE_PER_TENSOR)
 def test_norms_of_tensors_are_one_all_reduce_for_the_whole_tree(name, kind):
     text = compiled(ONE_PER_TENSOR[name](), kind)
-    assert compilers.collectives(text) == {"all-reduce": 1}
+    assert programs.collectives(text) == {"all-reduce": 1}
     assert summed(text) == [["f32[]"] * len(LEAVES)]
 
 
@@ -97,12 +97,12 @@ def test_norms_of_tensors_are_one_all_reduce_for_the_whole_tree(name, kind):
 def test_rejection_is_decided_together(kind):
     # Every device must know whether any other found a value that is not finite.
     text = compiled(ao.reject_nonfinite(ao.adamw(1e-3)), kind)
-    assert 1 <= compilers.collectives(text).pop("all-reduce") <= 2
+    assert 1 <= programs.collectives(text).pop("all-reduce") <= 2
     assert all(set(types) == {"pred[]"} for types in summed(text))
 
 
 @KINDS
 def test_the_noise_scale_needs_two_norms(kind):
     text = compiled(ao.accumulate_gradients(ao.adamw(1e-3), 4), kind)  # of a micro-batch, and of their mean
-    assert compilers.collectives(text) == {"all-reduce": 2}
+    assert programs.collectives(text) == {"all-reduce": 2}
     assert all(set(types) == {"f32[]"} for types in summed(text))

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from benchmarks import __main__ as command
-from benchmarks import compilers, memory, structure
+from benchmarks import compilers, memory, programs, structure
 
 ROOT = Path(__file__).parents[1]
 HLO = """HloModule jit_step, is_scheduled=true
@@ -65,7 +65,7 @@ ENTRY %main (p: f32[4], q: f32[4]) -> bf16[4] {
 
 
 def test_kernels_are_what_is_run_by_itself():
-    found = {kernel.name: (kernel.operation, kernel.traffic) for kernel in compilers.kernels(HLO)}
+    found = {kernel.name: (kernel.operation, kernel.traffic) for kernel in programs.kernels(HLO)}
     assert found == {
         "out": ("fusion", 16 + 16 + 8),  # not what is fused
         "doubled": ("add", 3 * 32),  # in the body of a loop, once
@@ -74,7 +74,7 @@ def test_kernels_are_what_is_run_by_itself():
 
 
 def test_collectives_count_once():
-    assert compilers.collectives(HLO) == {"all-reduce": 1, "all-gather": 1}
+    assert programs.collectives(HLO) == {"all-reduce": 1, "all-gather": 1}
 
 
 def test_without_the_compilers_it_says_what_to_install(monkeypatch, tmp_path):
