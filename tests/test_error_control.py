@@ -565,7 +565,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_whole_optimizer_is_no_direction(name):
-    with pytest.raises(ValueError, match="direction must (keep the sign|not contain a learning rate)"):
+    with pytest.raises(ValueError, match="direction must (keep the sign|not contain error_controlled)"):
         ao.error_controlled(OPTIMIZERS[name](), 0.1).init({"w": jnp.ones(3)})
 
 
@@ -580,6 +580,12 @@ def test_a_schedule_may_be_another_one_than_at_first(first):
     assert int(counts_of(state).phase) == 3 and float(numbers.peak) == 50
     held = float(numbers.longest * numbers.relaxation)
     np.testing.assert_allclose(float(state.step_limit), held * 2 * (1 - 40 / 200), rtol=1e-3)
+
+
+def test_groups_may_have_rates_relative_to_each_other():
+    slower = optax.chain(ao.scale_by_adam(), ao.scale_by_learning_rate(0.1, flip_sign=False))
+    tx = ao.error_controlled(ao.partition_by_path({"w": slower}, default=ao.scale_by_adam()), 0.1)
+    assert tx.init({"w": jnp.ones((3, 4)), "b": jnp.ones(())}).count == 0
 
 
 def test_it_is_read_under_strict_promotion():

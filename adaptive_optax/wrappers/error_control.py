@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer
 from jax.typing import ArrayLike
@@ -291,9 +292,9 @@ def error_controlled(
         bfloat16: decreases below twice the difference count as E = 0.
 
     Raises:
-        ValueError: If an argument is out of range or `direction` has the sign of descent (at construction);
-            if `direction` contains a learning rate or a leaf is not floating (at init); if `params`, `value`
-            or `value_fn` is missing, not a scalar, or does not fit the others (at update).
+        ValueError: If an argument is out of range (at construction); if `direction` has the sign of descent,
+            as far as can be seen, or a leaf is not floating (at init); if `params`, `value` or `value_fn` is
+            missing, not a scalar, or does not fit the others (at update).
 
     State cost: the state of `direction` and 19 scalars in three arrays. Time: one evaluation of the loss in
     `every` steps, and two more updates of `direction`. Under `vmap` every step probes. In `shard_map` and
@@ -330,7 +331,6 @@ def error_controlled(
     check_bool("follow_schedule", follow_schedule)
     controller = None if controller is None else as_controller(controller)
     direction = with_array_state(direction)
-    _check_points_up(direction)
     shape = max_learning_rate if follow_schedule and callable(max_learning_rate) else None
 
     heights: dict[Any, tuple[jax.Array, jax.Array]] = {}
@@ -373,7 +373,7 @@ def error_controlled(
     def init_fn(params):
         check_inexact("error_controlled", "params", params)
         inner = direction.init(params)
-        _check_no_learning_rate(inner)
+        _check_inner(direction, inner, params)
         return own_init(params)._replace(inner_state=inner)
 
     def limit_of(numbers, phase, given):
@@ -506,16 +506,16 @@ def _unpacked(array: jax.Array) -> list[jax.Array]:
     return [array[..., i] for i in range(array.shape[-1])]
 
 
-def _check_points_up(direction: Any) -> None:
-    """Raises if a direction has the sign of descent, as whole optimizers with a learning rate have."""
-    x = {"w": jnp.ones(2)}
+def _check_points_up(direction: Any, params: Any) -> None:
+    """Raises if a direction has the sign of descent for small parameters with these paths."""
+    x = jax.tree.map(lambda p: jnp.ones((2,) * jnp.ndim(p)), params)
 
-    def product():
+    def lowest():
         u, _ = direction.update(x, direction.init(x), x)
-        return jnp.sum(u["w"])
+        return jnp.min(jnp.stack([jnp.min(leaf) for leaf in jax.tree.leaves(u)]))
 
     try:
-        found = _constant(product)
+        found = _constant(lowest)
     except Exception:  # it needs other parameters or arguments
         return
     if found is not None and found < 0:
@@ -526,16 +526,14 @@ def _check_points_up(direction: Any) -> None:
         )
 
 
-def _check_no_learning_rate(state: Any) -> None:
-    """Raises if the state of a direction contains one of this library's learning rates."""
+def _check_inner(direction: Any, state: Any, params: Any) -> None:
+    """Raises if a direction is limited itself, or contains a whole optimizer, as far as can be seen."""
     kinds = (ScaleByLearningRateState, ErrorControlledState)
     nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kinds))
-    for node in nodes:
-        if isinstance(node, kinds):
-            raise ValueError(
-                f"direction must not contain a learning rate, got one with a {type(node).__name__}: pass "
-                "scale_by_adam() rather than adam(learning_rate)."
-            )
+    if any(isinstance(node, ErrorControlledState) for node in nodes):
+        raise ValueError("direction must not contain error_controlled, of which one limits all parameters.")
+    in_groups = any(isinstance(node, ScaleByLearningRateState) for node in nodes)
+    _check_points_up(direction, params if in_groups else {"w": np.ones(2)})
 
 
 def _constant(function: Callable[[], Any]) -> Any:
