@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, Sharding
 
 WHEELS = ("libtpu", "jax-cuda12-plugin", "nvidia-cuda-nvcc-cu12")
 AXES = ("fsdp", "tensor")
@@ -97,3 +97,12 @@ def mesh_of(name: str) -> Mesh:
     platform, topology, shape = SLICES[name]
     found = np.array(devices(platform, topology)).reshape(shape)
     return Mesh(found, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def placed(shapes: Any, shardings: Any) -> Any:
+    """Returns a tree of shapes with a tree of shardings, or one for all."""
+    if isinstance(shardings, Sharding):
+        shardings = jax.tree.map(lambda _: shardings, shapes)
+    return jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), shapes, shardings
+    )

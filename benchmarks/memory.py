@@ -173,11 +173,7 @@ def training_step(model: Transformer, tx: Any, dtype: Any, mesh: Mesh) -> dict[s
         shapes,
     )
     shardings = ao.state_sharding(tx, params)
-    state = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(tx.init, params),
-        shardings,
-    )
+    state = compilers.placed(jax.eval_shape(tx.init, params), shardings)
 
     def step(params, state, tokens):
         def loss(params):

@@ -120,12 +120,10 @@ def _communicating(quick: bool, advance: Callable[[str], None]) -> Iterator[dict
 
 
 def _structure(tx: Any, params: Any, place: Any) -> dict[str, Any]:
-    def placed(tree: Any) -> Any:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), tree)
-
     state = jax.eval_shape(tx.init, params)
     step = jax.jit(step_of(tx), donate_argnums=(0, 1), out_shardings=place)
-    compiled: Any = step.lower(*map(placed, (params, state, params))).compile()
+    shapes = (compilers.placed(tree, place) for tree in (params, state, params))
+    compiled: Any = step.lower(*shapes).compile()
     found = programs.kernels(compiled.as_text())
     count = sum(x.size for x in jax.tree.leaves(params))
     return {
@@ -147,11 +145,7 @@ def _collectives(tx: Any, mesh: Mesh) -> dict[str, int]:
 
     params = {"w": leaf((4096, 8192), fsdp, tensor), "b": leaf((8192,), (fsdp, tensor))}
     shardings = ao.state_sharding(tx, params)
-    state = jax.tree.map(
-        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
-        jax.eval_shape(tx.init, params),
-        shardings,
-    )
+    state = compilers.placed(jax.eval_shape(tx.init, params), shardings)
     out = (jax.tree.map(lambda x: x.sharding, params), shardings)
     step = jax.jit(step_of(tx), donate_argnums=(0, 1), out_shardings=out)
     compiled: Any = step.lower(params, state, params).compile()

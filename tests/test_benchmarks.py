@@ -309,28 +309,27 @@ def test_exponents_are_those_of_power_laws():
     assert all(math.isfinite(x) for fitted in found.values() for x in fitted.values())
 
 
-def test_one_command_measures_every_suite_that_is_published(tmp_path, monkeypatch):
-    begun = []
+@pytest.fixture
+def begun(monkeypatch):
+    """The suites for which a process is started; none is."""
+    suites = []
 
     def run(arguments, **_):
-        begun.append(arguments[arguments.index("--suite") + 1])
+        suites.append(arguments[arguments.index("--suite") + 1])
         return subprocess.CompletedProcess(arguments, 0)
 
     monkeypatch.setattr(command.subprocess, "run", run)
+    return suites
+
+
+def test_one_command_measures_every_suite_that_is_published(tmp_path, monkeypatch, begun):
     monkeypatch.setattr(command.compilers, "missing", lambda: "")
     command.main(out=tmp_path)
     assert begun == list(command.Suite)
     assert command.stored().keys() == set(begun)
 
 
-def test_what_needs_compilers_that_are_not_there_is_skipped(tmp_path, monkeypatch, capsys):
-    begun = []
-
-    def run(arguments, **_):
-        begun.append(arguments[arguments.index("--suite") + 1])
-        return subprocess.CompletedProcess(arguments, 0)
-
-    monkeypatch.setattr(command.subprocess, "run", run)
+def test_what_needs_compilers_that_are_not_there_is_skipped(tmp_path, monkeypatch, capsys, begun):
     monkeypatch.setattr(command.compilers, "missing", lambda: "Install them.")
     command.main(out=tmp_path)
     assert set(command.Suite) - set(begun) == {"structure", "memory"}
