@@ -261,7 +261,7 @@ def network(seed):
     return params, loss, x, y
 
 
-def trained(tx, seed, steps=400, micro_batches=1, batch=8, other=False, whole=False):
+def trained(tx, seed, steps=400, micro_batches=1, batch=8):
     """What the limit is after training on small batches, and what was seen of mismatches."""
     params, loss, x, y = network(seed)
     state, rng = tx.init(params), np.random.default_rng(seed)
@@ -270,14 +270,13 @@ def trained(tx, seed, steps=400, micro_batches=1, batch=8, other=False, whole=Fa
     def step(params, state, x, y, i):
         value, grad = jax.value_and_grad(loss)(params, x[i], y[i])
 
-        def value_fn(params):
-            return loss(params, x[i ^ 1], y[i ^ 1]) if other else loss(params, x[i], y[i])
-
-        updates, state = tx.update(grad, state, params, value=value, value_fn=value_fn)
+        updates, state = tx.update(
+            grad, state, params, value=value, value_fn=lambda params: loss(params, x[i], y[i])
+        )
         return optax.apply_updates(params, updates), state
 
     for _ in range(steps):
-        chosen = rng.choice(1024, (max(micro_batches, 2), batch))
+        chosen = rng.choice(1024, (micro_batches, batch))
         for i in range(micro_batches):
             params, state = step(params, state, x[chosen], y[chosen], i)
     return ao.get_error_control(state)
