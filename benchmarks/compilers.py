@@ -84,6 +84,12 @@ def versions() -> dict[str, str]:
     return {wheel: importlib.metadata.version(wheel) for wheel in WHEELS}
 
 
+def origin() -> dict[str, Any]:
+    """Returns what a result says of where it comes from, in place of the machine that compiled."""
+    note = ", ".join(f"{name} {version}" for name, version in versions().items())
+    return {"seeds": {}, "hardware": "ahead_of_time", "note": note}
+
+
 def devices(platform: str, topology: str) -> Any:
     """Returns the described devices."""
     if platform == "tpu":

@@ -50,6 +50,23 @@ OPTIMIZERS: dict[str, Callable[[], Any]] = {
 }
 
 
+def training_step(model: Transformer, tx: Any) -> Callable[..., Any]:
+    """A step of parameters, state and tokens; without an optimizer it returns the gradients."""
+
+    def step(params, state, tokens):
+        def loss(params):
+            logits: Any = model.apply({"params": params}, tokens[:, :-1])
+            return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
+
+        value, gradients = jax.value_and_grad(loss)(params)
+        if tx is None:
+            return params, state, (value, gradients)
+        updates, state = tx.update(gradients, state, params)
+        return optax.apply_updates(params, updates), state, value
+
+    return step
+
+
 class Training:
     """A compiled step; without an optimizer it returns the gradients."""
 
@@ -58,20 +75,9 @@ class Training:
         params = model.init(jax.random.key(0), tokens[:, :-1])["params"]
         self.parameters = sum(x.size for x in jax.tree.leaves(params))
         self.leaves = len(jax.tree.leaves(params))
-
-        def step(params, state, tokens):
-            def loss(params):
-                logits: Any = model.apply({"params": params}, tokens[:, :-1])
-                return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-
-            value, gradients = jax.value_and_grad(loss)(params)
-            if tx is None:
-                return params, state, (value, gradients)
-            updates, state = tx.update(gradients, state, params)
-            return optax.apply_updates(params, updates), state, value
-
         self._carry: Any = (params, None if tx is None else tx.init(params))
         self._tokens = tokens
+        step = training_step(model, tx)
         self._step = jax.jit(step, donate_argnums=(0, 1)).lower(*self._carry, tokens).compile()
 
     def __call__(self) -> Any:

@@ -24,10 +24,9 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 import adaptive_optax as ao
 from benchmarks import compilers
-from benchmarks.end_to_end import Transformer
+from benchmarks.end_to_end import Transformer, training_step
 from benchmarks.tables import Table, digits
 
-HARDWARE = "ahead_of_time"
 DEVICES = (8, 64, 512, 4096)
 COMPILED = ("256 TPU v5e", "4096 TPU v5p")
 HEAD = 128
@@ -122,9 +121,7 @@ def measure(quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
     """Counts the bytes of all sizes, and compiles a training step for two slices."""
     with compilers.available():
         compiled = list(_compiled(quick, advance))
-    note = ", ".join(f"{name} {version}" for name, version in compilers.versions().items())
-    rows = list(counted(quick, advance))
-    return {"rows": rows, "compiled": compiled, "seeds": {}, "hardware": HARDWARE, "note": note}
+    return {"rows": list(counted(quick, advance)), "compiled": compiled} | compilers.origin()
 
 
 def counted(quick: bool, advance: Callable[[str], None]) -> Iterator[dict[str, Any]]:
@@ -157,10 +154,10 @@ def _compiled(quick: bool, advance: Callable[[str], None]) -> Iterator[dict[str,
         mesh = compilers.mesh_of(name)
         for optimizer, (make, dtype) in list(OPTIMIZERS.items())[: 1 if quick else None]:
             advance(f"training step on {name}: {optimizer}")
-            yield {"slice": name, "optimizer": optimizer} | training_step(model, make(), dtype, mesh)
+            yield {"slice": name, "optimizer": optimizer} | memory_of_a_step(model, make(), dtype, mesh)
 
 
-def training_step(model: Transformer, tx: Any, dtype: Any, mesh: Mesh) -> dict[str, int]:
+def memory_of_a_step(model: Transformer, tx: Any, dtype: Any, mesh: Mesh) -> dict[str, int]:
     """The compiler's account of a training step, in bytes on each device, and what `held` says."""
     samples, length = 8 * mesh.shape["fsdp"], 128
     tokens = jax.ShapeDtypeStruct(
@@ -174,17 +171,8 @@ def training_step(model: Transformer, tx: Any, dtype: Any, mesh: Mesh) -> dict[s
     )
     shardings = ao.state_sharding(tx, params)
     state = compilers.placed(jax.eval_shape(tx.init, params), shardings)
-
-    def step(params, state, tokens):
-        def loss(params):
-            logits: Any = model.apply({"params": params}, tokens[:, :-1])
-            return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]).mean()
-
-        value, gradients = jax.value_and_grad(loss)(params)
-        updates, state = tx.update(gradients, state, params)
-        return optax.apply_updates(params, updates), state, value
-
     out = (jax.tree.map(lambda x: x.sharding, params), shardings, None)
+    step = training_step(model, tx)
     lowered = jax.jit(step, donate_argnums=(0, 1), out_shardings=out).lower(params, state, tokens)
     memory: Any = lowered.compile().memory_analysis()
     return {

@@ -17,7 +17,6 @@ import adaptive_optax as ao
 from benchmarks import compilers, programs
 from benchmarks.tables import Table
 
-HARDWARE = "ahead_of_time"
 DEVICES = {"H100": ("cuda", "1x1x1"), "TPU v5e": ("tpu", "v5e:2x2")}
 TREES = {"one": "One leaf of 16.8 M parameters", "tree": "A tree of 19 leaves, 8.5 M parameters"}
 
@@ -97,8 +96,7 @@ def measure(quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
     with compilers.available():
         rows = list(_rows(quick, advance))
         communicating = list(_communicating(quick, advance))
-    note = ", ".join(f"{name} {version}" for name, version in compilers.versions().items())
-    return {"rows": rows, "collectives": communicating, "seeds": {}, "hardware": HARDWARE, "note": note}
+    return {"rows": rows, "collectives": communicating} | compilers.origin()
 
 
 def _rows(quick: bool, advance: Callable[[str], None]) -> Iterator[dict[str, Any]]:

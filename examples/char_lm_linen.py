@@ -146,8 +146,8 @@ def main(arguments: list[str] | None = None) -> None:
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, frame: signals.append(number))
-    ended = "begins" if not first else "resumed" if first < given.steps else "finished; --steps trains on"
-    print(f"Step {first} of {given.steps}: {ended}.", flush=True)
+    end = "begins" if not first else "resumed" if first < given.steps else "finished; raise --steps to go on"
+    print(f"Step {first} of {given.steps}: {end}.", flush=True)
     given.out.mkdir(parents=True, exist_ok=True)
     partial = curve.with_suffix(".partial")
     partial.write_text("".join(",".join(row) + "\n" for row in rows))

@@ -7,22 +7,20 @@ import json
 import sys
 import zlib
 
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+import adaptive_optax as ao
+from adaptive_optax.integrations.orbax import Checkpoints
+
 folder, coordinator = sys.argv[1:3]
 process, processes, devices = map(int, sys.argv[3:])
-
-import jax  # noqa: E402
-
 jax.config.update("jax_num_cpu_devices", devices)
 if processes > 1:
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(coordinator, processes, process)
-
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec  # noqa: E402
-
-import adaptive_optax as ao  # noqa: E402
-from adaptive_optax.integrations.orbax import Checkpoints  # noqa: E402
 
 mesh = Mesh(np.array(jax.devices()), ("data",), axis_types=(AxisType.Auto,))
 split, everywhere = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))

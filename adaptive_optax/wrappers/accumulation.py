@@ -135,7 +135,8 @@ def accumulate_gradients(
         The transformation. `update` takes `weight`, a number of at least 0, and `emit`, a bool that may be
         traced. `inner` receives the other extra arguments of the micro-batch that completes an emission:
         `value=` is the loss of that micro-batch, not the mean over k. If the mean matters, as for
-        `reduce_on_plateau` with training losses, pass a running mean.
+        `reduce_on_plateau` with training losses, pass a running mean. With `value_fn=`, `inner` also receives
+        its gradient as `grad=`, unless that is given.
 
     Raises:
         ValueError: If `inner` is not a transformation, `every` is out of range, or `on_reject` is not a

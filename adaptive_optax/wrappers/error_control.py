@@ -333,7 +333,11 @@ def error_controlled(
     direction = with_array_state(direction)
     shape = max_learning_rate if follow_schedule and callable(max_learning_rate) else None
 
-    heights: dict[Any, tuple[jax.Array, jax.Array]] = {}
+    heights: dict[Any, tuple[np.ndarray, np.ndarray]] = {}  # by dtype, where they do not depend on a tracer
+
+    def height_of(numbers):
+        """The height of this schedule, which may not be that of `init`; else what `init` found."""
+        return heights.get(numbers.longest.dtype, (numbers.peak, numbers.relief))
 
     def given_at(count, dtype):
         if max_learning_rate is None:
@@ -378,9 +382,9 @@ def error_controlled(
 
     def limit_of(numbers, phase, given):
         """The limit of a step, given the learning rate of the schedule."""
-        held = numbers.longest * numbers.relaxation * numbers.relief
+        peak, relief = height_of(numbers)
+        held = numbers.longest * numbers.relaxation * relief
         if shape is not None:
-            peak = numbers.peak
             held *= jnp.where(has_shape(peak), given / jnp.where(peak > 0, peak, 1), 1)
         return jnp.where(phase == _FOUND, held, numbers.longest)
 
@@ -404,10 +408,6 @@ def error_controlled(
         given = given_at(state.count, dtype)
         if dtype not in heights and (found := _constant(lambda: height(dtype))) is not None:
             heights[dtype] = found
-        if dtype in heights:  # of this schedule, which may be another one than that of `init`
-            peak, relief = heights[dtype]
-            numbers = numbers_of(state)._replace(peak=peak, relief=relief)
-            state = state._replace(numbers=_packed(numbers, dtype))
 
         def probed(own):
             numbers, counts = numbers_of(own), counts_of(own)
@@ -439,13 +439,15 @@ def error_controlled(
         numbers, counts = numbers_of(own), counts_of(own)
         limit = limit_of(numbers, counts.phase, given)
         rate = jnp.minimum(given, limit)
+        peak, relief = height_of(numbers)
+        numbers = numbers._replace(learning_rate=rate, step_limit=limit, peak=peak, relief=relief)
         u, inner = direction.update(updates, inner, params, **extra_args)
         check_same_tree("error_controlled", "the updates of direction", u, "the gradients", updates)
         limited = jnp.where(limit < given, incremented(counts.limited), counts.limited)
         new = ErrorControlledState(
             count=incremented(state.count),
             inner_state=inner,
-            numbers=_packed(numbers._replace(learning_rate=rate, step_limit=limit), dtype),
+            numbers=_packed(numbers, dtype),
             counts=_packed(counts._replace(limited=limited), jnp.int32),
         )
         return scaled(outgoing(u, inner), -rate), new
@@ -537,10 +539,14 @@ def _check_inner(direction: Any, state: Any, params: Any) -> None:
 
 
 def _constant(function: Callable[[], Any]) -> Any:
-    """Evaluates a function at once, also while tracing; None if it depends on what is traced."""
+    """Evaluates a function at once, also while tracing; None if it depends on what is traced.
+
+    The results are NumPy arrays, which belong to no mesh or device.
+    """
     with jax.ensure_compile_time_eval():
         found = function()
-    return None if any(isinstance(x, Tracer) for x in jax.tree.leaves(found)) else found
+    is_traced = any(isinstance(x, Tracer) for x in jax.tree.leaves(found))
+    return None if is_traced else jax.tree.map(np.asarray, found)
 
 
 def _controlled(

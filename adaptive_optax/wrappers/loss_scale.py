@@ -99,7 +99,7 @@ def dynamic_loss_scale(
 
     Returns:
         The transformation. The first update of `inner` determines the dtypes of its state, so that optax's
-        optimizers work with float16 parameters.
+        optimizers work with float16 parameters. An extra argument `grad=` is unscaled like the updates.
 
     Raises:
         ValueError: If an argument is out of range (at construction), a leaf is not floating (at init), or the
