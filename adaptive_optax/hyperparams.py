@@ -9,6 +9,7 @@ import itertools
 import numbers
 import types
 import typing
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -174,7 +175,7 @@ def inject_hyperparams(
                     new[name] = value | {key: numbers[key] for key in value if key in numbers}
                 else:
                     new[name] = numbers.get(name, value)
-            call = inspect.BoundArguments(signature, new)  # pyright: ignore[reportArgumentType]
+            call = inspect.BoundArguments(signature, OrderedDict(new))
             return with_array_state(factory(*call.args, **call.kwargs))
 
         def given_at(count, schedule_states, **extra_args):

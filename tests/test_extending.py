@@ -113,7 +113,7 @@ class Plain(ao.Storage):
 
 
 class Unhashable(Plain):
-    __hash__ = None  # pyright: ignore
+    __hash__ = None  # pyright: ignore (a type checker allows no such class)
 
 
 class Integers(Plain):

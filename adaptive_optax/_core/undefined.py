@@ -18,7 +18,7 @@ def nan_unless(defined: Any, value: Any) -> jax.Array:
     """
     value = jnp.asarray(value)
     if isinstance(value, Tracer) or isinstance(defined, Tracer):
-        if jax.config.jax_debug_nans:  # pyright: ignore[reportAttributeAccessIssue]
+        if jax.config.jax_debug_nans:  # pyright: ignore[reportAttributeAccessIssue] (added at run time)
             return lowest_unless(defined, value)
         return jnp.where(defined, value, jnp.asarray(np.nan, value.dtype))
     with jax.debug_nans(False):

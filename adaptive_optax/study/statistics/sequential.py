@@ -27,7 +27,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import interpolate, linalg, optimize, special
@@ -156,7 +156,8 @@ def _level(undecided: _Undecided, seeds: int, target: float, most: float) -> flo
     low, high = math.log(target), math.log(min(1.05 * most, 1 - 1e-9))
     if excess(low) >= 0 or excess(high) <= 0:
         return target  # the looks all but exclude each other: Bonferroni's level, which is always safe
-    return math.exp(float(optimize.brentq(excess, low, high, xtol=1e-6)))  # pyright: ignore[reportArgumentType]
+    level: Any = optimize.brentq(excess, low, high, xtol=1e-6)
+    return math.exp(level)
 
 
 class _Undecided(NamedTuple):
