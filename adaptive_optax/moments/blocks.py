@@ -9,10 +9,12 @@ in the same way.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import NamedSharding
 
 from adaptive_optax._core.sharding import sharding_in_type, shards_along, with_spec
@@ -28,8 +30,8 @@ def block_extents(shape: tuple[int, ...], block_size: int) -> tuple[int, ...]:
         return tuple(extents)
     others = sorted(range(len(shape) - 1), key=lambda axis: (shape[axis], axis), reverse=True)
     for axis in others:
-        lacking = -(-(block_size // 2) // max(1, math.prod(extents)))
-        extents[axis] = min(_power_of_two(lacking), 1 << (max(1, shape[axis]).bit_length() - 1))
+        room = min(block_size // max(1, math.prod(extents)), shape[axis])
+        extents[axis] = 1 << (max(1, room).bit_length() - 1)
     return tuple(extents)
 
 
@@ -66,6 +68,46 @@ def split_into_blocks(x: jax.Array, extents: tuple[int, ...]) -> tuple[jax.Array
     if any(padding):
         x = jnp.pad(x, [(0, n) for n in padding])
     return jnp.reshape(x, split.shape, out_sharding=split.sharding), split.within
+
+
+def reduce_blocks(
+    blocks: tuple[int, ...],
+    block_size: Any,
+    *,
+    maxima: Sequence[jax.Array] = (),
+    sums: Sequence[jax.Array] = (),
+) -> list[jax.Array]:
+    """Returns the largest value of each block of some arrays, and the sum of each block of others.
+
+    The arrays hold integers, and the largest is 0 at least. XLA fuses such reductions with what computes
+    their arguments and vectorises them, which it does not for floats: their order of addition and their NaNs
+    are in the way.
+
+    Args:
+        blocks: The number of blocks along each axis.
+        block_size: As in `extents_of`.
+        maxima: Arrays of one shape.
+        sums: Arrays of the same shape.
+    """
+    arrays = [*maxima, *sums]
+    extents = extents_of(arrays[0].shape, blocks, block_size)
+    is_known = isinstance(extents[-1], int)
+    static = extents if is_known else (*extents[:-1], 1)
+    split = [split_into_blocks(x, static) for x in arrays]
+    combine = [jnp.maximum] * len(maxima) + [jnp.add] * len(sums)
+    found = jax.lax.reduce(
+        tuple(x for x, _ in split),
+        tuple(np.zeros((), x.dtype) for x in arrays),
+        lambda a, b: tuple(f(x, y) for f, x, y in zip(combine, a, b, strict=True)),
+        split[0][1],
+    )
+    if is_known:
+        return list(found)
+    index = jnp.arange(arrays[0].shape[-1]) // extents[-1]
+    into = [jnp.zeros(blocks, x.dtype).at[..., index] for x in found]
+    return [
+        at.max(x) if f is jnp.maximum else at.add(x) for at, x, f in zip(into, found, combine, strict=True)
+    ]
 
 
 def spread_blocks(per_block: jax.Array, like: jax.Array, block_size: Any) -> jax.Array:

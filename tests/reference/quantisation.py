@@ -11,14 +11,40 @@ is the average that is not rounded, and the errors of different steps are uncorr
 
     Var[v_t] = b^2 Var[v_{t-1}] + E[(x_t - a_t)(b_t - x_t)],   x_t = b v_{t-1} + (1 - b) q_t   (2)
 
-The 8-bit maps, for values over the largest magnitude of their block. Signed, codes c = 2^i + j:
+Equations (3) to (8) are those of `Int8`, with l(2^k (1 + f)) = k + f, a logarithm with linear pieces, and its
+inverse p. A block has a scale s, its largest magnitude rounded up to three binary digits behind the leading
+one.
 
-    e_c = 10^(i-6) (0.1 + 0.9 (j + 1) / 2^i),   i = 0 .. 6,  j = 0 .. 2^i - 1;   e_0 = 0   (3)
+Signed values, with a curvature L = l(1 + g), are decoded from y in -127.5 .. 127.5 by
+
+    D(y) = sign(y) s (p(|y| L / 127) - 1) / g                                              (3)
+
+With dither, y is what is sent plus a number uniform in (-1/2, 1/2), so what comes back is on average
+
+    E(y) = the integral of D from y - 1/2 to y + 1/2                                       (4)
+
+and x has to be sent as the y with E(y) = x. With d_i = l(max |x|) - l(|x_i|) over the values of the block
+that are not 0,
+
+    L = log2(1.5 2^(3/4 mean(d)) + 2^(3/4 max(d)) / n)^2 / 3,                              (5)
+
+to the nearest of 1/8, 5/32, 3/16, 7/32, 1/4, 5/16, ..., with l for log2 and p for powers of two.
+
+Second moments become entries of a lattice,
+
+    e_c = p(l(s) - (255 - c) D),   c = 1 .. 255                                            (6)
+
+where the spacing D is the first of 2^-10, 1.25 2^-10, ... for which 253 D reaches from s, rounded up to the
+next eighth of an octave if the largest value is s itself, down to the smallest value that is not 0   (7)
+
+Up to format 2 there were other maps. Signed, codes c = 2^i + j:
+
+    e_c = 10^(i-6) (0.1 + 0.9 (j + 1) / 2^i),   i = 0 .. 6,  j = 0 .. 2^i - 1;   e_0 = 0   (8)
 
 (the dynamic map of Dettmers et al. 2022, section 2, with entries at the ends of their cells). Second moments,
 by their roots, codes c = 1 .. 255:
 
-    e_c = (2^-d)^2,   d = 3 n / 128 for n = 255 - c <= 148,   d = 3 148 / 128 + 5 (n - 148) / 32 beyond  (4)
+    e_c = (2^-d)^2,   d = 3 n / 128 for n = 255 - c <= 148,   d = 3 148 / 128 + 5 (n - 148) / 32 beyond  (9)
 """
 
 from __future__ import annotations
@@ -43,14 +69,14 @@ class Neighbours(NamedTuple):
 
 
 def signed_entries() -> np.ndarray:
-    """Equation (3) for codes 0 .. 127."""
+    """Equation (8) for codes 0 .. 127."""
     return np.array(
         [0.0] + [10.0 ** (i - 6) * (0.1 + 0.9 * (j + 1) / 2**i) for i in range(7) for j in range(2**i)]
     )
 
 
 def root_entries() -> np.ndarray:
-    """Equation (4) for codes 1 .. 255."""
+    """Equation (9) for codes 1 .. 255."""
     n = 255 - np.arange(1, 256)
     return 4.0 ** -np.where(n <= 148, 3 * n / 128, 3 * 148 / 128 + 5 * (n - 148) / 32)
 
@@ -62,25 +88,74 @@ def bfloat16_neighbours(x: np.ndarray) -> Neighbours:
     return Neighbours(np.floor(x / spacing) * spacing, np.ceil(x / spacing) * spacing)
 
 
-def block_largest(x: np.ndarray, block_size: int) -> np.ndarray:
-    """The largest magnitude in the block of each value; blocks run along the last axis."""
-    x = np.abs(np.asarray(x, np.float64))
-    starts = np.arange(0, x.shape[-1], block_size)
-    largest = np.maximum.reduceat(x, starts, axis=-1)
-    return np.repeat(largest, block_size, axis=-1)[..., : x.shape[-1]]
+def logarithm(x: np.ndarray) -> np.ndarray:
+    """l of positive numbers."""
+    fraction, exponent = np.frexp(np.asarray(x, np.float64))
+    return exponent - 1 + (2 * fraction - 1)
 
 
-def int8_neighbours(x: np.ndarray, role: str, block_size: int) -> Neighbours:
-    """Those on the 8-bit maps; below the smallest entry of (4) both are it."""
+def power(x: np.ndarray) -> np.ndarray:
+    """p."""
+    return np.ldexp(1 + x - np.floor(x), np.floor(x).astype(int))
+
+
+def over_blocks(f, x: np.ndarray, block_size: int) -> np.ndarray:
+    """Applies f to each block along the last axis, and gives each value the result of its block."""
+    rows = np.asarray(x, np.float64).reshape(-1, np.shape(x)[-1])
+    found = np.empty(rows.shape)
+    for row, into in zip(rows, found, strict=True):
+        for start in range(0, row.size, block_size):
+            into[start : start + block_size] = f(row[start : start + block_size])
+    return found.reshape(np.shape(x))
+
+
+def scale_of(block: np.ndarray) -> float:
+    largest = np.max(np.abs(block))
+    return power(np.ceil(8 * logarithm(largest)) / 8) if largest > 0 else 0.0
+
+
+SPACINGS = np.array([(4 + j) / 4 * 2.0**i for i in range(8) for j in range(4)])
+
+
+def curvature_of(block: np.ndarray) -> float:
+    """Equation (5)."""
+    depths = logarithm(np.abs(block[block != 0]))
+    depths = depths.max() - depths
+    weight = 1.5 * power(0.75 * depths.mean()) + power(0.75 * depths.max()) / depths.size
+    wanted = logarithm(weight) ** 2 / 3
+    return float(SPACINGS[np.argmin(np.abs(SPACINGS / 8 - wanted))] / 8)
+
+
+def spacing_of(block: np.ndarray) -> float:
+    """Equation (7)."""
+    top = np.floor(8 * logarithm(block.max()) + 1) / 8
+    reach = (top - logarithm(block[block > 0].min())) / 253
+    return float((SPACINGS * 2.0**-10)[min(np.searchsorted(SPACINGS * 2.0**-10, reach), 31)])
+
+
+def signed_value(y: np.ndarray, scale: np.ndarray, curvature: np.ndarray) -> np.ndarray:
+    """Equation (3)."""
+    return np.sign(y) * scale * (power(np.abs(y) * curvature / 127) - 1) / (power(curvature) - 1)
+
+
+def mean_value(y: np.ndarray, scale: np.ndarray, curvature: np.ndarray, points: int = 500) -> np.ndarray:
+    """Equation (4), by the rule of midpoints."""
+    offsets = (np.arange(points) + 0.5) / points - 0.5
+    return np.mean([signed_value(y + offset, scale, curvature) for offset in offsets], axis=0)
+
+
+def int8_neighbours(x: np.ndarray, block_size: int) -> Neighbours:
+    """Those of second moments, equation (6)."""
     x = np.asarray(x, np.float64)
-    largest = block_largest(x, block_size)
-    ratio = np.divide(x, largest, out=np.zeros_like(x), where=largest > 0)
-    entries = root_entries() if role == "nu" else signed_entries()
-    entries = entries if role == "nu" else np.concatenate([-entries[:0:-1], entries])
+    scale, spacing = (over_blocks(f, x, block_size) for f in (scale_of, spacing_of))
+    with np.errstate(divide="ignore"):
+        steps = (logarithm(scale) - logarithm(x)) / spacing
     # A value that is an entry but for float32's rounding has that entry for a neighbour on both sides.
-    below = np.clip(np.searchsorted(entries, ratio, side="right") - 1, 0, len(entries) - 1)
-    above = np.clip(below + (ratio > entries[below]), 0, len(entries) - 1)
-    return Neighbours(entries[below] * largest, entries[above] * largest)
+    steps = np.where(np.abs(steps - np.round(steps)) < 1e-4, np.round(steps), steps)
+    below, above = (
+        power(logarithm(scale) - np.minimum(n, 254) * spacing) for n in (np.ceil(steps), np.floor(steps))
+    )
+    return Neighbours(np.where(x > 0, below, 0), np.where(x > 0, above, 0))
 
 
 def predicted_variance(values: np.ndarray, squares: np.ndarray, decay: float, neighbours) -> np.ndarray:
