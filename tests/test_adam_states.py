@@ -171,9 +171,10 @@ def test_decays_without_a_bound_convert():
 STORAGES = {
     "float32": ("float32", "float32", 0, 0),
     "bfloat16": ("bfloat16", "bfloat16", 2**-7, 0),
-    # The signed map's entries are at most 0.9/64 of the largest apart; the root's octaves are 254/40 levels.
-    "int8": (INT8, INT8, 2 ** (40 / 254) - 1, 0.9 / 64),
-    "both": (INT8, "bfloat16", 2 ** (40 / 254) - 1, 0.9 / 64),
+    # Second moments are at most 15/64 of the value apart; first moments are off by half a code, which is at
+    # most a 127th of the largest beside 0 and, with a curvature of 24 octaves, 24/127 of the value above.
+    "int8": (INT8, INT8, 15 / 64, 1 / 127),
+    "both": (INT8, "bfloat16", 24 / 127, 1 / 127),
 }
 
 
@@ -185,7 +186,7 @@ def test_into_every_storage_within_a_level(storage, mu_dtype):
     params, state = train(theirs, SWITCH)
     tx = ao.adam(rate, amsgrad=True, mu_storage=mu_storage, nu_storage=nu_storage)
     converted = ao.from_optax(state, tx, params)
-    assert spec(converted) == spec(tx.init(params))  # int8 scales stay float32 from bfloat16 moments
+    assert spec(converted) == spec(tx.init(params))  # int8 headers stay uint16 from bfloat16 moments
     for field in ("mu", "nu", "nu_max"):
         kept, given = ao.dense(getattr(converted[0], field)), getattr(state[0], field)
         for x, y in zip(jax.tree.leaves(kept), jax.tree.leaves(given), strict=True):

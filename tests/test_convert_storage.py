@@ -235,8 +235,8 @@ def test_the_floor_goes_with_the_moments():
     # float32 state is made from.
     tx = MAKERS["adam"]("int8", "int8")
     state, _ = trained(tx, steps=3)
-    # Twenty octaves of v, in the header's eighths above its five bits.
-    lower = jax.tree.map(lambda s: s - (20 * 8 << 5) if s.ndim else s, state.nu.scale)
+    # Twenty octaves of v, in the header's quarters above its six bits.
+    lower = jax.tree.map(lambda s: s - (20 * 4 << 6) if s.ndim else s, state.nu.scale)
     state = state._replace(nu=state.nu._replace(scale=lower))
     moved = ao.convert_storage(state, mu_storage="float32", nu_storage="float32")
     floor = jax.tree.map(lambda m: jnp.square(m) / state.bound_sq, moved.mu)

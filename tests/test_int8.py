@@ -10,15 +10,15 @@ import pytest
 from hypothesis import strategies as st
 from reference.eight_bit import EIGHT_BIT
 from reference.quantisation import (
-    SPACINGS,
+    CURVATURES,
     curvature_of,
     int8_neighbours,
     mean_value,
     over_blocks,
     power,
     root_entries,
-    scale_of,
     signed_entries,
+    signed_scale,
     signed_value,
     spacing_of,
 )
@@ -74,11 +74,11 @@ def test_signed_codes_are_the_reference_s(shape, size, decades):
     x = np.float32(wide_values("mu", shape, decades=decades) * magnitudes(shape, size))
     uniform = np.float32(np.random.default_rng(2).uniform(size=shape))
     codes, headers = encode_signed(jnp.asarray(x), blocks_of(x, size), size, uniform)
-    scale, wanted = (over_blocks(f, x, size) for f in (scale_of, curvature_of))
-    indices = np.searchsorted(SPACINGS, 8 * wanted)
-    found = np.asarray(spread_blocks(headers, jnp.asarray(x), size)) & 31
+    scale, wanted = (over_blocks(f, x, size) for f in (signed_scale, curvature_of))
+    indices = np.searchsorted(CURVATURES, wanted)
+    found = np.asarray(spread_blocks(headers, jnp.asarray(x), size)) & 15
     assert (np.abs(found - indices) <= 1).all() and (found == indices).mean() > 0.7
-    curvature, inside = SPACINGS[found] / 8, x != 0
+    curvature, inside = CURVATURES[found], x != 0
     # What is sent has the value for its mean (4), to a five-hundredth of a code.
     off = np.float64(codes) - uniform + 0.5
     least, most = mean_value(off - 0.502, scale, curvature), mean_value(off + 0.502, scale, curvature)
@@ -112,7 +112,7 @@ def gaps(x, role):
     """The distance of codes in blocks of 32 near each value, at most."""
     if role == "nu":
         return over_blocks(spacing_of, x, 32) * x
-    scale, curvature = (over_blocks(f, x, 32) for f in (scale_of, curvature_of))
+    scale, curvature = (over_blocks(f, x, 32) for f in (signed_scale, curvature_of))
     g = power(curvature) - 1
     return 2 * (scale / g + np.abs(x)) * 1.25 * curvature / 127
 
@@ -148,21 +148,21 @@ def test_the_mean_over_steps_is_the_value(role):
 
     error = np.asarray(mean_error(), np.float64)
     gap = gaps(x, role)
-    # Sixty-four numbers of a golden section miss a mean by less than 0.05, and the parts are independent.
-    deviation = gap * 0.05 / np.sqrt(steps / 64)
+    # A jump with a small probability is seen or not, so a gap over the steps is allowed beside.
+    deviation = gap / 2 / np.sqrt(steps) + 2 * gap / steps
     assert (np.abs(error) <= SIGMAS * deviation + 1e-6 * np.abs(x)).all()
     kept = x != 0
-    assert abs(np.mean(error[kept] / gap[kept])) < 0.001
+    assert abs(np.mean(error[kept] / gap[kept])) < SIGMAS * 0.5 / np.sqrt(steps * kept.sum())
 
 
-def test_second_moments_below_55_octaves_are_raised():
+def test_second_moments_below_59_octaves_are_raised():
     x = np.full((1, 64), 2.0**-100, np.float32)
     x[0, :3] = 4.0, 0.0, 2.0**-40
     decoded = np.asarray(ao.dense(encoded(SMALL_INT8, x, "nu")))
     assert decoded[0, 1] == 0
     np.testing.assert_allclose(decoded[0, [0, 2]], x[0, [0, 2]], rtol=0.25)
     raised = decoded[0, 3:]
-    assert (raised == raised[0]).all() and 2.0**-56 < raised[0] / 4 < 2.0**-54
+    assert (raised == raised[0]).all() and 2.0**-60 < raised[0] / 4 < 2.0**-58
 
 
 @each_role
@@ -196,7 +196,7 @@ def test_the_largest_and_the_smallest_numbers_are_kept(role, value):
     x = np.full((1, 64), value, np.float32)
     x[0, ::2] *= 0.5 if value > 1 else 2
     decoded = np.asarray(ao.dense(encoded(SMALL_INT8, x, role)))
-    np.testing.assert_allclose(decoded, x, rtol=0.07)
+    np.testing.assert_allclose(decoded, x, rtol=0.13)  # the largest scale is 1.75 2^127
 
 
 def test_a_wide_block_is_kept_at_any_magnitude():
@@ -464,7 +464,8 @@ def test_a_state_of_an_earlier_format_is_read_and_continued(format):
     updates, _ = new.update(gradients, moved)
     expected, _ = exact.update(gradients, state)
     for name in params:
-        np.testing.assert_allclose(updates[name], expected[name], rtol=0.2, atol=3e-4)
+        off = np.linalg.norm(updates[name] - expected[name])
+        assert off <= 0.05 * np.linalg.norm(expected[name])
 
 
 def test_an_earlier_format_is_not_written():

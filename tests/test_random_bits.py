@@ -14,7 +14,7 @@ import pytest
 import scipy.stats
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from adaptive_optax._core.random_bits import as_uniform, random_bits
+from adaptive_optax._core.random_bits import antithetic_uniform, as_uniform, random_bits
 
 FALSE_ALARM = 1e-6
 SHAPE = (64, 32, 512)
@@ -168,3 +168,47 @@ KNOWN = [
 def test_they_are_these(arguments, first):
     # A run that a later version restores has to go on with the same bits.
     np.testing.assert_array_equal(drawn(**arguments, shape=(2, 2)).ravel(), first)
+
+
+# --- Pairs of opposite numbers ------------------------------------------------------------------------------
+
+
+@functools.cache
+def opposites(count, leaf=0, shape=SHAPE):
+    drawn = jax.jit(antithetic_uniform, static_argnums=(0, 2))(shape, jnp.int32(count), leaf)
+    assert drawn.dtype == jnp.float32 and drawn.shape == shape
+    return np.float64(drawn)
+
+
+def standardised(uniform):
+    return (uniform - 0.5) * np.sqrt(12)
+
+
+@pytest.mark.parametrize("count", [0, 2, 3, 1001])
+def test_antithetic_numbers_are_uniform(count):
+    x = opposites(count)
+    assert 0 < x.min() and x.max() < 1
+    z = standardised(x)
+    assert_standard_normal(
+        [correlation(z, np.ones_like(z)), correlation(z**2 - 1, np.ones_like(z)) / np.sqrt(0.8)]
+    )
+    expected = x.size / 2**12
+    counts = np.bincount((x * 2**12).astype(int).ravel(), minlength=2**12)
+    lowest, highest = scipy.stats.chi2.ppf([FALSE_ALARM / 2, 1 - FALSE_ALARM / 2], 2**12 - 1)
+    assert lowest < np.sum((counts - expected) ** 2 / expected) < highest
+
+
+@pytest.mark.parametrize("first", [0, 2, 1000, 2**31 - 2])
+def test_an_odd_step_has_the_numbers_of_the_step_before_moved_by_a_half(first):
+    np.testing.assert_array_equal((opposites(first) + 0.5) % 1, opposites(first + 1))
+
+
+def test_pairs_and_leaves_are_independent():
+    streams = [opposites(count) for count in (1, 2, 4, 256, 2**20)]
+    streams += [opposites(1, leaf) for leaf in (1, 2, 256)]
+    streams += [as_uniform(drawn(count, role=role)) for count in (0, 1) for role in ("mu", "nu")]
+    values = [standardised(np.float64(x)) for x in streams]
+    assert_standard_normal([correlation(x, y) for x, y in itertools.combinations(values, 2)])
+    for axis in range(len(SHAPE)):
+        moved = np.moveaxis(values[0], axis, 0)
+        assert_standard_normal([correlation(moved[:-lag], moved[lag:]) for lag in (1, 2, 16)])

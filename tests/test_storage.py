@@ -127,7 +127,7 @@ def test_an_unknown_rounding_is_refused(rounding):
 
 
 DECAY = 0.999
-in_blocks = functools.partial(int8_neighbours, role="nu", block_size=256)
+in_blocks = functools.partial(int8_neighbours, block_size=32)
 FOLLOWING = {"bfloat16": (ao.BFloat16(), bfloat16_neighbours), "int8": (ao.Int8(min_size=1), in_blocks)}
 each_following = pytest.mark.parametrize("name", FOLLOWING)
 
@@ -164,15 +164,21 @@ def exact_average(start, phases):
     return np.concatenate(records)
 
 
-def assert_follows(values, exact, squares, neighbours, times):
-    """Compares mean and spread of the relative errors, over all coordinates, with equation (2)."""
+def assert_follows(values, exact, squares, neighbours, times, *, at_most):
+    """Compares mean and spread of the relative errors, over all coordinates, with equation (2).
+
+    Args:
+        at_most: Whether the spread may be less: with antithetic numbers the errors of different steps are not
+            uncorrelated but make up for each other.
+    """
     for t in times:
         error = values[t] / exact[t] - 1
         variance = predicted_variance(values[: t + 1], squares[:t], DECAY, neighbours) / exact[t] ** 2
         deviation = np.sqrt(variance.mean() / error.size)
         assert abs(error.mean()) < SIGMAS * deviation + 1e-4, (t, error.mean(), deviation)  # 1e-4: float32's
         spread = SIGMAS * np.std(error**2) / np.sqrt(error.size)
-        assert abs(np.mean(error**2) - variance.mean()) < spread + 0.1 * variance.mean(), t
+        over = np.mean(error**2) - variance.mean()
+        assert (over if at_most else abs(over)) < spread + 0.1 * variance.mean(), t
 
 
 @each_following
@@ -184,34 +190,65 @@ def test_a_second_moment_follows_float32_up_and_down(name):
     values = averaged(storage, jnp.zeros(pattern.shape), phases)
     exact = exact_average(np.zeros(pattern.shape), phases)
     squares = np.concatenate([np.broadcast_to(q, (steps, *q.shape)) for q, steps in phases])
-    assert_follows(values, exact, squares, neighbours, (5000, 10_000))
+    assert_follows(values, exact, squares, neighbours, (5000, 10_000), at_most=name == "int8")
 
 
 @each_following
 def test_a_step_far_below_half_a_gap_is_not_swamped(name):
-    # g^2 = 16 v under a scale that another coordinate holds: a step takes at most 1.5 % of v, half a gap of
-    # the 8-bit map is 12 % there at first. The exact v reaches 16 - 15 * 0.999^5000 = 15.9.
+    # g^2 = 16 v under a scale that another coordinate of the block holds: a step takes at most 1.5 % of v,
+    # half a gap is 2.4 % there at first. The exact v reaches 16 - 15 * 0.999^5000 = 15.9.
     storage, neighbours = FOLLOWING[name]
     start, squares = np.ones((4, 256), np.float32), np.full((4, 256), 16, np.float32)
-    start[:, 0] = squares[:, 0] = 1000
-    values = averaged(storage, jnp.asarray(start), [(squares, 5000)])[..., 1:]
+    start[:, ::32] = squares[:, ::32] = HOLDER
+    others = np.arange(256) % 32 > 0
+    values = averaged(storage, jnp.asarray(start), [(squares, 5000)])
     exact = exact_average(start, [(squares, 5000)])
     assert exact[-1, 0, 1] == pytest.approx(15.9, abs=0.01)
-    full = np.concatenate([exact[..., :1], values], axis=-1)  # the largest is held exactly
     deviation = np.sqrt(
-        predicted_variance(full, np.tile(squares, (5000, 1, 1)), DECAY, neighbours)[:, 1:].mean()
+        predicted_variance(values, np.tile(squares, (5000, 1, 1)), DECAY, neighbours)[:, others].mean()
     )
-    assert abs(values[-1].mean() - exact[-1, 0, 1]) < SIGMAS * deviation / np.sqrt(values[-1].size) + 1e-3
+    ends = values[-1][:, others]
+    assert abs(ends.mean() - exact[-1, 0, 1]) < SIGMAS * deviation / np.sqrt(ends.size) + 1e-3
     # "Within a few percent", and no tolerance that hides anything.
-    assert SIGMAS * deviation / np.sqrt(values[-1].size) < 0.05 * 15.9
+    assert SIGMAS * deviation / np.sqrt(ends.size) < 0.05 * 15.9
+
+
+HOLDER = 4096.0**2  # 24 octaves above 1: codes are 7/64 octaves apart
 
 
 def test_to_the_nearest_code_it_would_be_swamped(monkeypatch):
-    monkeypatch.setattr(int8, "as_uniform", lambda bits: jnp.full(bits.shape, 0.5))
+    monkeypatch.setattr(int8, "antithetic_uniform", lambda shape, *_, **__: jnp.full(shape, 0.5))
     start, squares = np.ones((1, 256), np.float32), np.full((1, 256), 16, np.float32)
-    start[:, 0] = squares[:, 0] = 1000
+    start[:, ::32] = squares[:, ::32] = HOLDER
     values = averaged(ao.Int8(min_size=1), jnp.asarray(start), [(squares, 500)])
-    np.testing.assert_allclose(values[-1, 0, 1:], values[0, 0, 1:], rtol=1e-4)
+    others = np.arange(256) % 32 > 0
+    np.testing.assert_array_equal(values[-1][:, others], values[0][:, others])
+
+
+def test_ten_thousand_steps_in_8_bits_have_no_bias(monkeypatch):
+    # Rising from 0, then falling to 1e-4 of it. Averages over 16 384 coordinates, each to 0.15 %.
+    pattern = np.float32(10 ** np.random.default_rng(1).uniform(-1, 0, (32, 512)))
+    squares = [pattern, 1e-4 * pattern]
+
+    def mean_errors():
+        tx = ao.scale_by_adam(b1=0.0, b2=DECAY, nu_storage=ao.Int8(min_size=1))
+
+        @jax.jit
+        def run(state, g):
+            return jax.lax.scan(lambda s, _: (tx.update(g, s)[1], None), state, length=5000)[0]
+
+        state, exact, found = tx.init(jnp.zeros(pattern.shape)), 0.0, []
+        for q in squares:
+            state, exact = run(state, jnp.sqrt(q)), np.float64(q) + DECAY**5000 * (exact - np.float64(q))
+            found.append(np.mean(np.float64(ao.dense(state.nu)) / exact - 1))
+        return found
+
+    assert np.abs(mean_errors()).max() < 0.005
+    monkeypatch.setattr(int8, "antithetic_uniform", lambda shape, *_, **__: jnp.full(shape, 0.5))
+    jax.clear_caches()
+    rising, falling = mean_errors()  # to nearest
+    jax.clear_caches()
+    assert rising < -0.1 and falling > 1
 
 
 def test_4000_steps_of_1_and_4000_of_a_hundredth():
@@ -228,8 +265,10 @@ def test_4000_steps_of_1_and_4000_of_a_hundredth():
     }
     np.testing.assert_allclose(ends[ao.Float32()][-1], exact, rtol=2e-5)
     assert (ends[NEAREST][4000:] == 0.25).all()
-    # Equal values are each the largest of their block, whose root is kept in float32.
-    np.testing.assert_allclose(ends[ao.Int8(min_size=1)][-1], exact, rtol=1e-3)
+    # Equal values have the finest spacing, a thousandth of an octave.
+    coded = ends[ao.Int8(min_size=1)][-1]
+    np.testing.assert_allclose(coded, exact, rtol=0.05)
+    assert abs(coded.mean() / exact - 1) < 0.002
     values = ends[ao.BFloat16()]
     squares = np.repeat([1.0, 1e-4], 4000).reshape(-1, 1, 1)
     deviation = np.sqrt(predicted_variance(values, squares, DECAY, bfloat16_neighbours).mean() / start.size)

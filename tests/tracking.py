@@ -34,12 +34,14 @@ float32. A moving average keeps what rounding errors the last 1 / (1 - b) steps 
   For a second moment, whose gradients are normal with variance 1, s = (1 - b) E|q - v| <= 1 - b, as E|q - v|
   is convex in v, 1 at v = 0 and 0.97 at v = 1, and pooling makes it less (Jensen). v is 1 - b^t at step t, so
   with sum_j b^2j = (1 - b^2t) / (1 - b^2) the relative variance is gap (1 + b^t) / (1 + b) at most. It is
-  counted from step `START` on. In int8 the grid moves by its scale too, which the largest value of a block
-  sets: twice that.
+  counted from step `START` on. In int8 the lattice moves with its scale too, which the largest value of a
+  block sets: twice that. (Antithetic numbers only make it less.)
 
-For bfloat16 gap = 2^-7. For int8's first moment it is 0.9 / 64 of the block's largest value, which for n
-normal values is sqrt(2 log 2n) times their RMS at most (in expectation); for its second moment 2^(3/64) - 1
-of the value, in the upper part of the map, where all are that are not 128 times smaller than the largest.
+For bfloat16 gap = 2^-7. Int8's first moments are dithered: the variance is gap^2 / 12. Of normal values the
+largest in a block of n is sqrt(2 log 2n) times their RMS at most (in expectation), the curvature at most 4
+octaves, and 127 codes for them are at most 4/127 16/15 of the largest apart. Its second moments at step
+`START` are within two octaves (of chi-squared with 100 degrees of freedom, the largest of 64 over the
+smallest), so with the quarter of an octave above them 254 codes are at most 2.25 / 254 apart, of the value.
 
 Adam's m / sqrt(v) with relative errors e and f is off by (1 + e) / sqrt(1 - f) - 1 at most. In centred
 RMSprop m enters through delta = g - m: (1 - b) 2 delta e is another error of mean 0 in every step, which adds
@@ -256,9 +258,10 @@ def _error(storage: ao.Storage, role: str, decay: float, kept: _Kept) -> float:
     """The relative RMS error of an average that is kept in a format, inf where there is no bound."""
     gap, moving = storage.relative_error, 1
     if isinstance(storage, Int8):  # relative to the largest of a block, not to the value
-        gap, moving = (2 ** (3 / 64) - 1 if kept.is_coded else 0.0), 2
+        gap, moving = (2.25 / 254 if kept.is_coded else 0.0), 2
         if kept.is_coded and role == "mu":
-            gap = 0.9 / 64 * math.sqrt(2 * math.log(2 * storage.block_size))
+            widest = 4 / 127 * 16 / 15 * math.sqrt(2 * math.log(2 * storage.block_size))
+            gap = widest / math.sqrt(3)  # dither: the variance below is gap^2 / 4
     if gap == 0 or (math.isinf(gap) and kept.is_alone):  # a single value is its own scale
         return 0.0
     if gap == U:  # to nearest

@@ -19,7 +19,7 @@ from adaptive_optax._core.coordinates import coordinates
 _FIRST, _SECOND = 0x7FEB352D, 0x846CA68B
 _GOLDEN = 0x9E3779B9
 _PARAMETER = 0x85EBCA6B  # distinguishes parameters from moments of the same leaf
-_ROTATING = 0xC2B2AE35  # and the numbers that rotate from bits of the same leaf
+_PAIRS = 0xC2B2AE35  # and the numbers of pairs of steps from bits of the same leaf
 
 
 def _shifted_xor(x: jax.Array, by: int) -> jax.Array:
@@ -63,33 +63,29 @@ def random_bits(
     return jax.lax.shift_right_logical(bits, np.uint32(16)) if role == "nu" else bits & np.uint32(0xFFFF)
 
 
-def rotating_uniform(
+def antithetic_uniform(
     shape: tuple[int, ...],
     count: jax.Array,
     place: Any,
-    role: Literal["mu", "nu"],
     *,
     sharding: jax.sharding.NamedSharding | None = None,
 ) -> jax.Array:
-    """Returns a float32 number in (0, 1) for each coordinate of an array, whose mean over steps is soon 1/2.
+    """Returns a float32 number in (0, 1) for each coordinate of an array; the next step's is 1/2 away.
 
-    From one step to the next all numbers move by the golden section, modulo 1, so that those of a coordinate
-    fill (0, 1) evenly: n of them leave no gap above 2/n. A moving average whose values are rounded up where
-    such a number is small enough strays less than with independent numbers. Every 64 steps all numbers
-    move by a random distance, against resonance with data that come around in a fixed number of steps.
+    A step with an odd count has the numbers of the step before, moved by 1/2 modulo 1. A slow average that is
+    rounded up where the number is small strays less with such pairs than with independent numbers: where two
+    steps would go over the same edge with a small probability p each, the two of them do so once or not at
+    all. The other side of it is that the second step cannot tell whether the first one did. An average that
+    falls or rises by a share r per step does so by r (1 + r / 2); its limit is the same.
 
-    The arguments are those of `random_bits`. The numbers of the two moments come from the two halves of one
-    hash.
+    The arguments are those of `random_bits`.
     """
     count = count.astype(jnp.uint32)
     leaf, position = coordinates(shape, place, sharding)
-    stream = _finalise(leaf * np.uint32(_GOLDEN) + np.uint32(_ROTATING))
-    bits = _finalise(position + stream, _finalise(stream))
-    turn = count * np.uint32(_GOLDEN)
-    turn = turn + _finalise(jax.lax.shift_right_logical(count, np.uint32(6)) + np.uint32(_GOLDEN))
-    if role == "mu":
-        bits = jax.lax.shift_left(bits, np.uint32(16)) | jax.lax.shift_right_logical(bits, np.uint32(16))
-    upper = jax.lax.shift_right_logical(bits + turn, np.uint32(9))
+    pair = _finalise(jax.lax.shift_right_logical(count, np.uint32(1)) + np.uint32(_GOLDEN))
+    stream = _finalise((leaf * np.uint32(_GOLDEN) + np.uint32(_PAIRS)) ^ pair)
+    bits = _finalise(position + stream, _finalise(stream)) + (jax.lax.shift_left(count, np.uint32(31)))
+    upper = jax.lax.shift_right_logical(bits, np.uint32(9))
     return (upper.astype(jnp.int32).astype(jnp.float32) + 0.5) * np.float32(2.0**-23)
 
 

@@ -4,18 +4,17 @@ Both maps take the bits of a float as a number. For x = 2^k (1 + f) that is, but
 k + f: a logarithm with linear pieces between powers of two. It needs no transcendental function, so a step is
 fast, and decoding gives the same values on every device.
 
-A header holds the scale of a block, its largest magnitude rounded up to three binary digits behind the
-leading one, above five bits that tell how its codes are spaced. It is uint16 for float32, uint32 for float64.
+A header holds the scale of a block, its largest magnitude rounded up, above some bits that tell how its codes
+are spaced. It is uint16 for float32, uint32 for float64.
 
 First moments are rounded with *subtractive dither*: a number u that decoding knows as well is added before
 rounding and subtracted after it. The error is then uniform whatever the value is, so it has no bias and half
 the variance of the best that rounding up or down at random can have. The map is linear except at powers of
 two, where `_without_kinks` corrects what is rounded. Code -128 is an exact 0.
 
-Second moments are rounded up or down to floats whose bits are evenly spaced below the scale. Consecutive
-steps differ by less than the spacing, and what then counts is how evenly u is distributed over the steps of
-a coordinate (`rotating_uniform`). Code 0 is an exact 0. No other value comes out as 0: a second moment of 0
-beside a first moment that is not would give an unbounded step. A block whose values span more than 55 octaves
+Second moments are rounded up or down at random (`antithetic_uniform`), to floats whose bits are evenly spaced
+below the scale. Code 0 is an exact 0. No other value comes out as 0: a second moment of 0
+beside a first moment that is not would give an unbounded step. A block whose values span more than 59 octaves
 has its smallest ones raised, which makes their steps too short, not too long.
 """
 
@@ -30,19 +29,13 @@ import numpy as np
 
 from adaptive_optax.moments.blocks import reduce_blocks, spread_blocks
 
-_CHOICE_BITS = 5  # of a header, for the spacing of the codes
-_CHOICE_DIGITS = 2  # binary digits of a spacing behind the leading one: four spacings in an octave
-_SCALE_DIGITS = 3  # and of a scale
-
 _SIDE = 127  # codes on either side of 0 in the signed map
 _ZERO = -128  # its code of an exact 0
-_FLATTEST = -3  # the exponent of the smallest curvature, log2(1 + g)
 _SIGNED_MARGIN = 36  # octaves above the smallest normal number below which a value is taken as 0
 _TYPICAL, _CURVATURE = 1.5, 1 / 3  # found by trial
 
 _TOP = 255  # the code of the lattice's entry at or just above the scale
 _LATTICE_MARGIN = 1  # as `_SIGNED_MARGIN`
-_FINEST = -10  # the exponent of the finest spacing of the lattice, in octaves
 
 
 class _Layout(NamedTuple):
@@ -77,47 +70,64 @@ def header_dtype(dtype: Any) -> Any:
     return np.uint32 if jnp.finfo(dtype).bits == 64 else np.uint16
 
 
-def _decoded_dtype(header: jax.Array) -> Any:
+def decoded_dtype(header: jax.Array) -> Any:
+    """The dtype of the values with these headers."""
     return jnp.float64 if header.dtype == np.uint32 else jnp.float32
 
 
-def _header(largest: jax.Array, choice: jax.Array, dtype: Any) -> jax.Array:
-    """The header of blocks from the bits of their largest magnitude and the index of their spacing."""
-    layout = _layout(dtype)
-    dropped = layout.mantissa - _SCALE_DIGITS
-    scale = jnp.minimum((largest + (2**dropped - 1)) >> dropped, (layout.infinite >> dropped) - 1)
-    header = jnp.where(largest == 0, 0, (scale << _CHOICE_BITS) + choice)
-    # The largest scale with the finest spacing: every code of it stands for a NaN.
-    not_finite = (jnp.iinfo(layout.integer).max >> dropped) << _CHOICE_BITS
-    return jnp.where(largest >= layout.infinite, not_finite, header).astype(header_dtype(dtype))
+class _Header(NamedTuple):
+    """How a header is divided: a scale above the index of a choice, how the codes are spaced.
 
+    A choice is one of (1, 1 + 2^-d, 1 + 2 2^-d, ..., 2, 2 (1 + 2^-d), ...) times the first, for d digits.
 
-def _scale_bits(header: jax.Array) -> jax.Array:
-    """The bits of the scale: those of 0 for a block of zeros, of a NaN where a value was not finite."""
-    layout = _layout(_decoded_dtype(header))
-    return (header.astype(layout.integer) >> _CHOICE_BITS) << (layout.mantissa - _SCALE_DIGITS)
-
-
-def _choice(x: jax.Array, exponent: int, *, up: bool) -> jax.Array:
-    """The index, 0 .. 31, of a number among (1, 1.25, 1.5, 1.75, 2, 2.5, ...) times 2^exponent.
-
-    It is rounded up, or to nearest.
+    Attributes:
+        scale_digits: The binary digits of the scale behind the leading one.
+        digits: Those of a choice.
+        first: The first choice, as an exponent of 2. The others reach over eight octaves.
     """
-    layout = _layout(x.dtype)
-    dropped = layout.mantissa - _CHOICE_DIGITS
-    index = (_bits(x) + (2**dropped - 1 if up else 2 ** (dropped - 1))) >> dropped
-    return jnp.clip(index - _first_choice(layout, exponent), 0, 2**_CHOICE_BITS - 1)
+
+    scale_digits: int
+    digits: int
+    first: int
+
+    @property
+    def largest_index(self) -> int:
+        return (8 << self.digits) - 1
+
+    def of(self, largest: jax.Array, index: jax.Array, dtype: Any) -> jax.Array:
+        """The headers of blocks, from the bits of their largest magnitude and the index of the choice."""
+        layout = _layout(dtype)
+        dropped, shift = layout.mantissa - self.scale_digits, 3 + self.digits
+        scale = jnp.minimum((largest + (2**dropped - 1)) >> dropped, (layout.infinite >> dropped) - 1)
+        header = jnp.where(largest == 0, 0, (scale << shift) + index)
+        # The bits of a NaN, from which less can be taken than to infinity.
+        not_finite = (jnp.iinfo(layout.integer).max >> dropped) << shift
+        return jnp.where(largest >= layout.infinite, not_finite, header).astype(header_dtype(dtype))
+
+    def scale_bits(self, header: jax.Array) -> jax.Array:
+        """The bits of the scale: those of 0 for a block of zeros, of a NaN where a value was not finite."""
+        layout = _layout(decoded_dtype(header))
+        return header.astype(layout.integer) >> (3 + self.digits) << (layout.mantissa - self.scale_digits)
+
+    def index(self, x: jax.Array, *, up: bool) -> jax.Array:
+        """The index of the choice next to x: the nearest, or the next above."""
+        layout = _layout(x.dtype)
+        dropped = layout.mantissa - self.digits
+        found = (_bits(x) + (2**dropped - 1 if up else 2 ** (dropped - 1))) >> dropped
+        return jnp.clip(found - self._first_bits(layout), 0, self.largest_index)
+
+    def choice(self, header: jax.Array) -> jax.Array:
+        """The choice that headers hold."""
+        layout = _layout(decoded_dtype(header))
+        index = header.astype(layout.integer) & self.largest_index
+        return _from_bits((index + self._first_bits(layout)) << (layout.mantissa - self.digits))
+
+    def _first_bits(self, layout: _Layout) -> int:
+        return (layout.one >> (layout.mantissa - self.digits)) + (self.first << self.digits)
 
 
-def _chosen(header: jax.Array, exponent: int) -> jax.Array:
-    """The number with the index that a header holds."""
-    layout = _layout(_decoded_dtype(header))
-    index = header.astype(layout.integer) & (2**_CHOICE_BITS - 1)
-    return _from_bits((index + _first_choice(layout, exponent)) << (layout.mantissa - _CHOICE_DIGITS))
-
-
-def _first_choice(layout: _Layout, exponent: int) -> int:
-    return (layout.one >> (layout.mantissa - _CHOICE_DIGITS)) + (exponent << _CHOICE_DIGITS)
+_SIGNED = _Header(scale_digits=4, digits=1, first=-3)  # the choice is the curvature, log2(1 + g)
+_SQUARES = _Header(scale_digits=2, digits=3, first=-10)  # the choice is the spacing in octaves
 
 
 # --- First moments ------------------------------------------------------------------------------------------
@@ -138,10 +148,10 @@ class _Curve(NamedTuple):
 
 
 def _curve(header: jax.Array) -> _Curve:
-    layout = _layout(_decoded_dtype(header))
-    span = _chosen(header, _FLATTEST) * 2.0**layout.mantissa
+    layout = _layout(decoded_dtype(header))
+    span = _SIGNED.choice(header) * 2.0**layout.mantissa
     g = _from_bits(layout.one + span.astype(layout.integer)) - 1
-    scale = _from_bits(_scale_bits(header))
+    scale = _from_bits(_SIGNED.scale_bits(header))
     # Divisions come last: XLA computes them once per block, and what is cheap once per value.
     return _Curve(64 * g / jnp.where(scale == 0, jnp.inf, scale), scale / (8 * g), span / _SIDE)
 
@@ -161,8 +171,8 @@ def encode_signed(
     magnitude = jnp.abs(x)
     bits = _bits(magnitude)
     counts = bits >= layout.smallest + (_SIGNED_MARGIN << layout.mantissa)  # smaller ones are taken as 0
-    choice, largest = _curvature(bits, counts, blocks, block_size, layout)
-    header = _header(largest, choice, x.dtype)
+    index, largest = _curvature(bits, counts, blocks, block_size, layout)
+    header = _SIGNED.of(largest, index, x.dtype)
     curve = _curve(header)
     offset = _bits(1 + magnitude * spread_blocks(curve.gain, x, block_size) / 64) - layout.one
     y = _without_kinks(offset, spread_blocks(1 / curve.spacing, x, block_size), layout)
@@ -172,7 +182,7 @@ def encode_signed(
 
 def decode_signed(code: jax.Array, header: jax.Array, block_size: Any, uniform: jax.Array) -> jax.Array:
     """Returns the values."""
-    dtype = _decoded_dtype(header)
+    dtype = decoded_dtype(header)
     layout, curve = _layout(dtype), _curve(header)
     y = code.astype(dtype) - (uniform - 0.5)
     offset = (jnp.abs(y) * spread_blocks(curve.spacing, code, block_size)).astype(layout.integer)
@@ -204,10 +214,9 @@ def _curvature(
     mean = total.astype(dtype) * 2.0**dropped / number
     depth = (largest - layout.one).astype(dtype) - mean, (largest - layout.infinite + least).astype(dtype)
     typical, smallest = (_from_bits(layout.one + (0.75 * x).astype(layout.integer)) for x in depth)
-    octaves = (_bits(_TYPICAL * typical + smallest / number) - layout.one).astype(
-        dtype
-    ) * 2.0**-layout.mantissa
-    return _choice(_CURVATURE * jnp.square(octaves), _FLATTEST, up=False), largest
+    weight = _bits(_TYPICAL * typical + smallest / number) - layout.one
+    curvature = _CURVATURE * jnp.square(weight.astype(dtype) * 2.0**-layout.mantissa)
+    return _SIGNED.index(curvature, up=False), largest
 
 
 def _extremes(bits: jax.Array, counts: jax.Array, layout: _Layout) -> list[jax.Array]:
@@ -243,9 +252,9 @@ class _Lattice(NamedTuple):
 
 
 def _lattice(header: jax.Array) -> _Lattice:
-    layout = _layout(_decoded_dtype(header))
-    spacing = (_chosen(header, _FINEST) * 2.0**layout.mantissa).astype(layout.integer)
-    return _Lattice(_scale_bits(header) - _TOP * spacing, spacing)
+    layout = _layout(decoded_dtype(header))
+    spacing = (_SQUARES.choice(header) * 2.0**layout.mantissa).astype(layout.integer)
+    return _Lattice(_SQUARES.scale_bits(header) - _TOP * spacing, spacing)
 
 
 def encode_squares(
@@ -256,10 +265,10 @@ def encode_squares(
     bits = _bits(x)
     counts = bits >= layout.smallest + (_LATTICE_MARGIN << layout.mantissa)
     largest, least = reduce_blocks(blocks, block_size, maxima=_extremes(bits, counts, layout))
-    dropped = layout.mantissa - _SCALE_DIGITS
+    dropped = layout.mantissa - _SQUARES.scale_digits
     span = (((largest >> dropped) + 1) << dropped) - (layout.infinite - least)
-    spacing = span.astype(x.dtype) * (2.0**-layout.mantissa / (_TOP - 2))
-    header = _header(largest, _choice(spacing, _FINEST, up=True), x.dtype)
+    spacing = span.astype(x.dtype) * (2.0**-layout.mantissa / (_TOP - 1))
+    header = _SQUARES.of(largest, _SQUARES.index(spacing, up=True), x.dtype)
     lattice = _lattice(header)
     lowest, spacing = (spread_blocks(each, x, block_size) for each in lattice)
     per_spacing = spread_blocks(1 / lattice.spacing.astype(x.dtype), x, block_size)

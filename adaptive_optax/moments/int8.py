@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from adaptive_optax._core.checks import check_integer
 from adaptive_optax._core.coordinates import places
 from adaptive_optax._core.paths import paths_and_leaves
-from adaptive_optax._core.random_bits import rotating_uniform
+from adaptive_optax._core.random_bits import antithetic_uniform, as_uniform, random_bits
 from adaptive_optax._core.sharding import traced_sharding
 from adaptive_optax._core.states import unwrapped
 from adaptive_optax._core.trees import Count, Moment, Params, PyTree, by_leaf
@@ -25,6 +25,7 @@ from adaptive_optax.moments.blocks import SHORT_AXIS, block_extents, grid, reduc
 from adaptive_optax.moments.codes import (
     decode_signed,
     decode_squares,
+    decoded_dtype,
     encode_signed,
     encode_squares,
     header_dtype,
@@ -110,13 +111,13 @@ class Int8(Storage):
 
     Use it to shrink Adam's state from 8 bytes per parameter to 2.13. The step is computed from float32 values
     before they are encoded. Rounding has no bias, so a slow average moves even if a step is a fraction of the
-    gap between codes, and its noise is small: first moments are dithered, and a second moment is rounded up
-    or down by a sequence of numbers that fills (0, 1) evenly over the steps. After 200 steps of Adam the
+    gap between codes, and its noise is small: first moments are dithered, and second moments are rounded up
+    or down by numbers that are opposite in every two steps. After 200 steps of Adam the
     direction is off by 1.3 % if all gradients of a block are of the same size, 3 % if their sizes spread
     over a decade, and 11 % over four decades. `scale_by_adam` keeps the decoded second moment at or above
     $m^2 / A^2$, so its bound (`adam_bound`) holds despite rounding.
 
-    With a block's scale s, its largest magnitude rounded up to three binary digits behind the leading one,
+    With a block's scale s, its largest magnitude rounded up to a few binary digits,
     $\ell(2^k (1 + f)) = k + f$, and u uniform in (0, 1), hashed from the coordinate and the count,
 
     $$
@@ -242,8 +243,12 @@ def _decode(step: tuple[Any, jax.Array | None], codes: jax.Array, scale: jax.Arr
         return decode_before(codes, scale, block_size)
     if codes.dtype == jnp.uint8:
         return decode_squares(codes, scale, block_size)
-    uniform = rotating_uniform(codes.shape, count, place, "mu", sharding=traced_sharding(codes))
-    return decode_signed(codes, scale, block_size, uniform)
+    return decode_signed(codes, scale, block_size, _dither(codes, count, place, scale))
+
+
+def _dither(x: jax.Array, count: Any, place: Any, header: jax.Array) -> jax.Array:
+    bits = random_bits(x.shape, count, place, "mu", sharding=traced_sharding(x))
+    return as_uniform(bits).astype(decoded_dtype(header))
 
 
 def _encoded(moment: Any, values: PyTree, block_size: Any, count: Count, role: Role) -> Int8Moment:
@@ -259,9 +264,10 @@ def _encode(
     count, role, block_size = step
     if not _is_code(old):
         return x.astype(old.dtype), _one(x)
-    uniform = rotating_uniform(x.shape, count, place, role, sharding=traced_sharding(x))
-    encode = encode_signed if role == "mu" else encode_squares
-    return encode(x, old_scale.shape, block_size, uniform.astype(x.dtype))
+    if role == "mu":
+        return encode_signed(x, old_scale.shape, block_size, _dither(x, count, place, old_scale))
+    uniform = antithetic_uniform(x.shape, count, place, sharding=traced_sharding(x)).astype(x.dtype)
+    return encode_squares(x, old_scale.shape, block_size, uniform)
 
 
 def _one(x: jax.Array) -> jax.Array:

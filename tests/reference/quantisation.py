@@ -11,9 +11,9 @@ is the average that is not rounded, and the errors of different steps are uncorr
 
     Var[v_t] = b^2 Var[v_{t-1}] + E[(x_t - a_t)(b_t - x_t)],   x_t = b v_{t-1} + (1 - b) q_t   (2)
 
-Equations (3) to (8) are those of `Int8`, with l(2^k (1 + f)) = k + f, a logarithm with linear pieces, and its
-inverse p. A block has a scale s, its largest magnitude rounded up to three binary digits behind the leading
-one.
+Equations (3) to (7) are those of `Int8`, with l(2^k (1 + f)) = k + f, a logarithm with linear pieces, and its
+inverse p. A block has a scale s, its largest magnitude rounded up: to 4 binary digits behind the leading one
+if the values are signed, to 2 for second moments.
 
 Signed values, with a curvature L = l(1 + g), are decoded from y in -127.5 .. 127.5 by
 
@@ -28,14 +28,15 @@ that are not 0,
 
     L = log2(1.5 2^(3/4 mean(d)) + 2^(3/4 max(d)) / n)^2 / 3,                              (5)
 
-to the nearest of 1/8, 5/32, 3/16, 7/32, 1/4, 5/16, ..., with l for log2 and p for powers of two.
+to the nearest of 1/8, 3/16, 1/4, 3/8, 1/2, ..., with l for log2 and p for powers of two.
 
 Second moments become entries of a lattice,
 
     e_c = p(l(s) - (255 - c) D),   c = 1 .. 255                                            (6)
 
-where the spacing D is the first of 2^-10, 1.25 2^-10, ... for which 253 D reaches from s, rounded up to the
-next eighth of an octave if the largest value is s itself, down to the smallest value that is not 0   (7)
+where the spacing D is the first of 2^-10, 1.125 2^-10, 1.25 2^-10, ... for which 254 D reaches down to the
+smallest value that is not 0, from s or, if s is the largest value itself, from a quarter of an octave above
+it                                                                                        (7)
 
 Up to format 2 there were other maps. Signed, codes c = 2^i + j:
 
@@ -109,12 +110,21 @@ def over_blocks(f, x: np.ndarray, block_size: int) -> np.ndarray:
     return found.reshape(np.shape(x))
 
 
-def scale_of(block: np.ndarray) -> float:
+def scale_of(block: np.ndarray, digits: int) -> float:
     largest = np.max(np.abs(block))
-    return power(np.ceil(8 * logarithm(largest)) / 8) if largest > 0 else 0.0
+    return power(np.ceil(2**digits * logarithm(largest)) / 2**digits) if largest > 0 else 0.0
 
 
-SPACINGS = np.array([(4 + j) / 4 * 2.0**i for i in range(8) for j in range(4)])
+def signed_scale(block: np.ndarray) -> float:
+    return scale_of(block, 4)
+
+
+def choices(first: float, digits: int) -> np.ndarray:
+    """What a header can choose from: eight octaves from the first on."""
+    return np.array([first * 2.0**i * (1 + j / 2**digits) for i in range(8) for j in range(2**digits)])
+
+
+CURVATURES, SPACINGS = choices(2.0**-3, 1), choices(2.0**-10, 3)
 
 
 def curvature_of(block: np.ndarray) -> float:
@@ -122,15 +132,14 @@ def curvature_of(block: np.ndarray) -> float:
     depths = logarithm(np.abs(block[block != 0]))
     depths = depths.max() - depths
     weight = 1.5 * power(0.75 * depths.mean()) + power(0.75 * depths.max()) / depths.size
-    wanted = logarithm(weight) ** 2 / 3
-    return float(SPACINGS[np.argmin(np.abs(SPACINGS / 8 - wanted))] / 8)
+    return float(CURVATURES[np.argmin(np.abs(CURVATURES - logarithm(weight) ** 2 / 3))])
 
 
 def spacing_of(block: np.ndarray) -> float:
     """Equation (7)."""
-    top = np.floor(8 * logarithm(block.max()) + 1) / 8
-    reach = (top - logarithm(block[block > 0].min())) / 253
-    return float((SPACINGS * 2.0**-10)[min(np.searchsorted(SPACINGS * 2.0**-10, reach), 31)])
+    top = np.floor(4 * logarithm(block.max()) + 1) / 4
+    reach = (top - logarithm(block[block > 0].min())) / 254
+    return float(SPACINGS[min(np.searchsorted(SPACINGS, reach), SPACINGS.size - 1)])
 
 
 def signed_value(y: np.ndarray, scale: np.ndarray, curvature: np.ndarray) -> np.ndarray:
@@ -147,7 +156,8 @@ def mean_value(y: np.ndarray, scale: np.ndarray, curvature: np.ndarray, points: 
 def int8_neighbours(x: np.ndarray, block_size: int) -> Neighbours:
     """Those of second moments, equation (6)."""
     x = np.asarray(x, np.float64)
-    scale, spacing = (over_blocks(f, x, block_size) for f in (scale_of, spacing_of))
+    scale = over_blocks(lambda block: scale_of(block, 2), x, block_size)
+    spacing = over_blocks(spacing_of, x, block_size)
     with np.errstate(divide="ignore"):
         steps = (logarithm(scale) - logarithm(x)) / spacing
     # A value that is an entry but for float32's rounding has that entry for a neighbour on both sides.
