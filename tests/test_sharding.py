@@ -116,7 +116,7 @@ def test_states_of_optax_are_created_on_their_devices(kind, tx):
 def test_shards_that_do_not_hold_whole_blocks_share_their_scales():
     mesh = mesh_of(AxisType.Auto)
     split = NamedSharding(mesh, PartitionSpec(None, ("data", "model")))
-    params = {"w": jax.ShapeDtypeStruct((16, 512), jnp.float32, sharding=split)}  # 64 values on each device
+    params = {"w": jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=split)}  # 16 values on each device
     found = ao.state_sharding(ao.scale_by_adam(mu_storage="int8"), params)
     assert found.mu.codes["w"].spec == PartitionSpec(None, ("data", "model"))
     assert found.mu.scale["w"].is_fully_replicated

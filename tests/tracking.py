@@ -21,7 +21,9 @@ distance to the nearest number is uniform, so that the RMS of d is 0.35 U and D 
 
 **Arithmetic.** Once they are rounded, gradients in bfloat16 have to do exactly what the same numbers do in
 float32. A moving average keeps what rounding errors the last 1 / (1 - b) steps made, 2^-24 each at most:
-`ARITHMETIC`, for two runs with b = 0.999. A single operation in bfloat16 is ten times that.
+`ARITHMETIC`, for two runs with b = 0.999. A single operation in bfloat16 is ten times that. An
+`error_controlled` rate follows the error of a step, a small difference of losses: `PROBED` times as much for
+four binary digits that cancel in it.
 
 **State.** A kept average x_t = b x_{t-1} + (1 - b) s_t is rounded at every step.
 
@@ -82,6 +84,7 @@ SCALES = {"bias": 1e-2, "kernel": 1.0}
 U = 2.0**-8
 GRADIENTS = 2 * U / (1 - U)
 ARITHMETIC = 2 * 2.0**-24 / (1 - 0.999)
+PROBED = 2**4
 
 # The arguments that say how a moment is kept, with the values for float32.
 _FORMATS = {"mu_storage": "float32", "nu_storage": "float32", "storage": "float32"}
@@ -126,7 +129,8 @@ def runs_of(case: Case) -> list[Run]:
         return runs
     rounded = "float32 gradients with the values of bfloat16"
     add(rounded, {}, "rounded", "float32", dict.fromkeys(SHAPES, GRADIENTS))
-    add("bfloat16 gradients", {}, "bfloat16", rounded, dict.fromkeys(SHAPES, ARITHMETIC))
+    arithmetic = ARITHMETIC * (PROBED if case.factory == "error_controlled" else 1)
+    add("bfloat16 gradients", {}, "bfloat16", rounded, dict.fromkeys(SHAPES, arithmetic))
     takes = [name for name in _STORAGES if name in _parameters(case)]
     if takes:
         for name, storage in (("bfloat16", BFloat16()), ("int8", INT8)):

@@ -153,7 +153,7 @@ def _curve(header: jax.Array) -> _Curve:
     g = _from_bits(layout.one + span.astype(layout.integer)) - 1
     scale = _from_bits(_SIGNED.scale_bits(header))
     # Divisions come last: XLA computes them once per block, and what is cheap once per value.
-    return _Curve(64 * g / jnp.where(scale == 0, jnp.inf, scale), scale / (8 * g), span / _SIDE)
+    return _Curve(64 * g / jnp.where(scale == 0, 1, scale), scale / (8 * g), span / _SIDE)
 
 
 def encode_signed(
@@ -212,8 +212,11 @@ def _curvature(
     )
     number = jnp.maximum(number, 1).astype(dtype)
     mean = total.astype(dtype) * 2.0**dropped / number
-    depth = (largest - layout.one).astype(dtype) - mean, (largest - layout.infinite + least).astype(dtype)
-    typical, smallest = (_from_bits(layout.one + (0.75 * x).astype(layout.integer)) for x in depth)
+    depths = (largest - layout.one).astype(dtype) - mean, (largest - layout.infinite + least).astype(dtype)
+    deepest = 100 * 2.0**layout.mantissa
+    typical, smallest = (
+        _from_bits(layout.one + (0.75 * jnp.clip(x, 0, deepest)).astype(layout.integer)) for x in depths
+    )
     weight = _bits(_TYPICAL * typical + smallest / number) - layout.one
     curvature = _CURVATURE * jnp.square(weight.astype(dtype) * 2.0**-layout.mantissa)
     return _SIGNED.index(curvature, up=False), largest
@@ -254,7 +257,8 @@ class _Lattice(NamedTuple):
 def _lattice(header: jax.Array) -> _Lattice:
     layout = _layout(decoded_dtype(header))
     spacing = (_SQUARES.choice(header) * 2.0**layout.mantissa).astype(layout.integer)
-    return _Lattice(_SQUARES.scale_bits(header) - _TOP * spacing, spacing)
+    # Not below 0, whose bits are those of no number. It is so only where the scale is that small.
+    return _Lattice(jnp.maximum(_SQUARES.scale_bits(header) - _TOP * spacing, 0), spacing)
 
 
 def encode_squares(
@@ -283,4 +287,4 @@ def decode_squares(code: jax.Array, header: jax.Array, block_size: Any) -> jax.A
     """Returns the values."""
     lattice = _lattice(header)
     lowest, spacing = (spread_blocks(each, code, block_size) for each in lattice)
-    return jnp.where(code == 0, 0, _from_bits(lowest + code.astype(lowest.dtype) * spacing))
+    return _from_bits(jnp.where(code == 0, 0, lowest + code.astype(lowest.dtype) * spacing))

@@ -49,12 +49,18 @@ def _raise_nu(state: Any, values: Values) -> Values:
     if jax.tree.structure(nu) != jax.tree.structure(mu):  # shared by several leaves
         return values
 
-    def leaf(v, m):
+    weight = unwrapped(state.nu_weight)
+    weight = jnp.where(weight > 0, weight, 1)
+
+    def raised(v, m, of=1.0):
         if not is_own_statistic(v.shape, m.shape):
             return v
-        return jnp.maximum(v, least_nu(mean_over_groups(abs_square(m), v.shape), bound_sq))
+        return jnp.maximum(v, scale(least_nu(mean_over_groups(abs_square(m), v.shape), bound_sq), of))
 
-    return values | {"nu": jax.tree.map(leaf, nu, mu)}
+    new = {"nu": jax.tree.map(raised, nu, mu)}
+    if values["nu_max"] is not None:  # the largest corrected one
+        new["nu_max"] = jax.tree.map(lambda v, m: raised(v, m, 1 / weight), values["nu_max"], mu)
+    return values | new
 
 
 @carries_moments(
