@@ -54,7 +54,6 @@ def sharded_chains() -> dict[str, optax.GradientTransformation]:
     clip, adamw, found = ao.clip_by_global_norm(1.0), ao.adamw(1e-3), chains()
     names = ("adamw", "optax: clip + adamw", "clip + adamw", "global_rmsprop", "adamw per tensor")
     return {name: found[name][0] for name in (*names, "adamw, int8 moments")} | {
-        "adamw, int8 moments in blocks of 32": ao.adamw(1e-3, mu_storage=ao.Int8(32), nu_storage=ao.Int8(32)),
         "clip + adamw + stochastic_rounding": optax.chain(clip, adamw, ao.stochastic_rounding()),
         "reject_nonfinite(clip + adamw)": ao.reject_nonfinite(optax.chain(clip, adamw)),
         "telemetry(clip + adamw)": ao.telemetry(optax.chain(clip, adamw)),

@@ -13,7 +13,7 @@ import adaptive_optax as ao
 from benchmarks import programs
 from benchmarks.structure import step_of
 
-# Matrices split along either axis, and a vector; every shard holds whole blocks of 256 values.
+# Matrices split along either axis, and a vector; every shard holds whole blocks of values.
 LEAVES = {"w": ((64, 512), ("fsdp", None)), "v": ((16, 2048), (None, "fsdp")), "b": ((2048,), ("fsdp",))}
 INT8 = {"mu_storage": "int8", "nu_storage": "int8"}
 BFLOAT16 = {"mu_storage": "bfloat16", "nu_storage": "bfloat16"}

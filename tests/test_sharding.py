@@ -58,7 +58,7 @@ def expected_spec(path, shape, layout):
         if axis is None or size == whole:
             return axis
         shards = np.prod([SIZES[part] for part in ((axis,) if isinstance(axis, str) else axis)])
-        # Blocks of 256 values along the last axis, of fewer along others: whole ones on every shard.
+        # Whole blocks of 32 values on every shard.
         return axis if "scale" in parts and size > 1 and size % shards == 0 else None
 
     return PartitionSpec(*map(keeps, names, shape, full))

@@ -52,7 +52,7 @@ def _raise_nu(state: Any, values: Values) -> Values:
     weight = unwrapped(state.nu_weight)
     weight = jnp.where(weight > 0, weight, 1)
 
-    def raised(v, m, of=1.0):
+    def raised(v, m, of: Any = 1.0):
         if not is_own_statistic(v.shape, m.shape):
             return v
         return jnp.maximum(v, scale(least_nu(mean_over_groups(abs_square(m), v.shape), bound_sq), of))
