@@ -112,10 +112,11 @@ class Int8(Storage):
     Use it to shrink Adam's state from 8 bytes per parameter to 2.13. The step is computed from float32 values
     before they are encoded. Rounding has no bias, so a slow average moves even if a step is a fraction of the
     gap between codes, and its noise is small: first moments are dithered, and second moments are rounded up
-    or down by numbers that are opposite in every two steps. After 200 steps of Adam the
-    direction is off by 1.3 % if all gradients of a block are of the same size, 3 % if their sizes spread
-    over a decade, and 11 % over four decades. `scale_by_adam` keeps the decoded second moment at or above
-    $m^2 / A^2$, so its bound (`adam_bound`) holds despite rounding.
+    or down by numbers that are opposite in every two steps. After 200 steps of Adam with independent
+    gradients the direction is off by 1.3 % (RMS) if the gradients of a block are of one size, by 3 % if
+    their sizes spread over a decade, and by 10 % over four decades. A coordinate whose gradients are a
+    thousand times smaller than those of most of its block is noisier. `scale_by_adam` keeps the decoded
+    second moment at or above $m^2 / A^2$, so its bound (`adam_bound`) holds despite rounding.
 
     With a block's scale s, its largest magnitude rounded up to a few binary digits,
     $\ell(2^k (1 + f)) = k + f$, and u uniform in (0, 1), hashed from the coordinate and the count,
@@ -129,9 +130,10 @@ class Int8(Storage):
     $$
 
     g is chosen so that the smaller values of a block keep their digits, and $\Delta$ by the range of the
-    block's values. A first moment below $2^{-90}$ or
-    a second one below $2^{-125}$ is taken as 0, and 0 stays 0. Decoding a first moment needs
-    the count of the step that wrote it, which the moment keeps.
+    block's values. A first moment below $2^{-90}$ or a second one below $2^{-125}$ is taken as 0, and 0 stays
+    0. Decoding a first moment needs the count of the step that wrote it, which the moment keeps. The second
+    moment's rate of change is off by half of the share by which it changes in a step, 0.05 % with a decay of
+    0.999; its limit is not.
 
     Leaves with fewer than `min_size` values and complex leaves are not compressed: they stay float32
     (float64, complex). The moment's repr lists them, and `state_bytes` counts them. The choice depends on the
@@ -143,8 +145,8 @@ class Int8(Storage):
 
     Encoding and decoding need no communication if each shard holds whole blocks: the last axis unsharded or
     sharded in multiples of the block size, and the longest axis, if blocks extend along it, in multiples of
-    that extent. Otherwise values are gathered. Inside `jax.shard_map` use `global_coordinates` around both
-    the update and whatever else reads the moment, or around neither.
+    that extent. Otherwise values are gathered. A first moment that was written inside `jax.shard_map` without
+    `global_coordinates` can only be read in the same way; elsewhere it is off by up to a code.
 
     Args:
         block_size: The maximum number of values that share a scale, at least 16.
@@ -163,7 +165,7 @@ class Int8(Storage):
         >>> state.nu
         Int8Moment(262,144 values of 1 leaves as uint8; not compressed: 'bias' float32[512])
         >>> ao.state_bytes(state.nu)
-        268300
+        280588
 
     Source: block-wise quantisation as in Dettmers et al. 2022, "8-bit optimizers via block-wise
     quantization", section 2.1; subtractive dither, Lipshitz et al. 1992, "Quantization and dither: a
