@@ -84,7 +84,7 @@ LOW_PRECISION = {
         20,
         second=lambda: optax.adamw(RATE, mu_dtype="bfloat16"),
     ),
-    "adamw, int8 state": Chain(lambda: _adamw_kept_as("int8"), lambda: optax.adamw(RATE), 16.06),
+    "adamw, int8 state": Chain(lambda: _adamw_kept_as("int8"), lambda: optax.adamw(RATE), 16.25),
     "adamw, bfloat16 parameters + stochastic rounding": Chain(
         lambda: optax.chain(ao.adamw(RATE), ao.stochastic_rounding()),
         lambda: optax.adamw(RATE),
