@@ -59,6 +59,7 @@ BLOCKS = [
     ((2, 4100), 4096),
 ]
 each_shape = pytest.mark.parametrize(("shape", "size"), BLOCKS)
+each_spread = pytest.mark.parametrize("decades", [0.1, 1, 5.5])
 
 
 def magnitudes(shape, size):
@@ -68,11 +69,15 @@ def magnitudes(shape, size):
     return np.repeat(per_block, min(size, shape[-1]), axis=-1)[..., : shape[-1]]
 
 
+def values_and_uniform(role, shape, size, decades):
+    x = np.float32(wide_values(role, shape, decades=decades) * magnitudes(shape, size))
+    return x, np.float32(np.random.default_rng(2).uniform(size=shape))
+
+
 @each_shape
-@pytest.mark.parametrize("decades", [0.1, 1, 5.5])
+@each_spread
 def test_signed_codes_are_the_reference_s(shape, size, decades):
-    x = np.float32(wide_values("mu", shape, decades=decades) * magnitudes(shape, size))
-    uniform = np.float32(np.random.default_rng(2).uniform(size=shape))
+    x, uniform = values_and_uniform("mu", shape, size, decades)
     codes, headers = encode_signed(jnp.asarray(x), blocks_of(x, size), size, uniform)
     scale, wanted = (over_blocks(f, x, size) for f in (signed_scale, curvature_of))
     indices = np.searchsorted(CURVATURES, wanted)
@@ -90,10 +95,9 @@ def test_signed_codes_are_the_reference_s(shape, size, decades):
 
 
 @each_shape
-@pytest.mark.parametrize("decades", [0.1, 1, 5.5])
+@each_spread
 def test_second_moments_become_a_neighbour_on_the_lattice_of_their_block(shape, size, decades):
-    x = np.float32(wide_values("nu", shape, decades=decades) * magnitudes(shape, size))
-    uniform = np.float32(np.random.default_rng(2).uniform(size=shape))
+    x, uniform = values_and_uniform("nu", shape, size, decades)
     codes, headers = encode_squares(jnp.asarray(x), blocks_of(x, size), size, uniform)
     decoded, around = np.asarray(decode_squares(codes, headers, size), np.float64), int8_neighbours(x, size)
     nearer = np.minimum(np.abs(decoded - around.below), np.abs(decoded - around.above))
@@ -256,7 +260,7 @@ def kept_by_this_library(shape):
 
 
 @pytest.mark.parametrize("spread", [0, 0.5, 1, 2, 4])
-def test_adams_direction_is_nearer_to_float32_than_in_any_published_format(spread):
+def test_adams_direction_is_nearer_to_float32_than_in_published_formats(spread):
     shape, steps = (16, 512), 200
     exact = directions(shape, spread, steps, lambda m, v, t: (m, v))
 
@@ -470,5 +474,7 @@ def test_a_state_of_an_earlier_format_is_read_and_continued(format):
 
 def test_an_earlier_format_is_not_written():
     old = before({"square": jnp.ones((64, 64))}, "mu", 2)
+    with pytest.raises(ValueError, match="was not stored by .*convert_storage"):
+        ao.Int8(block_size=256).decode(old)
     with pytest.raises(ValueError, match="format 2 .*convert_storage"):
         old.encode_like(ao.dense(old), count=jnp.int32(1), role="mu")

@@ -53,14 +53,24 @@ def random_bits(
         sharding: The sharding of the bits if it is part of the array's type (`traced_sharding`). Without it
             every device would draw all bits.
     """
-    count = count.astype(jnp.uint32)
     seed += _PARAMETER if role == "parameter" else 0
+    bits = _hashed(shape, count.astype(jnp.uint32), place, seed, sharding)
+    return jax.lax.shift_right_logical(bits, np.uint32(16)) if role == "nu" else bits & np.uint32(0xFFFF)
+
+
+def _hashed(
+    shape: tuple[int, ...],
+    count: jax.Array,
+    place: Any,
+    seed: int,
+    sharding: jax.sharding.NamedSharding | None,
+) -> jax.Array:
+    """32 bits for each coordinate."""
     leaf, position = coordinates(shape, place, sharding)
     salted = leaf * np.uint32(_GOLDEN) + np.uint32(seed % 2**32)
     stream = _finalise(salted ^ _finalise(count + np.uint32(_GOLDEN)))
     # Used twice, so that another stream permutes the bits of the coordinates instead of shifting them.
-    bits = _finalise(position + stream, _finalise(stream))
-    return jax.lax.shift_right_logical(bits, np.uint32(16)) if role == "nu" else bits & np.uint32(0xFFFF)
+    return _finalise(position + stream, _finalise(stream))
 
 
 def antithetic_uniform(
@@ -81,10 +91,8 @@ def antithetic_uniform(
     The arguments are those of `random_bits`.
     """
     count = count.astype(jnp.uint32)
-    leaf, position = coordinates(shape, place, sharding)
-    pair = _finalise(jax.lax.shift_right_logical(count, np.uint32(1)) + np.uint32(_GOLDEN))
-    stream = _finalise((leaf * np.uint32(_GOLDEN) + np.uint32(_PAIRS)) ^ pair)
-    bits = _finalise(position + stream, _finalise(stream)) + (jax.lax.shift_left(count, np.uint32(31)))
+    pair, is_second = jax.lax.shift_right_logical(count, np.uint32(1)), count & np.uint32(1)
+    bits = _hashed(shape, pair, place, _PAIRS, sharding) + jax.lax.shift_left(is_second, np.uint32(31))
     upper = jax.lax.shift_right_logical(bits, np.uint32(9))
     return (upper.astype(jnp.int32).astype(jnp.float32) + 0.5) * np.float32(2.0**-23)
 

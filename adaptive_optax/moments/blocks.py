@@ -74,7 +74,7 @@ def reduce_blocks(
     blocks: tuple[int, ...],
     block_size: Any,
     *,
-    maxima: Sequence[jax.Array] = (),
+    maxima: Sequence[jax.Array],
     sums: Sequence[jax.Array] = (),
 ) -> list[jax.Array]:
     """Returns the largest value of each block of some arrays, and the sum of each block of others.

@@ -1,21 +1,20 @@
 """The two maps of `Int8`: how a block of values becomes 8-bit codes and a header, and back.
 
 Both maps take the bits of a float as a number. For x = 2^k (1 + f) that is, but for an offset and a factor,
-k + f: a logarithm with linear pieces between powers of two. It needs no transcendental function, so a step is
-fast, and decoding gives the same values on every device.
+k + f: a logarithm with linear pieces between powers of two. It needs no transcendental function.
 
 A header holds the scale of a block, its largest magnitude rounded up, above some bits that tell how its codes
 are spaced. It is uint16 for float32, uint32 for float64.
 
 First moments are rounded with *subtractive dither*: a number u that decoding knows as well is added before
 rounding and subtracted after it. The error is then uniform whatever the value is, so it has no bias and half
-the variance of the best that rounding up or down at random can have. The map is linear except at powers of
+the variance that rounding up or down at random has on average. The map is linear except at powers of
 two, where `_without_kinks` corrects what is rounded. Code -128 is an exact 0.
 
 Second moments are rounded up or down at random (`antithetic_uniform`), to floats whose bits are evenly spaced
-below the scale. Code 0 is an exact 0. No other value comes out as 0: a second moment of 0
-beside a first moment that is not would give an unbounded step. A block whose values span more than 59 octaves
-has its smallest ones raised, which makes their steps too short, not too long.
+below the scale. Code 0 is an exact 0. No other value comes out as 0: a second moment of 0 beside a first
+moment that is not would give an unbounded step. A block whose values span more than 59 octaves has its
+smallest ones raised, which makes their steps too short, not too long.
 """
 
 from __future__ import annotations

@@ -79,7 +79,7 @@ class Int8Moment(NamedTuple):
         Raises:
             ValueError: If the moment has an earlier format.
         """
-        if any(jnp.issubdtype(s.dtype, jnp.floating) and s.ndim for s in jax.tree.leaves(self.scale)):
+        if any(map(_is_before, jax.tree.leaves(self.codes), jax.tree.leaves(self.scale))):
             raise ValueError(
                 "A moment of format 2 or earlier can be read but not written. Convert the state with "
                 "convert_storage."
@@ -103,6 +103,11 @@ class Int8Moment(NamedTuple):
 
 def _is_code(x: Any) -> bool:
     return x.dtype in (jnp.int8, jnp.uint8)
+
+
+def _is_before(codes: Any, scale: Any) -> bool:
+    """Whether a leaf is compressed in an earlier format, with float scales instead of headers."""
+    return _is_code(codes) and jnp.issubdtype(scale.dtype, jnp.floating)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,7 +235,8 @@ class Int8(Storage):
         for path, x in paths_and_leaves(moment.codes):
             compresses = self._compresses(x)
             wanted = grid(x.shape, block_extents(x.shape, self.block_size)) if compresses else ()
-            if scales[path].shape != wanted or _is_code(x) != compresses:
+            scale = scales[path]
+            if scale.shape != wanted or _is_code(x) != compresses or _is_before(x, scale):
                 raise ValueError(
                     f"{path!r} of the state was not stored by {self}. Convert the state with convert_storage."
                 )
@@ -241,16 +247,16 @@ def _decode(step: tuple[Any, jax.Array | None], codes: jax.Array, scale: jax.Arr
     count, block_size = step
     if not _is_code(codes):
         return codes
-    if jnp.issubdtype(scale.dtype, jnp.floating):
+    if _is_before(codes, scale):
         return decode_before(codes, scale, block_size)
     if codes.dtype == jnp.uint8:
         return decode_squares(codes, scale, block_size)
-    return decode_signed(codes, scale, block_size, _dither(codes, count, place, scale))
+    return decode_signed(codes, scale, block_size, _dither(codes, count, place, decoded_dtype(scale)))
 
 
-def _dither(x: jax.Array, count: Any, place: Any, header: jax.Array) -> jax.Array:
+def _dither(x: jax.Array, count: Any, place: Any, dtype: Any) -> jax.Array:
     bits = random_bits(x.shape, count, place, "mu", sharding=traced_sharding(x))
-    return as_uniform(bits).astype(decoded_dtype(header))
+    return as_uniform(bits).astype(dtype)
 
 
 def _encoded(moment: Any, values: PyTree, block_size: Any, count: Count, role: Role) -> Int8Moment:
@@ -267,7 +273,7 @@ def _encode(
     if not _is_code(old):
         return x.astype(old.dtype), _one(x)
     if role == "mu":
-        return encode_signed(x, old_scale.shape, block_size, _dither(x, count, place, old_scale))
+        return encode_signed(x, old_scale.shape, block_size, _dither(x, count, place, x.dtype))
     uniform = antithetic_uniform(x.shape, count, place, sharding=traced_sharding(x)).astype(x.dtype)
     return encode_squares(x, old_scale.shape, block_size, uniform)
 

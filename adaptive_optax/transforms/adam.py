@@ -49,17 +49,16 @@ def _raise_nu(state: Any, values: Values) -> Values:
     if jax.tree.structure(nu) != jax.tree.structure(mu):  # shared by several leaves
         return values
 
-    weight = unwrapped(state.nu_weight)
-    weight = jnp.where(weight > 0, weight, 1)
-
-    def raised(v, m, of: Any = 1.0):
+    def raised(v, m, bound_sq):
         if not is_own_statistic(v.shape, m.shape):
             return v
-        return jnp.maximum(v, scale(least_nu(mean_over_groups(abs_square(m), v.shape), bound_sq), of))
+        return jnp.maximum(v, least_nu(mean_over_groups(abs_square(m), v.shape), bound_sq))
 
-    new = {"nu": jax.tree.map(raised, nu, mu)}
+    new = {"nu": jax.tree.map(lambda v, m: raised(v, m, bound_sq), nu, mu)}
     if values["nu_max"] is not None:  # the largest corrected one
-        new["nu_max"] = jax.tree.map(lambda v, m: raised(v, m, 1 / weight), values["nu_max"], mu)
+        weight = unwrapped(state.nu_weight)
+        of_corrected = bound_sq * jnp.where(weight > 0, weight, 1)
+        new["nu_max"] = jax.tree.map(lambda v, m: raised(v, m, of_corrected), values["nu_max"], mu)
     return values | new
 
 
