@@ -14,12 +14,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from adaptive_optax._core.foresight import ROUNDED, Magnitudes
 from adaptive_optax._core.paths import paths_and_leaves
 from adaptive_optax._core.random_bits import is_low_precision
 
 
 def in_float32(p: jax.Array) -> jax.Array:
     return p.astype(jnp.float32)
+
+
+def rounded_growth(given: Magnitudes, state: Any) -> tuple[jax.Array, jax.Array]:
+    """Bounds an update that leads to a sum rounded to the parameter's dtype; the state has no arrays."""
+    return ROUNDED * given.updates + (ROUNDED - 1) * given.params, given.state
 
 
 def update_to_reach(p: jax.Array, target: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from adaptive_optax._core.checks import check_inexact, check_updates, is_inexact
+from adaptive_optax._core.foresight import Growth, foresight
 from adaptive_optax._core.paths import paths_and_leaves
 from adaptive_optax._core.precision import cast, wide_dtype
 
@@ -21,6 +22,7 @@ def transformation(
     update_fn: Callable[..., Any],
     *,
     all_params: bool = False,
+    growth: Growth | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes a transformation from functions that see trees of arrays, whatever the caller's trees contain.
 
@@ -30,6 +32,7 @@ def transformation(
         init_fn: A function of the parameters.
         update_fn: A function of the updates, the state, the parameters or None, and extra arguments.
         all_params: Whether `update_fn` also sees parameter leaves that have no updates.
+        growth: How large updates and state can become; None if that is not known.
 
     Returns:
         The transformation.
@@ -42,6 +45,8 @@ def transformation(
         return init_fn(params)
 
     def update(updates, state, params=None, **extra_args):
+        known = foresight()
+        received = updates, state, params
         updates, params = as_arrays(updates), as_arrays(params)
         if owner is not None:
             check_inexact(owner, "updates", updates)
@@ -50,7 +55,10 @@ def transformation(
                 updates = _as_wide_as(params, updates)
         if params is not None and not all_params:
             params = _with_updates(params, updates)
-        return update_fn(updates, state, params, **extra_args)
+        returned = update_fn(updates, state, params, **extra_args)
+        if known is not None and growth is not None:
+            known.grow(growth, received, returned)
+        return returned
 
     return optax.GradientTransformationExtraArgs(init, update)
 

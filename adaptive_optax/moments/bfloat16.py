@@ -75,6 +75,11 @@ class BFloat16(Storage):
         return _NEAREST.relative_error * (1 if self.rounding == "nearest" else 2)
 
     @property
+    def only_rounds(self) -> bool:
+        """True."""
+        return True
+
+    @property
     def largest_decay(self) -> float:
         """1, so any decay works; 1 - 2^-8 when rounding to nearest."""
         return _NEAREST.largest_decay if self.rounding == "nearest" else 1.0

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from adaptive_optax._core.foresight import accepted
 from adaptive_optax._core.precision import cast, scale
 from adaptive_optax._core.values import static_value, value_at
 
@@ -23,19 +24,26 @@ class Decay(NamedTuple):
 
     Both are kept because 1 - b loses digits in float32: for b = 0.999 it has a relative error of 1.3e-5. The
     complement of a Python number is computed in double precision.
+
+    Attributes:
+        keep: b.
+        take: 1 - b.
+        accepted: Whether the step is accepted, if that was decided before it; if not, averages of arrays
+            keep their old values. None if it is accepted or not known yet.
     """
 
     keep: Any
     take: Any
+    accepted: jax.Array | None = None
 
 
 def decay_at(decay: Any, count: jax.Array, dtype: Any) -> Decay:
     """Evaluates a decay, a number or a schedule, at a step count."""
     known = static_value(decay)
     if known is not None:
-        return Decay(known, 1.0 - known)
+        return Decay(known, 1.0 - known, accepted())
     value = value_at(decay, count, dtype)
-    return Decay(value, 1 - value)
+    return Decay(value, 1 - value, accepted())
 
 
 def ema(old: Any, new: Any, decay: Decay) -> Any:
@@ -44,6 +52,9 @@ def ema(old: Any, new: Any, decay: Decay) -> Any:
     def leaf(old, new):
         dtype = np.promote_types(old.dtype, new.dtype)
         old, new = cast(old, dtype), cast(new, dtype)
+        return if_accepted(decay.accepted, averaged(old, new), old)
+
+    def averaged(old, new):
         if isinstance(decay.keep, float) and decay.keep >= 0.5:
             # The fixed point is `new` however the two factors are rounded; with b = 0.999 the other form
             # converges to a value 1.3e-5 off. Below 1/2 this form would lose a `new` much smaller than `old`.
@@ -52,6 +63,11 @@ def ema(old: Any, new: Any, decay: Decay) -> Any:
         return kept(old, decay) + scale(new, decay.take)
 
     return jax.tree.map(leaf, old, new)
+
+
+def if_accepted(is_accepted: jax.Array | None, new: jax.Array, old: jax.Array) -> jax.Array:
+    """Returns the new value, or the old one if the step is known not to be accepted."""
+    return new if is_accepted is None else jnp.where(is_accepted, new, old)
 
 
 def kept(old: jax.Array, decay: Decay) -> jax.Array:
@@ -63,7 +79,7 @@ def kept(old: jax.Array, decay: Decay) -> jax.Array:
 
 def ema_weight(weight: jax.Array, decay: Decay) -> jax.Array:
     """Returns w_t from w_{t-1}."""
-    return ema(weight, jnp.ones_like(weight), decay)
+    return ema(weight, jnp.ones_like(weight), decay._replace(accepted=None))
 
 
 def weight_error(decay: Decay, dtype: Any) -> Any:

@@ -48,6 +48,15 @@ class Storage(abc.ABC):
         return math.inf
 
     @property
+    def only_rounds(self) -> bool:
+        """Whether `encode` only rounds each value to a neighbour in a dtype with float32's range.
+
+        Then encoding a decoded moment gives the moment back, and finite values stay finite, which makes
+        `reject_nonfinite` faster. False by default.
+        """
+        return False
+
+    @property
     def largest_decay(self) -> float:
         """The largest decay with which a moving average still changes in this format; 1 (default) for any."""
         return 1.0
@@ -219,6 +228,11 @@ class Float32(Storage):
         """Zero: nothing is rounded."""
         return 0.0
 
+    @property
+    def only_rounds(self) -> bool:
+        """True."""
+        return True
+
     def init(self, params_like: Params, role: Role) -> Moment:
         """Returns zeros like the parameters."""
         return zeros(params_like, role)
@@ -247,8 +261,12 @@ class NearestCast(Storage):
     @property
     def relative_error(self) -> float:
         """Half a unit in the last place; unbounded if the dtype's range is smaller than float32's."""
-        limits = jnp.finfo(self.dtype)
-        return float(limits.eps) / 2 if limits.tiny <= jnp.finfo(jnp.float32).tiny else math.inf
+        return float(jnp.finfo(self.dtype).eps) / 2 if self.only_rounds else math.inf
+
+    @property
+    def only_rounds(self) -> bool:
+        """Whether the dtype has float32's range."""
+        return bool(jnp.finfo(self.dtype).tiny <= jnp.finfo(jnp.float32).tiny)
 
     def init(self, params_like: Params, role: Role) -> Moment:
         """Returns zeros in the dtype; complex leaves stay complex."""

@@ -13,6 +13,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from adaptive_optax._core.checks import check_bool, check_choice, check_real, check_same_tree
 from adaptive_optax._core.described import described
+from adaptive_optax._core.foresight import ROUNDED, Magnitudes, holding
 from adaptive_optax._core.precision import (
     abs_square,
     as_wide_as,
@@ -30,7 +31,7 @@ from adaptive_optax._core.transformation import transformation
 from adaptive_optax._core.trees import Count, Moment, PyTree, Scalar, by_leaf
 from adaptive_optax._core.values import as_hyperparameter, static_value, value_at
 from adaptive_optax.moments.carried import MomentField, Values, carries_moments, moments_of
-from adaptive_optax.moments.ema import Decay, decay_at, ema, ema_weight, weight_error
+from adaptive_optax.moments.ema import Decay, decay_at, ema, ema_weight, if_accepted, weight_error
 from adaptive_optax.moments.formats import as_storage
 from adaptive_optax.moments.granularity import (
     Granularity,
@@ -236,6 +237,7 @@ def scale_by_adam(
     errors = mu_storage.relative_error, nu_storage.relative_error
     needs_floor = math.inf in errors
     stretch = 1.0 if needs_floor else (1 + errors[0]) ** 2 / (1 - errors[1])
+    only_rounds = not needs_floor and mu_storage.only_rounds and nu_storage.only_rounds
 
     def init_fn(params):
         dtype = scalar_dtype(params)
@@ -305,11 +307,16 @@ def scale_by_adam(
         nu, nu_max, root = _second_moment(step, old_nu, old_max, squares)  # v, r
         mu, direction = _direction(step, old_mu, g, granularity.spread(root, g))  # m, u
 
+        new_mu = mu_storage.encode(state.mu, mu, count=count, role="mu")
+        new_nu = nu_storage.encode(state.nu, nu, count=count, role="nu")
+        new_max = nu_storage.encode(state.nu_max, nu_max, count=count, role="nu") if amsgrad else None
+        if only_rounds:
+            holding((new_mu, new_nu, new_max))
         return direction, ScaleByAdamState(
             count=count,
-            mu=mu_storage.encode(state.mu, mu, count=count, role="mu"),
-            nu=nu_storage.encode(state.nu, nu, count=count, role="nu"),
-            nu_max=nu_storage.encode(state.nu_max, nu_max, count=count, role="nu") if amsgrad else None,
+            mu=new_mu,
+            nu=new_nu,
+            nu_max=new_max,
             b1=value_at(d1.keep, state.count, dtype),
             b2=value_at(d2.keep, state.count, dtype),
             eps=value_at(step.eps, state.count, dtype),
@@ -331,7 +338,7 @@ def scale_by_adam(
         return jnp.sqrt(squared) * (1 + weight_error(d2, dtype))
 
     storages = {"nu": nu_storage} | ({"nu_max": nu_storage} if amsgrad else {})
-    tx = transformation("scale_by_adam", init_fn, update_fn)
+    tx = transformation("scale_by_adam", init_fn, update_fn, growth=_growth if only_rounds else None)
     return described(tx, Bound(granularity, max_ratio, storages))
 
 
@@ -374,7 +381,7 @@ def _second_moment(
     nu = ema(nu, squares, step.d2)
     nu_hat = scaled(nu, step.nu_factor)
     if nu_max is not None:
-        nu_hat = nu_max = jnp.maximum(nu_max, nu_hat)
+        nu_hat = nu_max = if_accepted(step.d2.accepted, jnp.maximum(nu_max, nu_hat), nu_max)
     return nu, nu_max, root_of(nu_hat, step.eps, step.eps_root)
 
 
@@ -387,6 +394,22 @@ def _direction(step: _Step, mu: jax.Array, g: jax.Array, root: jax.Array) -> tup
         mu_hat = mu_hat + scale(g, step.g_factor)
     direction = over_root(mu_hat, root, step.eps, step.eps_root)
     return mu, scaled(direction, step.direction_factor)
+
+
+def _growth(given: Magnitudes, state: ScaleByAdamState) -> tuple[jax.Array, jax.Array]:
+    """Bounds on the direction and on the new moments.
+
+    m and v are averages of g and of q, which is at most the sum of a group's squares. For the direction,
+    |m|^2 <= A^2 v (`adam_bound`), v is at most `size` times the v of one coordinate, and nesterov's newest
+    gradient has (1 - b2) |g|^2 <= v.
+    """
+    largest_q = given.size * jnp.square(given.updates)
+    moments = jnp.maximum(given.state, jnp.maximum(given.updates, largest_q)) * ROUNDED
+    if state.nu_max is not None:  # an average divided by its sum of weights
+        moments = moments / state.nu_weight
+    relative = jnp.sqrt(state.bound_sq) + jax.lax.rsqrt(1 - state.b2)
+    direction = ROUNDED * math.sqrt(given.size) * relative / state.mu_weight
+    return direction, moments
 
 
 # ---- Quantities derived from the state, for telemetry and conversions of states. ----

@@ -23,7 +23,7 @@ from adaptive_optax.moments.ema import Decay
 def next_bound_sq(bound_sq: jax.Array, d1: Decay, d2: Decay) -> jax.Array:
     """A_t^2 = (b1^2 / b2) A_{t-1}^2 + (1 - b1)^2 / (1 - b2), with 0 / 0 = 0, clipped to a finite number."""
     dtype = bound_sq.dtype
-    keep1, take1, keep2, take2 = (jnp.asarray(x, dtype) for x in (*d1, *d2))
+    keep1, take1, keep2, take2 = (jnp.asarray(x, dtype) for d in (d1, d2) for x in (d.keep, d.take))
     older = jnp.where(bound_sq * keep1 == 0, 0, keep1**2 / keep2 * bound_sq)
     return jnp.minimum(older + take1**2 / take2, jnp.finfo(dtype).max)
 

@@ -17,6 +17,7 @@ import optax
 from jax.typing import ArrayLike
 
 from adaptive_optax._core.checks import check_params, check_same_tree
+from adaptive_optax._core.foresight import ROUNDED, Magnitudes, accepted, holding
 from adaptive_optax._core.paths import paths_and_leaves
 from adaptive_optax._core.precision import incremented, scalar_dtype, scale, updated_param, wide_dtype, widen
 from adaptive_optax._core.ranges import check_hyperparameter
@@ -25,7 +26,7 @@ from adaptive_optax._core.states import carries_hyperparameters, unwrapped
 from adaptive_optax._core.transformation import transformation
 from adaptive_optax._core.trees import Count, OptState, Params, PyTree, Scalar
 from adaptive_optax._core.values import as_hyperparameter, static_value, value_at
-from adaptive_optax.moments.ema import decay_at, ema_weight
+from adaptive_optax.moments.ema import decay_at, ema_weight, if_accepted
 
 _POWER = 8.0
 
@@ -157,10 +158,19 @@ def average_parameters(
             updated_param(p, u)
             for p, u in zip(jax.tree.leaves(params), jax.tree.leaves(updates), strict=True)
         ]
-        average = [a + scale(x - a, share) for a, x in zip(leaves, widen(new), strict=True)]
-        return widen(updates), state._replace(average=jax.tree.unflatten(treedef, average))
+        average = [
+            if_accepted(accepted(), a + scale(x - a, share), a)
+            for a, x in zip(leaves, widen(new), strict=True)
+        ]
+        return widen(updates), state._replace(average=holding(jax.tree.unflatten(treedef, average)))
 
-    return transformation("average_parameters", init_fn, update_fn)
+    return transformation("average_parameters", init_fn, update_fn, growth=_growth)
+
+
+def _growth(given: Magnitudes, state: Any) -> tuple[jax.Array, jax.Array]:
+    """The average lies between the old one and the new parameters."""
+    del state
+    return given.updates, ROUNDED * jnp.maximum(given.state, given.params + given.updates)
 
 
 def _share_of_newest(state: Any, power: Any, decay: Any) -> tuple[jax.Array, Any]:

@@ -11,6 +11,7 @@ import optax
 from jax.typing import ArrayLike
 
 from adaptive_optax._core.checks import check_inexact
+from adaptive_optax._core.foresight import Magnitudes
 from adaptive_optax._core.norms import root_of_squares
 from adaptive_optax._core.precision import abs_square, scalar_dtype, scaled, widen
 from adaptive_optax._core.ranges import check_hyperparameter
@@ -106,4 +107,9 @@ def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformationExtr
         factor = jnp.where(jnp.isfinite(norm) & (norm > limit), limit / jnp.where(norm > 0, norm, 1), 1)
         return scaled(widen(updates), factor), state
 
-    return transformation("clip_by_global_norm", init_fn, update_fn)
+    return transformation("clip_by_global_norm", init_fn, update_fn, growth=_growth)
+
+
+def _growth(given: Magnitudes, state: Any) -> tuple[jax.Array, jax.Array]:
+    del state
+    return given.updates, given.state

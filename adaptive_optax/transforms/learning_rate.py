@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from adaptive_optax._core.checks import check_bool
+from adaptive_optax._core.foresight import Magnitudes
 from adaptive_optax._core.overrides import assigned, in_effect, replacement
 from adaptive_optax._core.precision import scalar_dtype, scaled, widen
 from adaptive_optax._core.state_check import SCHEDULED, check_state
@@ -137,4 +138,8 @@ def scale_by_learning_rate(
             state = ScaleByHeldLearningRateState(value, given, overridden)
         return scaled(widen(updates), sign * value), state
 
-    return transformation("scale_by_learning_rate", init_fn, update_fn)
+    return transformation("scale_by_learning_rate", init_fn, update_fn, growth=_growth)
+
+
+def _growth(given: Magnitudes, state: Any) -> tuple[jax.Array, jax.Array]:
+    return given.updates * jnp.abs(state.learning_rate), given.state

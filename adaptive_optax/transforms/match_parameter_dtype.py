@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from adaptive_optax._core.checks import check_params
+from adaptive_optax._core.low_precision import rounded_growth
 from adaptive_optax._core.paths import paths_and_leaves
 from adaptive_optax._core.precision import cast, widen
 from adaptive_optax._core.random_bits import is_low_precision, round_to_nearest
@@ -69,7 +70,7 @@ def match_parameter_dtype() -> optax.GradientTransformationExtraArgs:
         own = [known[path] for path, _ in paths_and_leaves(updates)]
         return _in_dtype((), updates, jax.tree.unflatten(jax.tree.structure(updates), own)), state
 
-    return transformation("match_parameter_dtype", init_fn, update_fn)
+    return transformation("match_parameter_dtype", init_fn, update_fn, growth=rounded_growth)
 
 
 @by_leaf(like="u")

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.typing import DTypeLike
 
 from adaptive_optax._core.checks import check_bool, check_real, check_same_tree
+from adaptive_optax._core.foresight import ROUNDED, Magnitudes, accepted, holding
 from adaptive_optax._core.precision import as_wide_as, scalar_dtype, scale, widen
 from adaptive_optax._core.state_check import SCHEDULED, Settings, check_state
 from adaptive_optax._core.states import carries_hyperparameters
@@ -22,6 +24,7 @@ from adaptive_optax._core.values import (
     step_of,
     value_at,
 )
+from adaptive_optax.moments.ema import if_accepted
 from adaptive_optax.moments.formats import as_storage
 from adaptive_optax.moments.storage import as_nearest
 
@@ -107,11 +110,19 @@ def trace(
         def decayed_sum(g, t):
             return g + scale(t, momentum)
 
-        total = jax.tree.map(decayed_sum, g, total)
+        total = jax.tree.map(lambda g, t: if_accepted(accepted(), decayed_sum(g, t), t), g, total)
         updates = jax.tree.map(decayed_sum, g, total) if nesterov else total
         schedule = next_schedule_state(state.schedule_state)
         # Any rounding is to nearest, so the count does not matter.
         stored = storage.encode(state.trace, total, count=step_of(schedule), role="mu")
+        if storage.only_rounds:
+            holding(stored)
         return updates, TraceState(stored, momentum, schedule)
 
-    return transformation("trace", init_fn, update_fn)
+    return transformation("trace", init_fn, update_fn, growth=_growth if storage.only_rounds else None)
+
+
+def _growth(given: Magnitudes, state: TraceState) -> tuple[jax.Array, jax.Array]:
+    """Bounds on the direction and on the sum, from the recursion; with nesterov it is applied twice."""
+    total = ROUNDED * (given.updates + jnp.abs(state.momentum) * given.state)
+    return given.updates + total, total

@@ -11,6 +11,7 @@ import optax
 from jax.typing import ArrayLike
 
 from adaptive_optax._core.checks import check_choice, check_flag, check_integer
+from adaptive_optax._core.foresight import Magnitudes
 from adaptive_optax._core.overrides import filled_like
 from adaptive_optax._core.precision import incremented, scalar_dtype, scaled, widen
 from adaptive_optax._core.ranges import check_hyperparameter, check_members
@@ -232,4 +233,8 @@ def reduce_on_plateau(
         )
         return scaled(widen(updates), state.scale), state
 
-    return transformation("reduce_on_plateau", init_fn, update_fn)
+    return transformation("reduce_on_plateau", init_fn, update_fn, growth=_growth)
+
+
+def _growth(given: Magnitudes, state: ReduceOnPlateauState) -> tuple[jax.Array, jax.Array]:
+    return given.updates * jnp.abs(state.scale), given.state

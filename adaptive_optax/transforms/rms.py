@@ -7,6 +7,7 @@ displacement of a step, not the solver's local error, which would need curvature
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ from jax.typing import ArrayLike
 
 from adaptive_optax._core.checks import check_bool, check_same_tree
 from adaptive_optax._core.described import described
+from adaptive_optax._core.foresight import ROUNDED, Magnitudes, holding
 from adaptive_optax._core.precision import (
     abs_square,
     as_wide_as,
@@ -159,6 +161,8 @@ def scale_by_rms(
     granularity = as_granularity(granularity)
     storage = as_storage(storage, decay=decay)
 
+    is_plain = storage.only_rounds and not centered
+
     def init_fn(params):
         dtype = scalar_dtype(params)
         count = jnp.zeros((), jnp.int32)
@@ -203,10 +207,14 @@ def scale_by_rms(
             check_same_tree("scale_by_rms", "updates", squares, "the state", old_nu)
             nu, root = _second_moment(step, old_nu, squares)
         direction = _direction(step, g, granularity.spread(root, g))
+        new_mu = storage.encode(state.mu, mu, count=count, role="mu") if centered else None
+        new_nu = storage.encode(state.nu, nu, count=count, role="nu")
+        if is_plain:
+            holding(new_nu)
         return direction, ScaleByRmsState(
             count=count,
-            mu=storage.encode(state.mu, mu, count=count, role="mu") if centered else None,
-            nu=storage.encode(state.nu, nu, count=count, role="nu"),
+            mu=new_mu,
+            nu=new_nu,
             decay=value_at(b.keep, state.count, dtype),
             eps=value_at(eps_t, state.count, dtype),
             nu_weight=nu_weight,
@@ -220,7 +228,7 @@ def scale_by_rms(
         ratio = jnp.sqrt(plain / _CENTERED_FLOOR if centered else plain)
         return ratio * (1 + weight_error(b, dtype))
 
-    tx = transformation("scale_by_rms", init_fn, update_fn)
+    tx = transformation("scale_by_rms", init_fn, update_fn, growth=_growth if is_plain else None)
     return described(tx, Bound(granularity, max_ratio, {"nu": storage}))
 
 
@@ -237,6 +245,13 @@ class _Step(NamedTuple):
     eps: Any
     eps_root: Any
     nu_factor: Any
+
+
+def _growth(given: Magnitudes, state: ScaleByRmsState) -> tuple[jax.Array, jax.Array]:
+    """Bounds on the direction and on v: it averages q, and (1 - decay) |g|^2 <= size v."""
+    largest_q = given.size * jnp.square(given.updates)
+    direction = ROUNDED * math.sqrt(given.size) * jax.lax.rsqrt(1 - state.decay)
+    return direction, jnp.maximum(given.state, largest_q) * ROUNDED
 
 
 @by_leaf(like=("nu", "squares"))

@@ -22,7 +22,12 @@ import optax
 
 from adaptive_optax._core.checks import check_integer, check_params, check_same_tree
 from adaptive_optax._core.coordinates import places
-from adaptive_optax._core.low_precision import check_low_precision, in_float32, update_to_reach
+from adaptive_optax._core.low_precision import (
+    check_low_precision,
+    in_float32,
+    rounded_growth,
+    update_to_reach,
+)
 from adaptive_optax._core.precision import incremented, widen
 from adaptive_optax._core.random_bits import (
     is_low_precision,
@@ -97,7 +102,7 @@ def stochastic_rounding(seed: int = 0) -> optax.GradientTransformationExtraArgs:
         updates = _step_rounded((state.count, seed), updates, params, places(updates))
         return updates, StochasticRoundingState(incremented(state.count))
 
-    return transformation("stochastic_rounding", init_fn, update_fn)
+    return transformation("stochastic_rounding", init_fn, update_fn, growth=rounded_growth)
 
 
 @by_leaf(like="u")

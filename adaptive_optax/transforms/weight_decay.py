@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from adaptive_optax._core.checks import check_choice, check_params, check_same_tree
+from adaptive_optax._core.foresight import Magnitudes
 from adaptive_optax._core.paths import masked_leaves
 from adaptive_optax._core.precision import scalar_dtype, scale, widen
 from adaptive_optax._core.state_check import SCHEDULED, check_state
@@ -128,7 +130,12 @@ def add_decoupled_weight_decay(
         state = AddDecoupledWeightDecayState(value, next_schedule_state(state.schedule_state))
         return jax.tree.unflatten(treedef, leaves), state
 
-    return transformation("add_decoupled_weight_decay", init_fn, update_fn)
+    growth = _growth if coupling != "schedule" else None  # the schedule's factor is not in the state
+    return transformation("add_decoupled_weight_decay", init_fn, update_fn, growth=growth)
+
+
+def _growth(given: Magnitudes, state: AddDecoupledWeightDecayState) -> tuple[jax.Array, jax.Array]:
+    return given.updates + jnp.abs(state.weight_decay) * given.params, given.state
 
 
 @by_leaf(like="u")

@@ -166,7 +166,7 @@ def _rejected(state: Any, new_state: Any) -> list[Any]:
         if is_transaction(old):
             outside = new.total != old.total
             result += [outside | inside for inside in _rejected(old.inner_state, new.inner_state)]
-            result += [outside, outside]
+            result += [outside] * (len(jax.tree.leaves(old)) - len(jax.tree.leaves(old.inner_state)))
         else:
             result.append(False)
     return result

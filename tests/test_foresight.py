@@ -1,0 +1,250 @@
+"""Bounds that transformations declare on a step before it is taken, and how `reject_nonfinite` uses them."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from saving import same
+from trajectories import spoiled
+
+import adaptive_optax as ao
+from adaptive_optax._core.foresight import foreseeing
+
+PARAMS = {"a": np.linspace(-1, 1, 24, dtype=np.float32).reshape(3, 8), "b": np.ones(5, np.float32)}
+LOW = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)
+COMPLEX = jax.tree.map(lambda x: (x + 1j).astype(np.complex64), PARAMS)
+LARGEST = 8.0
+
+
+def rate(count):
+    return 0.1 / (1.0 + count)
+
+
+# name: (builds a chain that declares all its bounds, parameters)
+DECLARED = {
+    "adam": (lambda: ao.adam(rate), PARAMS),
+    "adam, complex": (lambda: ao.adam(0.1), COMPLEX),
+    "adam, b1 = 0, eps = 0": (lambda: ao.adam(0.1, b1=0.0, eps=0.0), PARAMS),
+    "adam, schedules": (lambda: ao.adam(0.1, b1=rate, b2=lambda count: 1 - rate(count), eps=rate), PARAMS),
+    "adam, fast": (lambda: ao.adam(0.1, b1=0.3, b2=0.4), PARAMS),
+    "adam, tensorflow": (lambda: ao.scale_by_adam(eps_form="tensorflow"), PARAMS),
+    "adam, uncorrected": (lambda: ao.scale_by_adam(bias_correction=False, nesterov=True), PARAMS),
+    "amsgrad, nesterov": (lambda: ao.adam(0.1, amsgrad=True, nesterov=True), PARAMS),
+    "adam, tensor": (lambda: ao.adam(0.1, granularity="tensor"), PARAMS),
+    "adam, global sum": (lambda: ao.adam(0.1, granularity=ao.Global("sum")), PARAMS),
+    "adam, bfloat16": (lambda: ao.adam(0.1, mu_storage="bfloat16", nu_storage="bfloat16"), PARAMS),
+    "adam, mu_dtype": (lambda: ao.adam(0.1, mu_dtype=jnp.bfloat16), PARAMS),
+    "clip, adamw, plateau": (
+        lambda: optax.chain(ao.clip_by_global_norm(1.0), ao.adamw(0.1), ao.reduce_on_plateau()),
+        PARAMS,
+    ),
+    "adamw, independent": (lambda: ao.adamw(0.1, decay_coupling="independent"), PARAMS),
+    "rmsprop": (lambda: ao.rmsprop(0.1, momentum=0.9), PARAMS),
+    "rmsprop, bias": (lambda: ao.scale_by_rms(0.5, bias_correction=True, granularity="tensor"), PARAMS),
+    "global_rmsprop": (lambda: ao.global_rmsprop(0.1), PARAMS),
+    "sgd": (lambda: ao.sgd(0.1, momentum=0.9, nesterov=True), PARAMS),
+    "average": (lambda: optax.chain(ao.adam(0.1), ao.average_parameters()), PARAMS),
+    "ema": (lambda: optax.chain(ao.sgd(0.1), ao.average_parameters(decay=0.9)), PARAMS),
+    "stochastic rounding": (lambda: optax.chain(ao.adamw(0.1), ao.stochastic_rounding()), LOW),
+    "matched": (lambda: optax.chain(ao.adam(0.1), ao.match_parameter_dtype()), LOW),
+    "injected": (lambda: ao.inject_hyperparams(ao.adamw)(0.1), PARAMS),
+    "partition": (
+        lambda: optax.partition({"x": ao.adam(0.1), "y": ao.sgd(0.1)}, {"a": "x", "b": "y"}),
+        PARAMS,
+    ),
+}
+UNDECLARED = {
+    "optax": (lambda: optax.adamw(0.1), PARAMS),
+    "optax behind": (lambda: optax.chain(ao.adam(0.1), optax.scale(2.0)), PARAMS),
+    "adam, int8": (lambda: ao.adam(0.1, mu_storage="int8", nu_storage="int8"), PARAMS),
+    "adam, float16 moment": (lambda: ao.adam(0.1, mu_dtype=jnp.float16), PARAMS),
+    "centered": (lambda: ao.rmsprop(0.1, centered=True), PARAMS),
+    "a decay whose factor is hidden": (
+        lambda: ao.adamw(0.1, decay_coupling="schedule", decay_schedule=1.0),
+        PARAMS,
+    ),
+    "float16 parameters": (
+        lambda: ao.adam(0.1),
+        jax.tree.map(lambda x: x.astype(np.float16), PARAMS),
+    ),
+}
+
+
+def gradients_like(params, rng):
+    """Gradients whose scale changes from step to step, with zeros, and with the largest magnitude."""
+
+    def leaf(x):
+        g = rng.choice([-1.0, 0.0, 0.5, 1.0], x.shape) * LARGEST * 10.0 ** rng.integers(-6, 1)
+        return jnp.asarray(g, x.dtype)
+
+    return jax.tree.map(leaf, params)
+
+
+def top(tree):
+    leaves = [x for x in jax.tree.leaves(tree) if jnp.issubdtype(x.dtype, jnp.inexact) and x.ndim]
+    return max((float(jnp.max(jnp.abs(x.astype(jnp.complex64)))) for x in leaves), default=0.0)
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_no_step_exceeds_the_bounds_that_were_declared(name):
+    build, params = DECLARED[name]
+    tx = optax.with_extra_args_support(build())
+
+    @jax.jit
+    def step(params, state, g):
+        # Everything at most as large as it is now: the tightest that may be declared from.
+        arrays = [x for x in jax.tree.leaves((state, params)) if jnp.issubdtype(x.dtype, jnp.inexact)]
+        bound = jnp.max(jnp.stack([jnp.max(jnp.abs(x)).astype(jnp.float32) for x in arrays if x.ndim]))
+        with foreseeing() as known:
+            known.know(g, jnp.float32(LARGEST))
+            known.know((state, params), bound)
+            updates, new = tx.update(g, state, params, value=1.0)
+        arrays = [x for x in jax.tree.leaves(new) if x.ndim]
+        return optax.apply_updates(params, updates), new, updates, known.bound(updates), known.bound(arrays)
+
+    rng = np.random.default_rng(0)
+    state = tx.init(params)
+    for _ in range(60):
+        params, state, updates, move, kept = step(params, state, gradients_like(params, rng))
+        assert 0 < top(updates) <= move or top(updates) == 0
+        assert top(state) <= kept
+
+
+def stepper(tx):
+    @jax.jit
+    def step(params, state, gradients):
+        updates, state = tx.update(gradients, state, params, value=jnp.float32(1.0))
+        return optax.apply_updates(params, updates), state
+
+    return step
+
+
+@pytest.mark.parametrize("name", [*DECLARED, *UNDECLARED])
+def test_a_bound_is_known_after_a_step_if_all_is_declared(name):
+    build, params = (DECLARED | UNDECLARED)[name]
+    tx = ao.reject_nonfinite(build())
+    step, state, seen = stepper(tx), tx.init(params), []
+    for g in [jax.tree.map(jnp.ones_like, params)] * 3:
+        params, state = step(params, state, g)
+        seen.append(float(state.bound))
+    if name in UNDECLARED:
+        assert seen == [0, 0, 0]
+    else:  # measured by the first step, then foreseen
+        assert seen[0] == 2.0**50 <= seen[1] <= seen[2] and seen[2] < 2.0**120
+    assert ao.get_rejections(state).total == 0
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_a_decision_before_the_step_is_the_one_after_it(name):
+    build, params = DECLARED[name]
+    tx, rng = ao.reject_nonfinite(build()), np.random.default_rng(1)
+    good = [gradients_like(params, rng) for _ in range(3)]
+    # Two that may be too large or may not, which only the step itself can tell.
+    bad = [spoiled(good[0], value) for value in (np.nan, np.inf, 1e20, 1e12)]
+    sequence = [good[0], *bad, good[1], *bad, good[2]]
+    step, ends = stepper(tx), []
+    for bound in (None, 0.0):  # without a bound every step is decided by its results
+        state = tx.init(params)._replace(bound=None if bound is None else jnp.float32(bound))
+        theta = params
+        for g in sequence:
+            theta, state = step(theta, state, g)
+        ends.append((theta, state._replace(bound=None)))
+    for x, y in zip(*map(jax.tree.leaves, ends), strict=True):
+        np.testing.assert_allclose(x, y, rtol=2e-6 if x.dtype != jnp.bfloat16 else 0.02, atol=1e-30)
+    assert ends[0][1].total == ends[1][1].total >= 4
+
+
+def test_a_bound_that_has_grown_too_large_is_measured_again():
+    tx = ao.reject_nonfinite(ao.sgd(0.1, momentum=0.9))
+    step, state = stepper(tx), tx.init(PARAMS)
+    params, state = step(PARAMS, state, PARAMS)
+    _, state = step(params, state._replace(bound=jnp.float32(2.0**121)), PARAMS)
+    assert state.bound == 2.0**50
+
+
+def test_large_parameters_are_decided_by_the_result():
+    params = jax.tree.map(lambda x: jnp.full_like(x, 3.4e38), PARAMS)
+    tx = ao.reject_nonfinite(ao.sgd(1.0))
+    step, state = stepper(tx), tx.init(params)
+    for size, rejections in ((1e30, 0), (-1e38, 1), (-1e38, 2), (1e38, 2)):
+        params, state = step(params, state, jax.tree.map(lambda x, size=size: jnp.full_like(x, size), PARAMS))
+        assert state.total == rejections and np.isfinite(params["b"]).all()
+    assert state.bound == 0
+
+
+def test_a_rejected_step_keeps_the_bound():
+    tx = ao.reject_nonfinite(ao.adam(0.1))
+    step, state = stepper(tx), tx.init(PARAMS)
+    params, state = step(PARAMS, state, PARAMS)
+    _, after = step(params, state, spoiled(PARAMS, np.nan))
+    assert after.bound == state.bound > 0 and after.total == 1
+
+
+def test_what_calls_the_host_is_called_once():
+    def told(updates, state, params=None):
+        jax.debug.callback(lambda: calls.append(1))
+        return updates, state
+
+    calls = []
+    told = optax.GradientTransformation(lambda params: optax.EmptyState(), told)
+    tx = ao.reject_nonfinite(optax.chain(ao.adam(0.1), told))
+    step, state, params = stepper(tx), tx.init(PARAMS), PARAMS
+    for g in (PARAMS, spoiled(PARAMS, np.nan), PARAMS):
+        params, state = step(params, state, g)
+    jax.effects_barrier()
+    assert len(calls) == 3 and state.total == 1
+
+
+def test_a_step_can_be_differentiated():
+    def loss(wrap, scale):
+        tx = wrap(ao.adamw(0.1, eps_root=1e-8))
+        state, params = tx.init(PARAMS), jax.tree.map(jnp.asarray, PARAMS)
+        for _ in range(3):
+            gradients = jax.tree.map(lambda x: scale * x, params)
+            updates, state = tx.update(gradients, state, params)
+            params = optax.apply_updates(params, updates)
+        return sum(jnp.sum(x) for x in jax.tree.leaves(params))
+
+    # On the side of zero where Adam's direction changes with the scale of the gradient.
+    wrappers = lambda tx: tx, ao.reject_nonfinite
+    slopes = [jax.jit(jax.grad(functools.partial(loss, wrap)))(1e-4) for wrap in wrappers]
+    assert slopes[0] != 0
+    np.testing.assert_allclose(*slopes, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["scan", "vmap"])
+def test_in_a_scan_and_under_vmap(kind):
+    tx, rng = ao.reject_nonfinite(ao.adamw(rate)), np.random.default_rng(2)
+    sequence = [gradients_like(PARAMS, rng) for _ in range(4)]
+    sequence[2] = spoiled(sequence[2], np.nan)
+    step, expected = stepper(tx), (PARAMS, tx.init(PARAMS))
+    for g in sequence:
+        expected = step(*expected, g)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *sequence)
+
+    def run(params, state, sequence):
+        return jax.lax.scan(lambda carry, g: (step(*carry, g), None), (params, state), sequence)[0]
+
+    start = jax.tree.map(jnp.asarray, PARAMS), tx.init(PARAMS)
+    if kind == "vmap":
+        twice = jax.tree.map(lambda x: jnp.stack([x, x]), (*start, stacked))
+        end = jax.tree.map(lambda x: x[1], jax.vmap(run)(*twice))
+    else:
+        end = run(*start, stacked)
+    for x, y in zip(*map(jax.tree.leaves, (end, expected)), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-6)
+    assert end[1].total == 1
+
+
+def test_a_state_of_an_older_version_goes_on_without_a_bound():
+    tx = ao.reject_nonfinite(ao.adam(0.1))
+    state = tx.init(PARAMS)
+    older = ao.RejectNonfiniteState(state.inner_state, state.total, state.in_a_row)
+    step = stepper(tx)
+    params, after = step(PARAMS, older, PARAMS)
+    assert after.bound is None
+    expected, _ = step(PARAMS, state, PARAMS)
+    same(params, expected)
