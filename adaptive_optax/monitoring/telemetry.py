@@ -23,6 +23,7 @@ from adaptive_optax._core.checks import (
     check_transformation,
 )
 from adaptive_optax._core.norms import is_safe
+from adaptive_optax._core.once_more import has_effects, kept_apart, ordered_after
 from adaptive_optax._core.paths import paths_and_leaves
 from adaptive_optax._core.precision import (
     abs_square,
@@ -150,8 +151,8 @@ def telemetry(
 
     Args:
         inner: The transformation that takes the steps.
-        every: Measure every k-th step, starting with the first; k is at least 1. Other steps cost little:
-            the update, which XLA would otherwise fuse away, is written to memory.
+        every: Measure every k-th step, starting with the first; k is at least 1. Other steps cost hardly more
+            than those of `inner`.
         per: "tree" for one number for the whole tree, "tensor" for one per leaf.
 
     Returns:
@@ -201,30 +202,49 @@ def telemetry(
         check_inexact("telemetry", "updates", updates)
         check_state("telemetry", state, own_init, "updates", updates, _SETTINGS)
         count = incremented(state.count)
-        new_updates, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-        check_same_tree("telemetry", "the updates of inner", new_updates, "the gradients", updates)
-        new_updates = outgoing(new_updates, inner_state)
         dtype = state.values.dtype
-        after = None
         if params is not None:
             check_same_tree("telemetry", "params", params, "the gradients", updates)
-            # The caller computes them as well, and XLA merges the two. If the cond read `params` instead,
-            # donated parameters would be copied first.
-            pairs = zip(jax.tree.leaves(params), jax.tree.leaves(new_updates), strict=True)
-            after = [updated_param(jnp.asarray(p), u) for p, u in pairs]
 
-        def measurement():
+        def step(updates, old, params):
+            new_updates, inner_state = inner.update(updates, old, params, **extra_args)
+            check_same_tree("telemetry", "the updates of inner", new_updates, "the gradients", updates)
+            return outgoing(new_updates, inner_state), inner_state
+
+        def measurement(updates, new_updates, params, inner_state):
+            after = None
+            if params is not None:  # the caller computes them as well, and XLA merges the two
+                pairs = zip(jax.tree.leaves(params), jax.tree.leaves(new_updates), strict=True)
+                after = [updated_param(jnp.asarray(p), u) for p, u in pairs]
             seen, defined = measure(updates, new_updates, after, inner_state, dtype, per_tensor=per_tensor)
             fields = [getattr(seen, name) for name in _FIELDS]
             values = jnp.concatenate([jnp.stack(fields[:-1], axis=-1), fields[-1]], axis=-1)
             rate = jnp.where(defined.learning_rate, seen.learning_rate, -1)
             return count, rate, values, jnp.stack([getattr(defined, name) for name in _FIELDS], axis=-1)
 
+        received = updates, state.inner_state, params
         if every == 1:
-            last = measurement()
-        else:
-            previous = state.measured, state.rate, state.values, state.defined
-            last = jax.lax.cond((count - 1) % every == 0, measurement, lambda: previous)
+            new_updates, inner_state = step(*received)
+            last = measurement(updates, new_updates, params, inner_state)
+            return new_updates, TelemetryState(count, inner_state, *last)
+
+        previous = state.measured, state.rate, state.values, state.defined
+        is_measured = (count - 1) % every == 0
+        if has_effects(step, *received):  # which may occur once a step
+            new_updates, inner_state = step(*received)
+            results = updates, new_updates, params, inner_state
+            last = jax.lax.cond(is_measured, lambda: measurement(*results), lambda: previous)
+            return new_updates, TelemetryState(count, inner_state, *last)
+
+        def measured():
+            updates, old, params = kept_apart(received)
+            new_updates, inner_state = step(updates, old, params)
+            return measurement(updates, new_updates, params, inner_state)
+
+        # The step is taken once more to be measured. If it were measured afterwards, every step would have to
+        # write its updates to memory and to keep the old parameters.
+        last = jax.lax.cond(is_measured, measured, lambda: previous)
+        new_updates, inner_state = step(ordered_after(last[0], updates), *received[1:])
         return new_updates, TelemetryState(count, inner_state, *last)
 
     return transformation("telemetry", init_fn, update_fn)

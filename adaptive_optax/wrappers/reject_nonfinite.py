@@ -11,6 +11,7 @@ from jax.core import Tracer, eval_jaxpr
 
 from adaptive_optax._core.checks import check_same_tree, check_transformation
 from adaptive_optax._core.foresight import deciding, foreseeing
+from adaptive_optax._core.once_more import kept_apart
 from adaptive_optax._core.paths import paths_and_leaves
 from adaptive_optax._core.precision import cast, incremented, updated_param, wide_dtype, widen
 from adaptive_optax._core.state_check import check_state, check_state_kept
@@ -303,8 +304,7 @@ def _foresee(step: Any, updates: Any, old: Any, params: Any, bound: Any) -> _For
 
 def _looked_at(step: Any, updates: Any, old: Any, params: Any) -> tuple[jax.Array, jax.Array]:
     """Takes a step only to see what is finite, and a bound on the new state and parameters."""
-    # XLA runs both branches of a conditional if it finds them cheap, unless there is a barrier in one.
-    updates, old, params = jax.lax.optimization_barrier((updates, old, params))
+    updates, old, params = kept_apart((updates, old, params))
     new_updates, new = step(updates, old, params)
     tops = _tops(updates, new_updates, old, new, params)
     values = tops[len(jax.tree.leaves((updates, new_updates))) :]
