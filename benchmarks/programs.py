@@ -32,17 +32,24 @@ class Kernel:
     traffic: float
 
 
-def kernels(hlo: str) -> list[Kernel]:
-    """Returns the kernels of a compiled program.
+def kernels(hlo: str, *, all_branches: bool = True) -> list[Kernel]:
+    """Returns the kernels of a compiled program. Bodies of loops count once.
 
-    Bodies of loops and branches of conditionals count once each, so what a step does not run counts too.
+    Args:
+        hlo: The program.
+        all_branches: Whether every branch of a conditional counts, although a step runs only one; otherwise
+            the one that moves the least, as on ordinary steps.
     """
     bodies, entry = _computations(re.sub(r"/\*.*?\*/", "", hlo))
-    found: list[Kernel] = []
-    waiting, seen = [entry], {entry}
-    while waiting:
+    seen: set[str] = set()
+
+    def of(computation: str) -> list[Kernel]:
+        found: list[Kernel] = []
+        if computation in seen:
+            return found
+        seen.add(computation)
         sizes: dict[str, float] = {}
-        for line in bodies.get(waiting.pop(), ()):
+        for line in bodies.get(computation, ()):
             match = _INSTRUCTION.match(line)
             if not match:
                 continue
@@ -51,12 +58,21 @@ def kernels(hlo: str) -> list[Kernel]:
             if operation in _KERNELS:
                 read = (sizes.get(each.strip().lstrip("%"), 0) for each in operands.split(","))
                 found.append(Kernel(name, operation, sizes[name] + sum(read)))
+            branches = [
+                each.strip().lstrip("%") for names in _BRANCHES.findall(line) for each in names.split(",")
+            ]
             called = _CALLED.findall(line) + (_CALLED_BY_CALL.findall(line) if operation == "call" else [])
-            for branches in _BRANCHES.findall(line):
-                called += [each.strip().lstrip("%") for each in branches.split(",")]
-            waiting += [each for each in called if each not in seen]
-            seen |= set(called)
-    return found
+            if operation == "conditional":
+                choices = [of(each) for each in (*branches, *called)]
+                if all_branches:
+                    found += [kernel for choice in choices for kernel in choice]
+                elif choices:
+                    found += min(choices, key=lambda choice: sum(kernel.traffic for kernel in choice))
+            else:
+                found += [kernel for each in called for kernel in of(each)]
+        return found
+
+    return of(entry)
 
 
 def collectives(hlo: str) -> dict[str, int]:

@@ -122,12 +122,15 @@ def _structure(tx: Any, params: Any, place: Any) -> dict[str, Any]:
     shapes = (compilers.placed(tree, place) for tree in (params, state, params))
     compiled: Any = step.lower(*shapes).compile()
     found = programs.kernels(compiled.as_text())
+    ordinary = programs.kernels(compiled.as_text(), all_branches=False)
     count = sum(x.size for x in jax.tree.leaves(params))
     return {
         "leaves": len(jax.tree.leaves(params)),
         "parameters": count,
         "kernels": len(found),
         "bytes": sum(kernel.traffic for kernel in found) / count,
+        "ordinary_kernels": len(ordinary),
+        "ordinary_bytes": sum(kernel.traffic for kernel in ordinary) / count,
         "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes / count,
     }
 
@@ -162,7 +165,11 @@ def tables(result: dict[str, Any]) -> dict[str, Table]:
             cells = []
             for device in DEVICES:
                 row = rows[chain, device]
-                cells += [str(row["kernels"]), f"{row['bytes']:.1f}", f"{row['temporary_bytes']:.1f}"]
+                kernels, moved = str(row["kernels"]), f"{row['bytes']:.1f}"
+                if row["ordinary_kernels"] != row["kernels"]:
+                    kernels = f"{row['ordinary_kernels']} ({kernels})"
+                    moved = f"{row['ordinary_bytes']:.1f} ({moved})"
+                cells += [kernels, moved, f"{row['temporary_bytes']:.1f}"]
             table.add(chain, *cells)
         found[kind] = table
     slices = list(dict.fromkeys(row["slice"] for row in result["collectives"]))

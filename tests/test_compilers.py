@@ -71,6 +71,8 @@ def test_kernels_are_what_is_run_by_itself():
         "doubled": ("add", 3 * 32),  # in the body of a loop, once
         "copied": ("copy", 2 * 8),  # in a branch
     }
+    ordinary = {kernel.name for kernel in programs.kernels(HLO, all_branches=False)}
+    assert ordinary == {"out", "doubled"}
 
 
 def test_collectives_count_once():

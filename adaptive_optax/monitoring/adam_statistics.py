@@ -6,6 +6,7 @@ wrappers.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -172,7 +173,7 @@ def _leaves_of(state: ScaleByAdamState, rate: jax.Array | None, dtype: Any) -> d
         if not is_own_statistic(v.shape, m.shape):
             continue  # a granularity with its own `spread`, which the state does not reveal
         total = jnp.sum(v / max(v.size, 1))
-        mean_sq = jnp.sum(abs_square(m) / max(m.size, 1))
+        mean_sq = jnp.sum(abs_square(m / math.sqrt(max(m.size, 1))))
         # Beside a root whose square overflows, the length counts as 0.
         square = jnp.square(root)
         is_defined = (root != 0) & ~jnp.isinf(square)
