@@ -6,6 +6,7 @@ import contextlib
 import enum
 import importlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -21,8 +22,9 @@ import typer
 
 from benchmarks import compilers
 from benchmarks.readme import render as render_readme
-from benchmarks.setting import RESULTS, cores_busy_elsewhere, setting
+from benchmarks.setting import RESULTS, cores_busy_elsewhere, hardware, setting
 from benchmarks.studies import published
+from benchmarks.timing import OutOfTime
 
 PROJECT = Path(__file__).parent.parent
 PAGES = ("README.md", "docs/error_control.md", "docs/scale.md")
@@ -46,6 +48,16 @@ class Suite(enum.StrEnum):
     soak = "soak"
 
 
+# What an hour with an accelerator is for, and the seconds after which each begins nothing more. Together with
+# starting the processes they take at most `ACCELERATOR_SECONDS`.
+ON_ACCELERATOR = {
+    Suite.update_step: 210,
+    Suite.end_to_end: 60,
+    Suite.study_throughput: 70,
+    Suite.limit_cost: 30,
+    Suite.telemetry: 20,
+}
+ACCELERATOR_SECONDS = 480
 AHEAD_OF_TIME = (Suite.structure, Suite.memory)  # by compilers that are installed apart
 NOT_TIMED = (*AHEAD_OF_TIME, Suite.soak)
 
@@ -83,8 +95,8 @@ def rendered(page: str) -> str:
     return render_readme(text, stored(), tables, published(), root="../" * page.count("/"))
 
 
-def run_here(suite: Suite, out: Path, quick: bool) -> None:
-    """Measures one suite in this process and writes its result."""
+def run_here(suite: Suite, out: Path, quick: bool, seconds: float = math.inf) -> None:
+    """Measures one suite in this process and writes its result, if there is one after `seconds`."""
     busy = cores_busy_elsewhere()
     if not quick and suite not in NOT_TIMED and busy > MOST_CORES_BUSY:
         raise ValueError(f"Other programs keep {busy:.1f} cores busy; timings need an idle machine.")
@@ -98,10 +110,20 @@ def run_here(suite: Suite, out: Path, quick: bool) -> None:
         rich.progress.SpinnerColumn(), "{task.description}", rich.progress.TimeElapsedColumn(), transient=True
     ) as progress:
         bar = progress.add_task(suite.value)
-        result = module(suite).measure(
-            quick, lambda text: progress.update(bar, description=f"{suite.value}: {text}")
-        )
-    command = f"python -m benchmarks --suite {suite.value}{' --quick' if quick else ''}"
+
+        def advance(text: str) -> None:
+            progress.update(bar, description=f"{suite.value}: {text}")
+            if time.perf_counter() - began > seconds:
+                raise OutOfTime(text)
+
+        try:
+            result = module(suite).measure(quick, advance)
+        except OutOfTime as stopped:
+            raise ValueError(f"{suite.value}: no result after {seconds:g} s, before {stopped}.") from None
+    if not result.get("rows", True):
+        raise ValueError(f"{suite.value}: {result['note']}.")
+    limit = "" if seconds == math.inf else f" --seconds {seconds:g}"
+    command = f"python -m benchmarks --suite {suite.value}{limit}{' --quick' if quick else ''}"
     result = setting(command) | {"cores_busy_elsewhere": busy} | result
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{suite.value}_{result['hardware']}.json"
@@ -109,6 +131,26 @@ def run_here(suite: Suite, out: Path, quick: bool) -> None:
     for table in module(suite).tables(result).values():
         rich.print(table.rich())
     rich.print(f"{suite.value}: {time.perf_counter() - began:.0f} s, {path}")
+
+
+def measure_accelerator(out: Path, quick: bool) -> None:
+    """Runs the suites of `ON_ACCELERATOR`, one process each; one that fails or takes too long is left out."""
+    began = time.monotonic()
+    for suite, share in ON_ACCELERATOR.items():
+        left = ACCELERATOR_SECONDS - (time.monotonic() - began)
+        if left < 10:
+            typer.echo(f"{suite.value}: skipped, because no time is left.", err=True)
+            continue
+        arguments = ["--suite", suite.value, "--out", str(out), "--no-readme"]
+        arguments += ["--seconds", f"{min(share, left - 5):g}", *(["--quick"] if quick else [])]
+        try:
+            code = subprocess.run(
+                [sys.executable, "-m", "benchmarks", *arguments], cwd=PROJECT, timeout=left
+            ).returncode
+        except subprocess.TimeoutExpired:
+            code = 1
+        if code:
+            typer.echo(f"{suite.value}: no result; what others measured is kept.", err=True)
 
 
 @contextlib.contextmanager
@@ -131,15 +173,25 @@ def main(
     quick: Annotated[bool, typer.Option(help="Tiny sizes: a test that it runs, not a measurement.")] = False,
     readme: Annotated[bool, typer.Option(help="Whether to update README and pictures afterwards.")] = True,
     render: Annotated[bool, typer.Option(help="Measure nothing; only update README and pictures.")] = False,
+    accelerator: Annotated[
+        bool, typer.Option(help="Measure what a GPU or TPU is needed for, in at most 8 minutes.")
+    ] = False,
+    seconds: Annotated[
+        float, typer.Option(help="Begin no further measurement after so many seconds, and keep the others.")
+    ] = math.inf,
 ) -> None:
     """Measures every suite whose results are published, and updates the README's tables and pictures."""
     out = out.resolve()  # the processes below have another working directory
     if quick and out == RESULTS:
         raise typer.BadParameter("--quick measures nothing worth publishing; choose another --out.")
-    suites = [] if render else suite or list(Suite)
+    if accelerator and not quick and hardware().startswith("cpu"):
+        raise typer.BadParameter("--accelerator needs a GPU or TPU that JAX finds; here is only a CPU.")
+    if accelerator:
+        measure_accelerator(out, quick)
+    suites = [] if render or accelerator else suite or list(Suite)
     if len(suites) == 1:
         with plain_errors():
-            run_here(suites[0], out, quick)
+            run_here(suites[0], out, quick, seconds)
     for one in suites if len(suites) > 1 else []:
         if one in AHEAD_OF_TIME and (lacking := compilers.missing()):
             typer.echo(f"{one.value}: skipped. {lacking}", err=True)

@@ -27,20 +27,24 @@ class Transformer(linen.Module):
     width: int = 256
     layers: int = 6
     heads: int = 8
+    dtype: Any = jnp.float32  # of activations; parameters are float32
 
     @linen.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Returns logits [sample, position, token]."""
-        embed = linen.Embed(self.vocabulary, self.width)
+        embed = linen.Embed(self.vocabulary, self.width, dtype=self.dtype)
         x = embed(tokens) + self.param(
             "positions", linen.initializers.normal(0.02), (tokens.shape[1], self.width)
         )
         mask = linen.make_causal_mask(tokens)
         for _ in range(self.layers):
-            x += linen.MultiHeadAttention(self.heads)(linen.LayerNorm()(x), mask=mask)
-            hidden = linen.gelu(linen.Dense(4 * self.width)(linen.LayerNorm()(x)))
-            x += linen.Dense(self.width)(hidden)
-        return embed.attend(linen.LayerNorm()(x))
+            normed = linen.LayerNorm(dtype=self.dtype)(x)
+            x += linen.MultiHeadAttention(self.heads, dtype=self.dtype)(normed, mask=mask)
+            normed = linen.LayerNorm(dtype=self.dtype)(x)
+            hidden = linen.gelu(linen.Dense(4 * self.width, dtype=self.dtype)(normed))
+            x += linen.Dense(self.width, dtype=self.dtype)(hidden)
+        logits = embed.attend(linen.LayerNorm(dtype=self.dtype)(x))
+        return logits.astype(jnp.float32)
 
 
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
@@ -89,6 +93,9 @@ class Training:
 def measure(quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
     """Measures all three."""
     model, samples, length = Transformer(), 8, 128
+    if jax.default_backend() != "cpu":  # as large as GPT-2 small
+        large = Transformer(vocabulary=50304, width=768, layers=12, heads=12, dtype=jnp.bfloat16)
+        model, samples, length = large, 8, 1024
     if quick:
         model, samples, length = Transformer(vocabulary=64, width=16, layers=1, heads=2), 2, 8
     tokens = np.random.default_rng(0).integers(0, model.vocabulary, (samples, length + 1))
@@ -100,7 +107,8 @@ def measure(quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
     times = alternate(trainings, 15 if quick else 60, seconds=25)
     without = times["no optimizer"]
     return {
-        "model": f"{model.layers} layers, width {model.width}, {samples} x {length} tokens",
+        "model": f"{model.layers} layers, width {model.width}, {samples} x {length} tokens"
+        + (", in bfloat16" if model.dtype == jnp.bfloat16 else ""),
         "parameters": trainings["ours"].parameters,
         "leaves": trainings["ours"].leaves,
         "timed": against(times, "optax"),

@@ -20,7 +20,7 @@ from adaptive_optax import study
 from adaptive_optax.study import tasks
 from benchmarks.tables import Table, digits
 from benchmarks.telemetry import convolutional
-from benchmarks.timing import alternate
+from benchmarks.timing import alternate, in_time
 
 STEPS = 10  # per block
 RATE = 1e-3
@@ -68,13 +68,16 @@ class Training:
 
 def measure(quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
     """Measures four networks; a quick run one."""
-    rows = []
     networks = (tasks.localization, tasks.digits, convolutional, tasks.text)
-    for make in networks[:1] if quick else networks:
-        task = make()
-        advance(task.name)
-        rows.append(_row(task, rounds=3 if quick else 50))
-    return {"rows": rows, "seeds": {"parameters": 0, "bootstrap": 0}}
+
+    def measured():
+        for make in networks[:1] if quick else networks:
+            task = make()
+            advance(task.name)
+            yield _row(task, rounds=3 if quick else 50)
+
+    rows, note = in_time(measured())
+    return {"rows": rows, "seeds": {"parameters": 0, "bootstrap": 0}} | note
 
 
 def _row(task: study.Task, rounds: int) -> dict[str, Any]:

@@ -1,14 +1,37 @@
-"""Times of contenders interleaved in one process, and the bandwidth that bounds them."""
+"""Times of contenders interleaved in one process, the bandwidth that bounds them, and when to stop."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+class OutOfTime(Exception):
+    """Raised by `advance` if no time is left for what comes next."""
+
+
+def in_time(rows: Iterator[Any]) -> tuple[list[Any], dict[str, str]]:
+    """Returns rows as long as there is time and memory for them, and a note for the result if not for all.
+
+    Args:
+        rows: A generator that calls `advance` before each row.
+    """
+    kept: list[Any] = []
+    try:
+        for row in rows:
+            kept.append(row)
+    except OutOfTime:
+        return kept, {"note": f"stopped after {len(kept)} rows: no time was left"}
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).splitlines()[0][:80]
+        return kept, {"note": f"stopped after {len(kept)} rows: {reason}"}
+    return kept, {}
+
 
 WARM_UP, FEWEST_ROUNDS = 2, 15  # rounds that do not count, and rounds that always run
 

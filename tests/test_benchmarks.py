@@ -24,6 +24,7 @@ from benchmarks import (
     limit_cost,
     readme,
     scaling,
+    setting,
     studies,
     trees,
     update_step,
@@ -38,7 +39,7 @@ from benchmarks.contenders import (
 )
 from benchmarks.programs import entry_kernels
 from benchmarks.tables import Table, digits, ratio
-from benchmarks.timing import against, alternate
+from benchmarks.timing import OutOfTime, against, alternate, in_time
 
 PROJECT = Path(__file__).parent.parent
 
@@ -518,3 +519,75 @@ def test_the_largest_eigenvalue_is_that_of_the_preconditioned_hessian():
 
     found, _ = error_control_edge.largest_eigenvalue(loss, tree(np.ones(4)), tree(root), tree(np.ones(4)), 60)
     assert found == pytest.approx(exact, rel=1e-3)
+
+
+def test_the_accelerator_s_suites_share_eight_minutes(tmp_path, monkeypatch):
+    begun = []
+
+    def run(arguments, timeout, **_):
+        suite, seconds = (arguments[arguments.index(name) + 1] for name in ("--suite", "--seconds"))
+        begun.append((suite, float(seconds), timeout))
+        clock[0] += min(float(seconds) + 15, timeout)  # each overruns a little
+        code = {"study_throughput": 1}.get(suite, 0)
+        if suite == "update_step":
+            raise subprocess.TimeoutExpired(arguments, timeout)
+        return subprocess.CompletedProcess(arguments, code)
+
+    clock = [0.0]
+    monkeypatch.setattr(command.subprocess, "run", run)
+    monkeypatch.setattr(command.time, "monotonic", lambda: clock[0])
+    command.measure_accelerator(tmp_path, quick=False)
+    assert [suite for suite, _, _ in begun] == list(command.ON_ACCELERATOR)  # whatever became of the others
+    assert all(0 < seconds < timeout for _, seconds, timeout in begun)
+    assert clock[0] <= command.ACCELERATOR_SECONDS
+
+
+def test_an_accelerator_is_needed_unless_the_run_is_quick(tmp_path):
+    with pytest.raises(command.typer.BadParameter, match="--accelerator needs a GPU or TPU that JAX finds"):
+        command.main(out=tmp_path, accelerator=True)
+
+
+def test_rows_are_kept_when_time_or_memory_runs_out():
+    def rows(error):
+        yield {"n": 1}
+        raise error
+
+    assert in_time(iter([1, 2])) == ([1, 2], {})
+    kept, note = in_time(rows(OutOfTime("the next")))
+    assert kept == [{"n": 1}] and note == {"note": "stopped after 1 rows: no time was left"}
+    kept, note = in_time(rows(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory\nmore")))
+    assert kept == [{"n": 1}] and note["note"] == "stopped after 1 rows: RESOURCE_EXHAUSTED: Out of memory"
+    with pytest.raises(KeyError):
+        in_time(rows(KeyError("a fault")))
+
+
+def test_on_an_accelerator_a_suite_stops_early_and_is_rendered_beside_the_cpu_s(tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "cores_busy_elsewhere", lambda: 0.0)
+    with pytest.raises(ValueError, match="update_step: stopped after 0 rows: no time was left"):
+        command.run_here(command.Suite.update_step, tmp_path, quick=True, seconds=-1.0)
+    with pytest.raises(ValueError, match=r"end_to_end: no result after -1 s, before compiling: optax\."):
+        command.run_here(command.Suite.end_to_end, tmp_path, quick=True, seconds=-1.0)
+    device = types.SimpleNamespace(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(setting.jax, "devices", lambda: [device])
+    rows = list(update_step._rows(quick=True))[:2]
+    monkeypatch.setattr(update_step, "_rows", lambda quick: iter(rows))
+    command.run_here(command.Suite.update_step, tmp_path, quick=True, seconds=600.0)
+    (written,) = tmp_path.glob("*.json")
+    assert written.name == "update_step_nvidia_h100_80gb_hbm3.json"
+    result = json.loads(written.read_text())
+    assert result["command"] == "python -m benchmarks --suite update_step --seconds 600 --quick"
+    both = {"update_step": {"cpu_2_cores": result | {"hardware": "cpu_2_cores"}, result["hardware"]: result}}
+    text = "<!-- benchmark:update_step main -->\n<!-- /benchmark -->"
+    page = readme.render(text, both, {"update_step": update_step.tables})
+    assert page.count("Update and apply against optax (NVIDIA H100 80GB HBM3, ") == 2
+    assert "(benchmarks/results/update_step_nvidia_h100_80gb_hbm3.json)" in page
+
+
+def test_an_accelerator_s_rows_cover_every_chain_and_begin_with_what_says_most():
+    rows = [(tree, name) for tree, _, name, _, _ in update_step._rows_of_an_accelerator()]
+    assert rows[0] == ("400 small leaves", "adamw") and len(set(rows)) == len(rows)
+    every = update_step.CHAINS | update_step.LOW_PRECISION | update_step.WRAPPED
+    assert {name for tree, name in rows if tree == "one leaf of 512 M"} == set(every)
+    assert {tree for tree, _ in rows} == {
+        "400 small leaves", "one leaf of 512 M", "GPT-2 small, 148 leaves", "2000 small leaves"
+    }  # fmt: skip
