@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.core import Tracer, eval_jaxpr
 
@@ -158,7 +160,7 @@ def reject_nonfinite(
             places = _places(updates, new_updates, old, params)
             if not places:
                 return new_updates, state._replace(inner_state=new)
-            finite = _are_finite(_tops(updates, new_updates, old, new, params))
+            finite = _tops(updates, new_updates, old, new, params) < jnp.inf
             accepted = jnp.all(finite)
             bound = None if state.bound is None else jnp.zeros_like(state.bound)
         else:
@@ -206,13 +208,13 @@ def _places(updates: Any, new_updates: Any, old: Any, params: Any) -> list[tuple
     return [(what, path) for what, tree in trees.items() for path, _ in paths_and_leaves(tree)]
 
 
-def _tops(updates: Any, new_updates: Any, old: Any, new: Any, params: Any) -> list[jax.Array]:
+def _tops(updates: Any, new_updates: Any, old: Any, new: Any, params: Any) -> jax.Array:
     """The largest magnitude in each of `_places`, inf if the step makes anything there non-finite."""
     tops = [_top(x) for x in jax.tree.leaves((updates, new_updates))]
     pairs = zip(jax.tree.leaves(_inexact(old)), jax.tree.leaves(_inexact(new)), strict=True)
     # A finite step can overflow the parameter's dtype.
     moves = zip(jax.tree.leaves(params), _updated(params, new_updates), strict=True)
-    return tops + [_top(after, before) for before, after in (*pairs, *moves)]
+    return _stacked(tops + [_top(after, before) for before, after in (*pairs, *moves)])
 
 
 def _top(x: jax.Array, before: jax.Array | None = None) -> jax.Array:
@@ -224,8 +226,10 @@ def _top(x: jax.Array, before: jax.Array | None = None) -> jax.Array:
     return jnp.max(magnitude, initial=0)
 
 
-def _are_finite(tops: list[jax.Array]) -> jax.Array:
-    return jnp.stack([top < jnp.inf for top in tops])
+def _stacked(scalars: list[jax.Array]) -> jax.Array:
+    """Scalars as one array, in the widest of their dtypes."""
+    widest = functools.reduce(np.promote_types, (x.dtype for x in scalars), np.dtype(np.float32))
+    return jnp.stack([x.astype(widest) for x in scalars])
 
 
 def _inexact(state: Any) -> Any:
@@ -297,9 +301,9 @@ def _foresee(step: Any, updates: Any, old: Any, params: Any, bound: Any) -> _For
     scalars_finite, after = eval_jaxpr(closed.jaxpr, closed.consts, *flat)[-2:]
     # A sum over devices keeps a NaN, which a maximum may lose.
     sums = [jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(widen(updates))]
-    is_small = [total <= _LARGEST_GRADIENT for total in sums]
-    checks = [bound > 0, scalars_finite, after <= _LARGEST_BOUND, *is_small]
-    return _Forecast(shapes, jnp.all(jnp.stack(checks)), after, bound)
+    total = jnp.sum(_stacked(sums)) if sums else jnp.zeros((), jnp.float32)
+    is_finite = (bound > 0) & scalars_finite & (after <= _LARGEST_BOUND) & (total <= _LARGEST_GRADIENT)
+    return _Forecast(shapes, is_finite, after, bound)
 
 
 def _looked_at(step: Any, updates: Any, old: Any, params: Any) -> tuple[jax.Array, jax.Array]:
@@ -308,5 +312,5 @@ def _looked_at(step: Any, updates: Any, old: Any, params: Any) -> tuple[jax.Arra
     new_updates, new = step(updates, old, params)
     tops = _tops(updates, new_updates, old, new, params)
     values = tops[len(jax.tree.leaves((updates, new_updates))) :]
-    is_small = jnp.all(jnp.stack([top <= _LARGEST_VALUE for top in values] or [jnp.ones((), jnp.bool_)]))
-    return _are_finite(tops), jnp.where(is_small, jnp.float32(_LARGEST_VALUE), 0)
+    is_small = jnp.max(values, initial=0) <= _LARGEST_VALUE
+    return tops < jnp.inf, jnp.where(is_small, jnp.float32(_LARGEST_VALUE), 0)
