@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from adaptive_optax._core.foresight import foresight
+
 
 def has_effects(step: Callable[..., Any], *arguments: Any) -> bool:
     """Whether a step has effects, such as a call of the host, so that it must not be taken once more."""
@@ -33,4 +35,9 @@ def ordered_after(count: jax.Array, updates: Any) -> Any:
     XLA would otherwise not know that the branch has read the old values before the step overwrites them, and
     copy them. It cannot know either that a count is never negative.
     """
-    return jax.tree.map(lambda x: jnp.where(count >= 0, x, jnp.zeros_like(x)), updates)
+    ordered = jax.tree.map(lambda x: jnp.where(count >= 0, x, jnp.zeros_like(x)), updates)
+    known = foresight()
+    bound = None if known is None else known.bound(updates)
+    if known is not None and bound is not None:
+        known.know(ordered, bound)
+    return ordered

@@ -203,7 +203,7 @@ def reject_nonfinite(
 
 
 def _places(updates: Any, new_updates: Any, old: Any, params: Any) -> list[tuple[str, str]]:
-    """What can be non-finite and its path, in the order of `_finite`."""
+    """What can be non-finite and its path, in the order of `_tops`."""
     trees = {"gradient": updates, "update": new_updates, "state": _inexact(old), "parameter": params}
     return [(what, path) for what, tree in trees.items() for path, _ in paths_and_leaves(tree)]
 
@@ -219,7 +219,9 @@ def _tops(updates: Any, new_updates: Any, old: Any, new: Any, params: Any) -> ja
 
 def _top(x: jax.Array, before: jax.Array | None = None) -> jax.Array:
     """The largest magnitude of an array: inf for a NaN, and the largest number for what was not finite."""
-    magnitude = jnp.abs(cast(x, wide_dtype(x)))
+    x = cast(x, wide_dtype(x))
+    # The modulus of a finite complex number may overflow.
+    magnitude = jnp.maximum(jnp.abs(x.real), jnp.abs(x.imag)) if jnp.iscomplexobj(x) else jnp.abs(x)
     magnitude = jnp.where(jnp.isnan(magnitude), jnp.inf, magnitude)  # devices may lose a NaN in a maximum
     if before is not None:
         magnitude = jnp.where(jnp.isfinite(before), magnitude, jnp.finfo(magnitude.dtype).max)
@@ -234,7 +236,7 @@ def _stacked(scalars: list[jax.Array]) -> jax.Array:
 
 def _inexact(state: Any) -> Any:
     """A state without its integers and bools."""
-    return jax.tree.map(lambda x: x if jnp.issubdtype(x.dtype, jnp.inexact) else None, state)
+    return jax.tree.map(lambda x: x if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else None, state)
 
 
 def _updated(params: Any, updates: Any) -> list[jax.Array]:
@@ -248,6 +250,7 @@ def _updated(params: Any, updates: Any) -> list[jax.Array]:
 # the third, by a bound that each step raises a little. When that bound has become too large, or is not known
 # yet, one step is decided by its results, which also tell a new one.
 _LARGEST_GRADIENT, _LARGEST_VALUE, _LARGEST_BOUND = 2.0**32, 2.0**50, 2.0**120
+_FEW = 4096  # values that are looked at in the new state itself
 
 
 class _Forecast(NamedTuple):
@@ -268,10 +271,11 @@ class _Forecast(NamedTuple):
 
 def _foresee(step: Any, updates: Any, old: Any, params: Any, bound: Any) -> _Forecast | None:
     """Returns a forecast; None if something in the step does not declare how large it can become."""
-    arrays = jax.tree.leaves((updates, old, params))
-    if bound is None or params is None or not any(isinstance(x, Tracer) for x in arrays):
+    leaves = jax.tree.leaves((updates, old, params))
+    if bound is None or params is None or not any(isinstance(x, Tracer) for x in leaves):
         return None
-    if any(float(jnp.finfo(x.dtype).max) < _LARGEST_BOUND for x in jax.tree.leaves(_inexact(arrays))):
+    dtypes = {jnp.result_type(x) for x in jax.tree.leaves(_inexact(leaves))}
+    if any(float(jnp.finfo(dtype).max) < _LARGEST_BOUND for dtype in dtypes):
         return None
     if any(map(has_own_rejection, jax.tree.leaves(old, is_leaf=has_own_rejection))):
         return None
@@ -281,28 +285,27 @@ def _foresee(step: Any, updates: Any, old: Any, params: Any, bound: Any) -> _For
             known.know(updates, jnp.float32(_LARGEST_GRADIENT))
             known.know((old, params), bound)
             new_updates, new = step(updates, old, params)
-        exactly, arrays = [], []
+        few, many = [], []
         for before, after in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
-            is_scalar = after.ndim == 0 and jnp.issubdtype(after.dtype, jnp.inexact)
-            if is_scalar and known.bound(after) is None:
-                exactly.append(jnp.isfinite(after) | ~jnp.isfinite(before))
+            if known.bound(after) is None and after.size <= _FEW:  # such as hyperparameters, a measurement
+                few.append(jnp.all(jnp.isfinite(after) | ~jnp.isfinite(before)))
             else:
-                arrays.append(after)
-        move, state = known.bound(new_updates), known.bound(arrays)
+                many.append(after)
+        move, state = known.bound(new_updates), known.bound(many)
         if move is None or state is None:
             return new_updates, None
-        return new_updates, (jnp.all(jnp.stack([*exactly, True])), jnp.maximum(bound + move, state))
+        return new_updates, (jnp.all(jnp.stack([*few, True])), jnp.maximum(bound + move, state))
 
     closed, (shapes, declared) = jax.make_jaxpr(traced, return_shape=True)(updates, old, params, bound)
     if declared is None or closed.effects:
         return None
     # XLA removes the rest of the step from this copy.
     flat = jax.tree.leaves((updates, old, params, bound))
-    scalars_finite, after = eval_jaxpr(closed.jaxpr, closed.consts, *flat)[-2:]
+    few_finite, after = eval_jaxpr(closed.jaxpr, closed.consts, *flat)[-2:]
     # A sum over devices keeps a NaN, which a maximum may lose.
     sums = [jnp.sum(jnp.abs(x)) for x in jax.tree.leaves(widen(updates))]
     total = jnp.sum(_stacked(sums)) if sums else jnp.zeros((), jnp.float32)
-    is_finite = (bound > 0) & scalars_finite & (after <= _LARGEST_BOUND) & (total <= _LARGEST_GRADIENT)
+    is_finite = (bound > 0) & few_finite & (after <= _LARGEST_BOUND) & (total <= _LARGEST_GRADIENT)
     return _Forecast(shapes, is_finite, after, bound)
 
 
