@@ -12,8 +12,8 @@ What holds for every transformation, and is not repeated in its docstring:
   no further.
 * Second moments hold squares. Gradients must be 0 or between 1e-17 and 1e18 (1e15 where coordinates share a
   moment); smaller ones count as 0. A larger one can make a second moment infinite for good: the coordinates
-  that share it, or a block of `Int8`, stop moving. A NaN, or an infinite gradient, stays in any moment, and
-  updates from it may be NaN. `reject_nonfinite` around the chain keeps all of these out.
+  that share it stop moving, and a block of `Int8` becomes NaN. A NaN, or an infinite gradient, stays in any
+  moment, and updates from it may be NaN. `reject_nonfinite` around the chain keeps all of these out.
 """
 
 from typing import TYPE_CHECKING

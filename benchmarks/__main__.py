@@ -97,6 +97,10 @@ def rendered(page: str) -> str:
 
 def run_here(suite: Suite, out: Path, quick: bool, seconds: float = math.inf) -> None:
     """Measures one suite in this process and writes its result, if there is one after `seconds`."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {out} cannot be written: {error.strerror}.") from None
     busy = cores_busy_elsewhere()
     if not quick and suite not in NOT_TIMED and busy > MOST_CORES_BUSY:
         raise ValueError(f"Other programs keep {busy:.1f} cores busy; timings need an idle machine.")
@@ -125,7 +129,6 @@ def run_here(suite: Suite, out: Path, quick: bool, seconds: float = math.inf) ->
     limit = "" if seconds == math.inf else f" --seconds {seconds:g}"
     command = f"python -m benchmarks --suite {suite.value}{limit}{' --quick' if quick else ''}"
     result = setting(command) | {"cores_busy_elsewhere": busy} | result
-    out.mkdir(parents=True, exist_ok=True)
     path = out / f"{suite.value}_{result['hardware']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     for table in module(suite).tables(result).values():
@@ -184,6 +187,12 @@ def main(
     out = out.resolve()  # the processes below have another working directory
     if quick and out == RESULTS:
         raise typer.BadParameter("--quick measures nothing worth publishing; choose another --out.")
+    if accelerator and (suite or render or seconds != math.inf):
+        raise typer.BadParameter(
+            "--accelerator chooses suites and seconds; give it without --suite, --render or --seconds."
+        )
+    if not seconds > 0:
+        raise typer.BadParameter(f"--seconds must be above 0, got {seconds}.")
     if accelerator and not quick and hardware().startswith("cpu"):
         raise typer.BadParameter("--accelerator needs a GPU or TPU that JAX finds; here is only a CPU.")
     if accelerator:
@@ -198,6 +207,7 @@ def main(
             continue
         # One process per suite, so that they share no memory, caches or devices, and a crash stops only one.
         arguments = ["--suite", one.value, "--out", str(out), "--no-readme", *(["--quick"] if quick else [])]
+        arguments += [] if seconds == math.inf else ["--seconds", f"{seconds:g}"]
         if subprocess.run([sys.executable, "-m", "benchmarks", *arguments], cwd=PROJECT).returncode:
             raise typer.Exit(1)
     if not readme:

@@ -275,3 +275,129 @@ def test_the_modulus_of_a_finite_complex_number_may_overflow(jitted):
     assert state.total == 0
     _, state = update(jnp.array([1, complex(0, np.nan)]), state, params)
     assert state.total == 1
+
+
+# --- Hyperparameters that only become known in the compiled step --------------------------------------------
+
+
+def at(step, usual, then):
+    """A schedule with one other value."""
+    return lambda count: jnp.where(count == step, then, usual).astype(jnp.float32)
+
+
+def from_(step, usual, then):
+    return lambda count: jnp.where(count >= step, then, usual).astype(jnp.float32)
+
+
+def injected(factory, **given):
+    return lambda: optax.inject_hyperparams(factory)(**given)
+
+
+def _assigned(name, value):
+    return lambda state: state._replace(hyperparams=state.hyperparams | {name: jnp.float32(value)})
+
+
+ADAM = injected(ao.adam, learning_rate=1e-3, b1=0.9, b2=0.99, eps=1e-8, eps_root=0.0)
+USUAL = [1.0, 0.5, 0.3, 0.2, 0.1]
+
+
+def rms(rate, **given):
+    return lambda: optax.chain(ao.scale_by_rms(**given), ao.scale_by_learning_rate(rate))
+
+
+# name: (builds the chain, gradients, what is done to the inner state before the fourth step)
+EXTREMES = {
+    "eps is NaN": (lambda: ao.adam(1e-3, eps=at(3, 1e-8, np.nan)), USUAL, None),
+    "eps is inf": (lambda: ao.adam(1e-3, eps=at(3, 1e-8, np.inf)), USUAL, None),
+    "eps of RMS": (rms(0.1, eps=at(3, 1e-8, np.nan)), USUAL, None),
+    "the average's decay": (
+        lambda: optax.chain(ao.sgd(0.1), ao.average_parameters(decay=at(3, 0.9, np.nan))),
+        USUAL,
+        None,
+    ),
+    "the average's decay is 3": (
+        lambda: optax.chain(ao.sgd(1e38), ao.average_parameters(decay=from_(1, 0.9, 3.0))),
+        USUAL * 3,
+        None,
+    ),
+    "no bound": (lambda: ao.adam(1e12, b1=0.9, b2=0.0, eps=0.0), [1, 1, 1e9, 1.1e-19, 1], None),
+    "squares are flushed": (lambda: ao.adam(from_(2, 1e-3, 1e22), eps=1e-37), [0, 0, 3e-18, 2e-18], None),
+    "squares of RMS": (
+        rms(from_(2, 1e-3, 1e22), eps=1e-37, eps_in_sqrt=False, decay=0.999999),
+        [0, 0, 3e-17, 2e-17],
+        None,
+    ),
+    "b1 is huge": (lambda: ao.adam(1e-3, b1=at(3, 0.9, 1e38)), [1e4, 1e4, 1e4, 0.5, 0.5], None),
+    "b2 is negative": (
+        lambda: ao.adam(1e-3, b1=0.0, b2=from_(2, 0.9, -0.5)),
+        [1, 1, 1e-3, 1e-3, 1e-3],
+        None,
+    ),
+    "decay is negative": (rms(0.1, decay=from_(2, 0.9, -0.5)), [1, 1, 1e-3, 1e-3, 1e-3], None),
+    "an injected eps": (ADAM, USUAL, _assigned("eps", np.nan)),
+    "an injected eps_root": (ADAM, USUAL, _assigned("eps_root", np.nan)),
+    "a negative eps_root": (ADAM, USUAL, _assigned("eps_root", -1.0)),
+    "an injected b1": (ADAM, USUAL, _assigned("b1", 1e38)),
+    "an injected rate": (ADAM, USUAL, _assigned("learning_rate", 3e38)),
+    "a negative norm": (
+        lambda: optax.chain(optax.inject_hyperparams(ao.clip_by_global_norm)(max_norm=1.0), ao.sgd(0.1)),
+        [1, 1, 1e-3, 1e-3, 1],
+        lambda state: (_assigned("max_norm", -3e38)(state[0]), *state[1:]),
+    ),
+    "a sum of metrics": (
+        lambda: optax.chain(ao.sgd(0.1), ao.reduce_on_plateau(accumulation_size=3)),
+        USUAL,
+        lambda state: (state[0], state[1]._replace(total=jnp.float32(3.3e38))),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*Adam's direction has no bound")
+@pytest.mark.parametrize("name", EXTREMES)
+def test_nothing_becomes_nonfinite_whatever_hyperparameters_become(name):
+    build, sizes, assigned = EXTREMES[name]
+    inner = optax.with_extra_args_support(build())
+    tx, params = ao.reject_nonfinite(inner), {"w": jnp.ones(3)}
+    state = tx.init(params)
+
+    @jax.jit
+    def step(params, state, g):
+        updates, state = tx.update(g, state, params, value=jnp.float32(3e37))
+        return optax.apply_updates(params, updates), state
+
+    @jax.jit
+    def bare(params, state, g):
+        updates, new = inner.update(g, state, params, value=jnp.float32(3e37))
+        return updates, new, optax.apply_updates(params, updates)
+
+    for i, size in enumerate(sizes):
+        if i == 3 and assigned is not None:
+            state = state._replace(inner_state=assigned(state.inner_state))
+        g = {"w": jnp.full(3, size, jnp.float32)}
+        before = state.total
+        results, old = bare(params, state.inner_state, g), (None, state.inner_state, params)
+        is_finite = all(
+            np.all(np.isfinite(x) | ~np.isfinite(y))
+            for x, y in zip(jax.tree.leaves(results[1:]), jax.tree.leaves(old[1:]), strict=True)
+        ) and all(np.isfinite(u).all() for u in jax.tree.leaves(results[0]))
+        params, state = step(params, state, g)
+        assert (state.total == before) == is_finite, f"step {i}"
+        assert np.isfinite(params["w"]).all()
+
+
+def test_a_granularity_of_ones_own_declares_that_it_is_a_mean():
+    class Least(ao.Granularity):
+        def pool(self, squares):
+            return jax.tree.map(jnp.min, squares)
+
+        def __eq__(self, other):
+            return isinstance(other, Least)
+
+        def __hash__(self):
+            return 0
+
+    for granularity, known in ((Least(), False), (ao.AdamMiniBlocks({"w": "output_neuron"}), True)):
+        tx = ao.reject_nonfinite(ao.adam(1e-3, granularity=granularity))
+        params = {"w": jnp.ones((2, 3))}
+        _, state = stepper(tx)(params, tx.init(params), params)
+        assert (state.bound > 0) == known

@@ -40,9 +40,17 @@ class Magnitudes(NamedTuple):
 
 
 Growth = Callable[[Magnitudes, Any], tuple[jax.Array, jax.Array]]
-"""`growth(given, state)` returns bounds on the updates and on the arrays of the new state, which it gets."""
+"""`growth(given, state)` returns bounds on the updates and on the arrays of the new state, which it gets.
+
+The bounds hold for finite scalars in the state, at which the caller looks. They are inf where a
+hyperparameter whose value is not known while tracing is out of its range."""
 
 ROUNDED = 1 + 2.0**-6  # more than what rounding to 8 bits, several times, adds to a magnitude
+
+
+def if_valid(bound: Any, *conditions: Any) -> jax.Array:
+    """Returns a bound, or inf unless all conditions hold; a comparison with a NaN does not."""
+    return jnp.where(functools.reduce(jnp.logical_and, conditions), bound, jnp.inf)
 
 
 class Foresight:

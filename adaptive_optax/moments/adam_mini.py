@@ -26,6 +26,11 @@ class _OutputNeuron(Granularity):
 
     inputs: tuple[int, ...]
 
+    @property
+    def is_mean_or_sum(self) -> bool:
+        """True."""
+        return True
+
     def pool(self, squares: Any) -> Any:
         axes = self.inputs
         return jax.tree.map(lambda x: Axis(*(axes if x.ndim > 2 else (-2,))).pool(x), squares)
@@ -110,6 +115,11 @@ class AdamMiniBlocks(Granularity):
                     f"{', '.join(map(repr, _ROLES))}, got {role!r}."
                 )
         object.__setattr__(self, "layout", tuple(layout.items()))
+
+    @property
+    def is_mean_or_sum(self) -> bool:
+        """Whether this is so for all granularities in the layout."""
+        return all(role.is_mean_or_sum for _, role in self.layout if isinstance(role, Granularity))
 
     def pool(self, squares: PyTree) -> PyTree:
         """Pools each leaf by its role, to its reduced shape."""

@@ -66,6 +66,11 @@ class ByPath(Granularity):
         object.__setattr__(self, "default", as_granularity(default, "default"))
         object.__setattr__(self, "strict", bool(strict))
 
+    @property
+    def is_mean_or_sum(self) -> bool:
+        """Whether this is so for all of its granularities."""
+        return all(g.is_mean_or_sum for g in (*dict(self.items).values(), self.default))
+
     def pool(self, squares: PyTree) -> PyTree:
         """Pools each pattern's leaves; returns a tree like `squares`, each leaf in its reduced shape."""
         granularities: dict[str | None, Granularity] = {**dict(self.items), None: self.default}

@@ -42,6 +42,14 @@ class Granularity(abc.ABC):
     to.
     """
 
+    @property
+    def is_mean_or_sum(self) -> bool:
+        """Whether each statistic is the mean or the sum of its group's squares; False by default.
+
+        If so, the direction has a bound that `reject_nonfinite` knows, which makes it faster.
+        """
+        return False
+
     @abc.abstractmethod
     def pool(self, squares: PyTree) -> PyTree:
         """Reduces a tree of squared magnitudes (real, at least float32) to one statistic per group."""
@@ -73,6 +81,11 @@ class Coordinate(Granularity):
         >>> ao.scale_by_rms(granularity=ao.Coordinate()).init(jnp.ones((8, 3))).nu.shape
         (8, 3)
     """
+
+    @property
+    def is_mean_or_sum(self) -> bool:
+        """True."""
+        return True
 
     def pool(self, squares: PyTree) -> PyTree:
         """Returns the squares as they are."""
@@ -117,6 +130,11 @@ class Axis(Granularity):
         object.__setattr__(self, "axes", tuple(int(axis) for axis in axes))
         object.__setattr__(self, "reduce", reduce)
 
+    @property
+    def is_mean_or_sum(self) -> bool:
+        """True."""
+        return True
+
     def pool(self, squares: PyTree) -> PyTree:
         """Reduces the leaves that have all the axes, keeping the axes with size 1."""
 
@@ -152,6 +170,11 @@ class Tensor(Granularity):
 
     def __post_init__(self) -> None:
         check_choice("reduce", self.reduce, ("mean", "sum"))
+
+    @property
+    def is_mean_or_sum(self) -> bool:
+        """True."""
+        return True
 
     def pool(self, squares: PyTree) -> PyTree:
         """Reduces every leaf to a scalar; an empty leaf gives 0."""
@@ -224,6 +247,11 @@ class Labels(Granularity):
             raise ValueError(f"patterns must give hashable labels, got {patterns!r}.") from error
         return cls(label_fn, reduce)
 
+    @property
+    def is_mean_or_sum(self) -> bool:
+        """True."""
+        return True
+
     def pool(self, squares: PyTree) -> PyTree:
         """Sums squares and counts over the leaves of each label; returns a vector."""
         leaves = jax.tree.leaves(squares)
@@ -295,6 +323,11 @@ class Global(Granularity):
 
     def __post_init__(self) -> None:
         check_choice("reduce", self.reduce, ("mean", "sum"))
+
+    @property
+    def is_mean_or_sum(self) -> bool:
+        """True."""
+        return True
 
     def pool(self, squares: PyTree) -> PyTree:
         """Reduces the whole tree to a scalar; an empty tree gives 0."""

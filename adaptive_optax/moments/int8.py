@@ -120,7 +120,10 @@ class Int8(Storage):
     or down by numbers that are opposite in every two steps. After 200 steps of Adam with independent
     gradients the direction is off by 1.3 % (RMS) if the gradients of a block are of one size, by 3 % if
     their sizes spread over a decade, and by 10 % over four decades. A coordinate whose gradients are a
-    thousand times smaller than those of most of its block is noisier. `scale_by_adam` keeps the decoded
+    thousand times smaller than those of most of its block is noisier. Gradients that come only every second
+    or fourth step can shift a second moment with a decay of 0.99 by up to 1 %, because of the pairs. A value
+    that is not finite makes its whole block NaN. Derivatives with respect to earlier gradients do not pass
+    through stored codes. `scale_by_adam` keeps the decoded
     second moment at or above $m^2 / A^2$, so its bound (`adam_bound`) holds despite rounding.
 
     With a block's scale s, its largest magnitude rounded up to a few binary digits,
@@ -184,6 +187,8 @@ class Int8(Storage):
     def __post_init__(self) -> None:
         check_integer("block_size", self.block_size, "[16, 2147483647]")
         check_integer("min_size", self.min_size, "[1, inf)")
+        for name in ("block_size", "min_size"):  # an array could not be hashed
+            object.__setattr__(self, name, int(getattr(self, name)))
 
     def init(self, params_like: Params, role: Role) -> Moment:
         """Returns codes and scales of zero."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import warnings
 from typing import Any, Literal, NamedTuple, TypedDict
@@ -13,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from adaptive_optax._core.checks import check_bool, check_choice, check_real, check_same_tree
 from adaptive_optax._core.described import described
-from adaptive_optax._core.foresight import ROUNDED, Magnitudes, holding
+from adaptive_optax._core.foresight import ROUNDED, Magnitudes, holding, if_valid
 from adaptive_optax._core.precision import (
     abs_square,
     as_wide_as,
@@ -41,7 +42,7 @@ from adaptive_optax.moments.granularity import (
 )
 from adaptive_optax.moments.storage import Storage, as_nearest
 from adaptive_optax.transforms.adam_bound import corrected_bound_sq, least_nu, next_bound_sq
-from adaptive_optax.transforms.direction import Bound, over_root, root_of
+from adaptive_optax.transforms.direction import Bound, lost_to_underflow, over_root, root_of
 
 
 def _raise_nu(state: Any, values: Values) -> Values:
@@ -338,7 +339,9 @@ def scale_by_adam(
         return jnp.sqrt(squared) * (1 + weight_error(d2, dtype))
 
     storages = {"nu": nu_storage} | ({"nu_max": nu_storage} if amsgrad else {})
-    tx = transformation("scale_by_adam", init_fn, update_fn, growth=_growth if only_rounds else None)
+    is_known = only_rounds and granularity.is_mean_or_sum
+    growth = functools.partial(_growth, eps_root) if is_known else None
+    tx = transformation("scale_by_adam", init_fn, update_fn, growth=growth)
     return described(tx, Bound(granularity, max_ratio, storages))
 
 
@@ -396,20 +399,23 @@ def _direction(step: _Step, mu: jax.Array, g: jax.Array, root: jax.Array) -> tup
     return mu, scaled(direction, step.direction_factor)
 
 
-def _growth(given: Magnitudes, state: ScaleByAdamState) -> tuple[jax.Array, jax.Array]:
+def _growth(eps_root: Any, given: Magnitudes, state: ScaleByAdamState) -> tuple[jax.Array, jax.Array]:
     """Bounds on the direction and on the new moments.
 
     m and v are averages of g and of q, which is at most the sum of a group's squares. For the direction,
     |m|^2 <= A^2 v (`adam_bound`), v is at most `size` times the v of one coordinate, and nesterov's newest
-    gradient has (1 - b2) |g|^2 <= v.
+    gradient has (1 - b2) |g|^2 <= v. A is clipped where it has no bound.
     """
     largest_q = given.size * jnp.square(given.updates)
     moments = jnp.maximum(given.state, jnp.maximum(given.updates, largest_q)) * ROUNDED
     if state.nu_max is not None:  # an average divided by its sum of weights
         moments = moments / state.nu_weight
     relative = jnp.sqrt(state.bound_sq) + jax.lax.rsqrt(1 - state.b2)
+    relative = relative * lost_to_underflow(state.b2, state.eps, eps_root)
     direction = ROUNDED * math.sqrt(given.size) * relative / state.mu_weight
-    return direction, moments
+    valid = [(decay >= 0) & (decay < 1) for decay in (state.b1, state.b2)]
+    valid += [state.eps >= 0, jnp.asarray(eps_root) >= 0, state.mu_weight > 0, state.nu_weight > 0]
+    return if_valid(direction, *valid, state.bound_sq < 1e30), moments
 
 
 # ---- Quantities derived from the state, for telemetry and conversions of states. ----

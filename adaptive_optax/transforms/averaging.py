@@ -17,7 +17,7 @@ import optax
 from jax.typing import ArrayLike
 
 from adaptive_optax._core.checks import check_params, check_same_tree
-from adaptive_optax._core.foresight import ROUNDED, Magnitudes, accepted, holding
+from adaptive_optax._core.foresight import ROUNDED, Magnitudes, accepted, holding, if_valid
 from adaptive_optax._core.paths import paths_and_leaves
 from adaptive_optax._core.precision import incremented, scalar_dtype, scale, updated_param, wide_dtype, widen
 from adaptive_optax._core.ranges import check_hyperparameter
@@ -169,8 +169,10 @@ def average_parameters(
 
 def _growth(given: Magnitudes, state: Any) -> tuple[jax.Array, jax.Array]:
     """The average lies between the old one and the new parameters."""
-    del state
-    return given.updates, ROUNDED * jnp.maximum(given.state, given.params + given.updates)
+    average = ROUNDED * jnp.maximum(given.state, given.params + given.updates)
+    if isinstance(state, AverageParametersState):
+        return given.updates, if_valid(average, state.power >= 0)
+    return given.updates, if_valid(average, state.decay >= 0, state.decay <= 1, state.weight > 0)
 
 
 def _share_of_newest(state: Any, power: Any, decay: Any) -> tuple[jax.Array, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import optax
 from jax.typing import ArrayLike
 
 from adaptive_optax._core.checks import check_inexact
-from adaptive_optax._core.foresight import Magnitudes
+from adaptive_optax._core.foresight import Magnitudes, if_valid
 from adaptive_optax._core.norms import root_of_squares
 from adaptive_optax._core.precision import abs_square, scalar_dtype, scaled, widen
 from adaptive_optax._core.ranges import check_hyperparameter
@@ -107,9 +108,11 @@ def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformationExtr
         factor = jnp.where(jnp.isfinite(norm) & (norm > limit), limit / jnp.where(norm > 0, norm, 1), 1)
         return scaled(widen(updates), factor), state
 
-    return transformation("clip_by_global_norm", init_fn, update_fn, growth=_growth)
+    return transformation(
+        "clip_by_global_norm", init_fn, update_fn, growth=functools.partial(_growth, max_norm)
+    )
 
 
-def _growth(given: Magnitudes, state: Any) -> tuple[jax.Array, jax.Array]:
+def _growth(max_norm: Any, given: Magnitudes, state: Any) -> tuple[jax.Array, jax.Array]:
     del state
-    return given.updates, given.state
+    return if_valid(given.updates, jnp.asarray(max_norm) >= 0), given.state

@@ -39,6 +39,19 @@ def _plus(x: jax.Array, value: Any) -> jax.Array:
     return x if static_value(value) == 0 else x + jnp.asarray(value, x.dtype)
 
 
+def lost_to_underflow(decay: jax.Array, eps: Any, eps_root: Any) -> jax.Array:
+    """Bounds what second moments that are flushed to 0 add to a direction, as a factor of its bound.
+
+    An average of squares loses less than tiny / (1 - decay), so the bound times the root of that is missing
+    in the numerator's bound. The root to divide by is at least that of tiny, or what the eps make it; with
+    neither the direction is 0.
+    """
+    tiny = float(jnp.finfo(jnp.float32).tiny)
+    least = jnp.asarray(eps, jnp.float32) + jnp.sqrt(jnp.asarray(eps_root, jnp.float32))
+    root = jnp.where(least > 0, jnp.minimum(least, tiny**0.5), tiny**0.5)
+    return 1 + (2 * tiny) ** 0.5 * jax.lax.rsqrt(1 - decay) / root
+
+
 class Bound(NamedTuple):
     """The invariant of a direction u: pool(|u|^2) <= max_ratio(state)^2 in every group.
 

@@ -7,6 +7,7 @@ displacement of a step, not the solver's local error, which would need curvature
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from jax.typing import ArrayLike
 
 from adaptive_optax._core.checks import check_bool, check_same_tree
 from adaptive_optax._core.described import described
-from adaptive_optax._core.foresight import ROUNDED, Magnitudes, holding
+from adaptive_optax._core.foresight import ROUNDED, Magnitudes, holding, if_valid
 from adaptive_optax._core.precision import (
     abs_square,
     as_wide_as,
@@ -38,7 +39,7 @@ from adaptive_optax.moments.ema import Decay, decay_at, ema, ema_weight, kept, w
 from adaptive_optax.moments.formats import as_storage
 from adaptive_optax.moments.granularity import Granularity, as_granularity
 from adaptive_optax.moments.storage import Storage
-from adaptive_optax.transforms.direction import Bound, over_root, root_of
+from adaptive_optax.transforms.direction import Bound, lost_to_underflow, over_root, root_of
 
 # A floor on the centred second moment, as a fraction of the plain one. A nearly constant gradient has almost
 # no variance, and without a floor its direction would be unbounded.
@@ -228,7 +229,9 @@ def scale_by_rms(
         ratio = jnp.sqrt(plain / _CENTERED_FLOOR if centered else plain)
         return ratio * (1 + weight_error(b, dtype))
 
-    tx = transformation("scale_by_rms", init_fn, update_fn, growth=_growth if is_plain else None)
+    is_known = is_plain and granularity.is_mean_or_sum
+    growth = functools.partial(_growth, eps_in_sqrt) if is_known else None
+    tx = transformation("scale_by_rms", init_fn, update_fn, growth=growth)
     return described(tx, Bound(granularity, max_ratio, {"nu": storage}))
 
 
@@ -247,11 +250,14 @@ class _Step(NamedTuple):
     nu_factor: Any
 
 
-def _growth(given: Magnitudes, state: ScaleByRmsState) -> tuple[jax.Array, jax.Array]:
+def _growth(eps_in_sqrt: bool, given: Magnitudes, state: ScaleByRmsState) -> tuple[jax.Array, jax.Array]:
     """Bounds on the direction and on v: it averages q, and (1 - decay) |g|^2 <= size v."""
     largest_q = given.size * jnp.square(given.updates)
-    direction = ROUNDED * math.sqrt(given.size) * jax.lax.rsqrt(1 - state.decay)
-    return direction, jnp.maximum(given.state, largest_q) * ROUNDED
+    eps, eps_root = (0.0, state.eps) if eps_in_sqrt else (state.eps, 0.0)
+    relative = jax.lax.rsqrt(1 - state.decay) * lost_to_underflow(state.decay, eps, eps_root)
+    direction = ROUNDED * math.sqrt(given.size) * relative
+    valid = (state.decay >= 0) & (state.decay < 1) & (state.eps >= 0)
+    return if_valid(direction, valid), jnp.maximum(given.state, largest_q) * ROUNDED
 
 
 @by_leaf(like=("nu", "squares"))

@@ -286,10 +286,11 @@ def _foresee(step: Any, updates: Any, old: Any, params: Any, bound: Any) -> _For
             known.know((old, params), bound)
             new_updates, new = step(updates, old, params)
         few, many = [], []
-        for before, after in zip(jax.tree.leaves(old), jax.tree.leaves(new), strict=True):
-            if known.bound(after) is None and after.size <= _FEW:  # such as hyperparameters, a measurement
-                few.append(jnp.all(jnp.isfinite(after) | ~jnp.isfinite(before)))
-            else:
+        for after in jax.tree.leaves(new):
+            is_known = known.bound(after) is not None
+            if after.ndim == 0 or (not is_known and after.size <= _FEW):  # hyperparameters, a measurement
+                few.append(jnp.all(jnp.isfinite(after)))
+            if is_known or after.size > _FEW:
                 many.append(after)
         move, state = known.bound(new_updates), known.bound(many)
         if move is None or state is None:
