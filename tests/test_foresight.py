@@ -401,3 +401,21 @@ def test_a_granularity_of_ones_own_declares_that_it_is_a_mean():
         params = {"w": jnp.ones((2, 3))}
         _, state = stepper(tx)(params, tx.init(params), params)
         assert (state.bound > 0) == known
+
+
+@pytest.mark.parametrize("jitted", [False, True])
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", ao.Int8(min_size=1)], ids=str)
+def test_a_spike_is_rejected_whatever_the_moments_are_kept_as(storage, jitted):
+    # The codes of a second moment that has overflowed are integers as any others.
+    calls = []
+    adam = ao.adam(0.1, mu_storage=storage, nu_storage=storage)
+    tx = ao.reject_nonfinite(adam, on_reject=lambda *what: calls.append(what))
+    params, update = {"w": jnp.ones((2, 64))}, jax.jit(tx.update) if jitted else tx.update
+    state, totals = tx.init(params), []
+    for size in (1.0, 1e20, 1.0, 1.0):
+        g = {"w": jnp.ones((2, 64)).at[0, 3].set(size)}
+        updates, state = update(g, state, params)
+        totals.append(int(state.total))
+        assert bool(jnp.any(updates["w"])) == (size == 1)
+    jax.effects_barrier()
+    assert totals == [0, 1, 1, 1] and calls == [("state", "0/nu/w")]

@@ -109,3 +109,15 @@ def dense(moment: Moment) -> PyTree:
         (dtype('uint8'), True)
     """
     return moment.decoded() if isinstance(moment, CompressedMoment) else widen(moment)
+
+
+def with_values(state: PyTree) -> Any:
+    """Returns a state whose compressed moments are replaced by their values.
+
+    A code is an integer, which cannot show that the value it stands for is not finite.
+    """
+
+    def is_compressed(node):
+        return isinstance(node, CompressedMoment)
+
+    return jax.tree.map(lambda x: x.decoded() if is_compressed(x) else x, state, is_leaf=is_compressed)

@@ -20,6 +20,7 @@ from adaptive_optax._core.state_check import check_state, check_state_kept
 from adaptive_optax._core.states import has_own_rejection, states_of
 from adaptive_optax._core.transformation import transformation, with_array_state
 from adaptive_optax._core.trees import Count, OptState, Scalar
+from adaptive_optax.moments.formats import with_values
 from adaptive_optax.transforms.match_parameter_dtype import outgoing
 from adaptive_optax.wrappers.accumulation import AccumulateGradientsState
 from adaptive_optax.wrappers.reporting import OnReject, check_on_reject, report_first
@@ -235,8 +236,12 @@ def _stacked(scalars: list[jax.Array]) -> jax.Array:
 
 
 def _inexact(state: Any) -> Any:
-    """A state without its integers and bools."""
-    return jax.tree.map(lambda x: x if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else None, state)
+    """The values in a state, without integers and bools."""
+
+    def leaf(x):
+        return x if jnp.issubdtype(jnp.result_type(x), jnp.inexact) else None
+
+    return jax.tree.map(leaf, with_values(state))
 
 
 def _updated(params: Any, updates: Any) -> list[jax.Array]:

@@ -14,6 +14,7 @@ from adaptive_optax._core.paths import paths_and_leaves
 from adaptive_optax._core.precision import abs_square, incremented, wide_dtype
 from adaptive_optax._core.states import states_of
 from adaptive_optax._core.transformation import transformation, with_array_state
+from adaptive_optax.moments.formats import with_values
 from adaptive_optax.transforms.direction import Bound, bound_of
 from adaptive_optax.transforms.match_parameter_dtype import MatchParameterDtypeState
 from adaptive_optax.wrappers.reject_nonfinite import RejectNonfiniteState
@@ -142,16 +143,23 @@ def _check_static(gradients: Any, updates: Any, state: Any, new_state: Any) -> N
 def _check_values(updates: Any, state: Any, new_state: Any) -> None:
     for path, u in paths_and_leaves(updates):
         _require(jnp.all(jnp.isfinite(u)), f"verified: the update of {path!r} is not finite")
+    _check_finite(state, new_state)
     for (path, old), (_, new), rejected in zip(
         paths_and_leaves(state), paths_and_leaves(new_state), _rejected(state, new_state), strict=True
     ):
-        if jnp.issubdtype(new.dtype, jnp.inexact):
-            stayed = jnp.isfinite(new) | ~jnp.isfinite(old)
-            _require(jnp.all(stayed), f"verified: the state {path!r} is no longer finite")
-        elif path.split("/")[-1] == "count":  # a parameter of that name is not an integer
+        # A parameter of that name is not an integer.
+        if path.split("/")[-1] == "count" and not jnp.issubdtype(new.dtype, jnp.inexact):
             _require(
                 new == jnp.where(rejected, old, incremented(old)), f"verified: {path!r} did not grow by one"
             )
+
+
+def _check_finite(state: Any, new_state: Any) -> None:
+    pairs = zip(paths_and_leaves(with_values(state)), jax.tree.leaves(with_values(new_state)), strict=True)
+    for (path, old), new in pairs:
+        if jnp.issubdtype(new.dtype, jnp.inexact):
+            stayed = jnp.isfinite(new) | ~jnp.isfinite(old)
+            _require(jnp.all(stayed), f"verified: the state {path!r} is no longer finite")
 
 
 def _rejected(state: Any, new_state: Any) -> list[Any]:
