@@ -101,7 +101,7 @@ def test_no_step_exceeds_the_bounds_that_were_declared(name):
         # Everything at most as large as it is now: the tightest that may be declared from.
         arrays = [x for x in jax.tree.leaves((state, params)) if jnp.issubdtype(x.dtype, jnp.inexact)]
         bound = top([x for x in arrays if x.ndim])
-        with foreseeing() as known:
+        with foreseeing(jnp.float32) as known:
             known.know(g, jnp.float32(LARGEST))
             known.know((state, params), bound)
             updates, new = tx.update(g, state, params, value=1.0)

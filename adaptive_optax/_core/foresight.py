@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 
 class Magnitudes(NamedTuple):
-    """Upper bounds on the magnitudes of what a transformation receives, float32 scalars.
+    """Upper bounds on the magnitudes of what a transformation receives, scalars in the dtype of its own.
 
     Attributes:
         updates: For the incoming updates.
@@ -54,13 +54,15 @@ def if_valid(bound: Any, *conditions: Any) -> jax.Array:
 
 
 class Foresight:
-    """Bounds on the arrays of a step that is being traced."""
+    """Bounds on the arrays of a step that is being traced, in one dtype."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: Any) -> None:
+        self._dtype = dtype
         self._bounds: dict[int, tuple[Any, jax.Array]] = {}  # with the array, so that its id stays taken
 
     def know(self, tree: Any, bound: jax.Array) -> None:
         """Records a bound on all arrays of a tree."""
+        bound = jnp.asarray(bound, self._dtype)
         for x in jax.tree.leaves(tree):
             self._bounds[id(x)] = x, bound
 
@@ -73,7 +75,7 @@ class Foresight:
                 bounds[id(known)] = known
             elif jnp.issubdtype(jnp.result_type(x), jnp.inexact):
                 return None
-        return functools.reduce(jnp.maximum, bounds.values(), jnp.zeros((), jnp.float32))
+        return functools.reduce(jnp.maximum, bounds.values(), jnp.zeros((), self._dtype))
 
     def grow(self, growth: Growth, received: tuple[Any, Any, Any], returned: tuple[Any, Any]) -> None:
         """Records the bounds that a transformation declares, if it received none but arrays with bounds.
@@ -87,18 +89,20 @@ class Foresight:
         if updates is None or state is None or params is None:
             return
         size = sum(x.size for x in jax.tree.leaves(returned[0]))
-        given = Magnitudes(updates, state, params, size)
+        scalars = [x.dtype for x in jax.tree.leaves(returned[1]) if x.ndim == 0]
+        dtype = next((x for x in scalars if jnp.issubdtype(x, jnp.floating)), self._dtype)
+        given = Magnitudes(updates.astype(dtype), state.astype(dtype), params.astype(dtype), size)
         for tree, bound in zip(returned, growth(given, returned[1]), strict=True):
-            self.know(tree, jnp.asarray(bound, jnp.float32))
+            self.know(tree, bound)
 
 
 _FORESIGHT: contextvars.ContextVar[Foresight | None] = contextvars.ContextVar("_FORESIGHT", default=None)
 
 
 @contextlib.contextmanager
-def foreseeing() -> Iterator[Foresight]:
-    """Collects what transformations declare of the step that is traced inside."""
-    known = Foresight()
+def foreseeing(dtype: Any) -> Iterator[Foresight]:
+    """Collects what transformations declare of the step that is traced inside, as scalars of a dtype."""
+    known = Foresight(dtype)
     token = _FORESIGHT.set(known)
     try:
         yield known

@@ -35,7 +35,7 @@ def ordered_after(count: jax.Array, updates: Any) -> Any:
     XLA would otherwise not know that the branch has read the old values before the step overwrites them, and
     copy them. It cannot know either that a count is never negative.
     """
-    ordered = jax.tree.map(lambda x: jnp.where(count >= 0, x, jnp.zeros_like(x)), updates)
+    ordered = jax.tree.map(lambda x: jnp.where(count >= 0, x, -x), updates)
     known = foresight()
     bound = None if known is None else known.bound(updates)
     if known is not None and bound is not None:

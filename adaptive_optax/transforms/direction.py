@@ -47,7 +47,7 @@ def lost_to_underflow(decay: jax.Array, eps: Any, eps_root: Any) -> jax.Array:
     neither the direction is 0.
     """
     tiny = float(jnp.finfo(jnp.float32).tiny)
-    least = jnp.asarray(eps, jnp.float32) + jnp.sqrt(jnp.asarray(eps_root, jnp.float32))
+    least = jnp.asarray(eps, decay.dtype) + jnp.sqrt(jnp.asarray(eps_root, decay.dtype))
     root = jnp.where(least > 0, jnp.minimum(least, tiny**0.5), tiny**0.5)
     return 1 + (2 * tiny) ** 0.5 * jax.lax.rsqrt(1 - decay) / root
 

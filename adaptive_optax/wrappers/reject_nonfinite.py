@@ -15,7 +15,7 @@ from adaptive_optax._core.checks import check_same_tree, check_transformation
 from adaptive_optax._core.foresight import deciding, foreseeing
 from adaptive_optax._core.once_more import kept_apart
 from adaptive_optax._core.paths import paths_and_leaves
-from adaptive_optax._core.precision import cast, incremented, updated_param, wide_dtype, widen
+from adaptive_optax._core.precision import cast, incremented, scalar_dtype, updated_param, wide_dtype, widen
 from adaptive_optax._core.state_check import check_state, check_state_kept
 from adaptive_optax._core.states import has_own_rejection, states_of
 from adaptive_optax._core.transformation import transformation, with_array_state
@@ -33,8 +33,8 @@ class RejectNonfiniteState(NamedTuple):
         inner_state: State of the inner transformation after the last accepted step.
         total: Number of rejected steps.
         in_a_row: Number of steps rejected since the last accepted one.
-        bound: An upper bound on the magnitudes in the state of `inner` and in the parameters, float32; 0 if
-            it is not known, and None in states of older versions.
+        bound: An upper bound on the magnitudes in the state of `inner` and in the parameters, float32, or
+            float64 if a parameter is; 0 if it is not known, and None in states of older versions.
     """
 
     inner_state: OptState
@@ -118,10 +118,9 @@ def reject_nonfinite(
     inner = with_array_state(inner)
 
     def own_init(params):
-        del params
         # Two arrays, because a state with the same array in two places cannot be donated.
         total, in_a_row = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
-        return RejectNonfiniteState(None, total, in_a_row, jnp.zeros((), jnp.float32))
+        return RejectNonfiniteState(None, total, in_a_row, jnp.zeros((), scalar_dtype(params)))
 
     def older_init(params):
         return own_init(params)._replace(bound=None)
@@ -169,7 +168,7 @@ def reject_nonfinite(
             finite, bound = jax.lax.cond(
                 forecast.is_finite,
                 lambda: (jnp.ones(len(places), jnp.bool_), forecast.bound),
-                lambda: _looked_at(step, updates, old, params),
+                lambda: _looked_at(step, updates, old, params, forecast.old_bound),
             )
             accepted = jnp.all(finite)
             bound = jnp.where(accepted, bound, forecast.old_bound)
@@ -286,8 +285,8 @@ def _foresee(step: Any, updates: Any, old: Any, params: Any, bound: Any) -> _For
         return None
 
     def traced(updates, old, params, bound):
-        with foreseeing() as known:
-            known.know(updates, jnp.float32(_LARGEST_GRADIENT))
+        with foreseeing(bound.dtype) as known:
+            known.know(updates, jnp.asarray(_LARGEST_GRADIENT, bound.dtype))
             known.know((old, params), bound)
             new_updates, new = step(updates, old, params)
         few, many = [], []
@@ -315,11 +314,15 @@ def _foresee(step: Any, updates: Any, old: Any, params: Any, bound: Any) -> _For
     return _Forecast(shapes, is_finite, after, bound)
 
 
-def _looked_at(step: Any, updates: Any, old: Any, params: Any) -> tuple[jax.Array, jax.Array]:
-    """Takes a step only to see what is finite, and a bound on the new state and parameters."""
+def _looked_at(
+    step: Any, updates: Any, old: Any, params: Any, bound: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Takes a step only to see what is finite, and a new bound, in the dtype of the old one."""
     updates, old, params = kept_apart((updates, old, params))
     new_updates, new = step(updates, old, params)
     tops = _tops(updates, new_updates, old, new, params)
     values = tops[len(jax.tree.leaves((updates, new_updates))) :]
     is_small = jnp.max(values, initial=0) <= _LARGEST_VALUE
-    return tops < jnp.inf, jnp.where(is_small, jnp.float32(_LARGEST_VALUE), 0)
+    return tops < jnp.inf, jnp.where(
+        is_small, jnp.asarray(_LARGEST_VALUE, bound.dtype), jnp.zeros_like(bound)
+    )
