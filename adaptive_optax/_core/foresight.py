@@ -60,7 +60,7 @@ class Foresight:
         self._dtype = dtype
         self._bounds: dict[int, tuple[Any, jax.Array]] = {}  # with the array, so that its id stays taken
 
-    def know(self, tree: Any, bound: jax.Array) -> None:
+    def know(self, tree: Any, bound: Any) -> None:
         """Records a bound on all arrays of a tree."""
         bound = jnp.asarray(bound, self._dtype)
         for x in jax.tree.leaves(tree):
@@ -96,18 +96,21 @@ class Foresight:
             self.know(tree, bound)
 
 
+@contextlib.contextmanager
+def _during(variable: contextvars.ContextVar[Any], value: Any) -> Iterator[Any]:
+    token = variable.set(value)
+    try:
+        yield value
+    finally:
+        variable.reset(token)
+
+
 _FORESIGHT: contextvars.ContextVar[Foresight | None] = contextvars.ContextVar("_FORESIGHT", default=None)
 
 
-@contextlib.contextmanager
-def foreseeing(dtype: Any) -> Iterator[Foresight]:
+def foreseeing(dtype: Any) -> contextlib.AbstractContextManager[Foresight]:
     """Collects what transformations declare of the step that is traced inside, as scalars of a dtype."""
-    known = Foresight(dtype)
-    token = _FORESIGHT.set(known)
-    try:
-        yield known
-    finally:
-        _FORESIGHT.reset(token)
+    return _during(_FORESIGHT, Foresight(dtype))
 
 
 def foresight() -> Foresight | None:
@@ -138,21 +141,20 @@ class Decision:
 _DECISION: contextvars.ContextVar[Decision | None] = contextvars.ContextVar("_DECISION", default=None)
 
 
-@contextlib.contextmanager
-def deciding(is_accepted: jax.Array) -> Iterator[Decision]:
+def deciding(is_accepted: jax.Array) -> contextlib.AbstractContextManager[Decision]:
     """Lets averages know, in the step that is traced inside, whether it is accepted."""
-    decision = Decision(is_accepted)
-    token = _DECISION.set(decision)
-    try:
-        yield decision
-    finally:
-        _DECISION.reset(token)
+    return _during(_DECISION, Decision(is_accepted))
 
 
 def accepted() -> jax.Array | None:
     """Returns whether the step is accepted, if that was decided before it."""
     decision = _DECISION.get()
     return None if decision is None else decision.accepted
+
+
+def if_accepted(is_accepted: jax.Array | None, new: jax.Array, old: jax.Array) -> jax.Array:
+    """Returns the new value, or the old one if the step is known not to be accepted."""
+    return new if is_accepted is None else jnp.where(is_accepted, new, old)
 
 
 def holding(tree: Any) -> Any:

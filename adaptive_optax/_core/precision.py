@@ -87,6 +87,12 @@ def updated_param(param: jax.Array, update: jax.Array) -> jax.Array:
     return (param.astype(wide) + update.astype(wide)).astype(param.dtype)
 
 
+def updated_params(params: Any, updates: Any) -> list[jax.Array]:
+    """Returns the leaves of the parameters after an update."""
+    pairs = zip(jax.tree.leaves(params), jax.tree.leaves(updates), strict=True)
+    return [updated_param(p, u) for p, u in pairs]
+
+
 def divide(x: jax.Array, divisor: jax.Array) -> jax.Array:
     """Returns x divided by a real number, in the dtype of x."""
     if jnp.iscomplexobj(x):

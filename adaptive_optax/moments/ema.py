@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from adaptive_optax._core.foresight import accepted
+from adaptive_optax._core.foresight import accepted, if_accepted
 from adaptive_optax._core.precision import cast, scale
 from adaptive_optax._core.values import static_value, value_at
 
@@ -63,11 +63,6 @@ def ema(old: Any, new: Any, decay: Decay) -> Any:
         return kept(old, decay) + scale(new, decay.take)
 
     return jax.tree.map(leaf, old, new)
-
-
-def if_accepted(is_accepted: jax.Array | None, new: jax.Array, old: jax.Array) -> jax.Array:
-    """Returns the new value, or the old one if the step is known not to be accepted."""
-    return new if is_accepted is None else jnp.where(is_accepted, new, old)
 
 
 def kept(old: jax.Array, decay: Decay) -> jax.Array:

@@ -31,7 +31,7 @@ from adaptive_optax._core.precision import (
     incremented,
     inner_product,
     scalar_dtype,
-    updated_param,
+    updated_params,
     widen,
 )
 from adaptive_optax._core.state_check import Settings, check_state
@@ -211,11 +211,7 @@ def telemetry(
             check_same_tree("telemetry", "the updates of inner", new_updates, "the gradients", updates)
             return outgoing(new_updates, inner_state), inner_state
 
-        def measurement(updates, new_updates, params, inner_state):
-            after = None
-            if params is not None:  # the caller computes them as well, and XLA merges the two
-                pairs = zip(jax.tree.leaves(params), jax.tree.leaves(new_updates), strict=True)
-                after = [updated_param(jnp.asarray(p), u) for p, u in pairs]
+        def measurement(updates, new_updates, after, inner_state):
             seen, defined = measure(updates, new_updates, after, inner_state, dtype, per_tensor=per_tensor)
             fields = [getattr(seen, name) for name in _FIELDS]
             values = jnp.concatenate([jnp.stack(fields[:-1], axis=-1), fields[-1]], axis=-1)
@@ -223,23 +219,26 @@ def telemetry(
             return count, rate, values, jnp.stack([getattr(defined, name) for name in _FIELDS], axis=-1)
 
         received = updates, state.inner_state, params
-        if every == 1:
-            new_updates, inner_state = step(*received)
-            last = measurement(updates, new_updates, params, inner_state)
-            return new_updates, TelemetryState(count, inner_state, *last)
-
         previous = state.measured, state.rate, state.values, state.defined
         is_measured = (count - 1) % every == 0
-        if has_effects(step, *received):  # which may occur once a step
+        if every == 1 or has_effects(step, *received):  # effects may occur once a step
             new_updates, inner_state = step(*received)
-            results = updates, new_updates, params, inner_state
-            last = jax.lax.cond(is_measured, lambda: measurement(*results), lambda: previous)
+            # The caller computes these as well, and XLA merges the two. If the cond read the parameters
+            # instead, donated ones would be copied first.
+            after = None if params is None else updated_params(params, new_updates)
+            results = updates, new_updates, after, inner_state
+            last = (
+                measurement(*results)
+                if every == 1
+                else jax.lax.cond(is_measured, lambda: measurement(*results), lambda: previous)
+            )
             return new_updates, TelemetryState(count, inner_state, *last)
 
         def measured():
             updates, old, params = kept_apart(received)
             new_updates, inner_state = step(updates, old, params)
-            return measurement(updates, new_updates, params, inner_state)
+            after = None if params is None else updated_params(params, new_updates)
+            return measurement(updates, new_updates, after, inner_state)
 
         # The step is taken once more to be measured. If it were measured afterwards, every step would have to
         # write its updates to memory and to keep the old parameters.

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from adaptive_optax._core.checks import check_bool, check_choice, check_real, check_same_tree
 from adaptive_optax._core.described import described
-from adaptive_optax._core.foresight import ROUNDED, Magnitudes, holding, if_valid
+from adaptive_optax._core.foresight import ROUNDED, Magnitudes, holding, if_accepted, if_valid
 from adaptive_optax._core.precision import (
     abs_square,
     as_wide_as,
@@ -32,7 +32,7 @@ from adaptive_optax._core.transformation import transformation
 from adaptive_optax._core.trees import Count, Moment, PyTree, Scalar, by_leaf
 from adaptive_optax._core.values import as_hyperparameter, static_value, value_at
 from adaptive_optax.moments.carried import MomentField, Values, carries_moments, moments_of
-from adaptive_optax.moments.ema import Decay, decay_at, ema, ema_weight, if_accepted, weight_error
+from adaptive_optax.moments.ema import Decay, decay_at, ema, ema_weight, weight_error
 from adaptive_optax.moments.formats import as_storage
 from adaptive_optax.moments.granularity import (
     Granularity,

@@ -17,16 +17,16 @@ import optax
 from jax.typing import ArrayLike
 
 from adaptive_optax._core.checks import check_params, check_same_tree
-from adaptive_optax._core.foresight import ROUNDED, Magnitudes, accepted, holding, if_valid
+from adaptive_optax._core.foresight import ROUNDED, Magnitudes, accepted, holding, if_accepted, if_valid
 from adaptive_optax._core.paths import paths_and_leaves
-from adaptive_optax._core.precision import incremented, scalar_dtype, scale, updated_param, wide_dtype, widen
+from adaptive_optax._core.precision import incremented, scalar_dtype, scale, updated_params, wide_dtype, widen
 from adaptive_optax._core.ranges import check_hyperparameter
 from adaptive_optax._core.state_check import check_state
 from adaptive_optax._core.states import carries_hyperparameters, unwrapped
 from adaptive_optax._core.transformation import transformation
 from adaptive_optax._core.trees import Count, OptState, Params, PyTree, Scalar
 from adaptive_optax._core.values import as_hyperparameter, static_value, value_at
-from adaptive_optax.moments.ema import decay_at, ema_weight, if_accepted
+from adaptive_optax.moments.ema import decay_at, ema_weight
 
 _POWER = 8.0
 
@@ -154,10 +154,7 @@ def average_parameters(
         share, state = _share_of_newest(state, power, decay)
         leaves, treedef = jax.tree.flatten(state.average)
         # The average is over the updated parameters, rounded to their dtype.
-        new = [
-            updated_param(p, u)
-            for p, u in zip(jax.tree.leaves(params), jax.tree.leaves(updates), strict=True)
-        ]
+        new = updated_params(params, updates)
         average = [
             if_accepted(accepted(), a + scale(x - a, share), a)
             for a, x in zip(leaves, widen(new), strict=True)

@@ -10,7 +10,7 @@ import optax
 from jax.typing import DTypeLike
 
 from adaptive_optax._core.checks import check_bool, check_real, check_same_tree
-from adaptive_optax._core.foresight import ROUNDED, Magnitudes, accepted, holding
+from adaptive_optax._core.foresight import ROUNDED, Magnitudes, accepted, holding, if_accepted
 from adaptive_optax._core.precision import as_wide_as, scalar_dtype, scale, widen
 from adaptive_optax._core.state_check import SCHEDULED, Settings, check_state
 from adaptive_optax._core.states import carries_hyperparameters
@@ -24,7 +24,6 @@ from adaptive_optax._core.values import (
     step_of,
     value_at,
 )
-from adaptive_optax.moments.ema import if_accepted
 from adaptive_optax.moments.formats import as_storage
 from adaptive_optax.moments.storage import as_nearest
 
