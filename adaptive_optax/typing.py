@@ -13,6 +13,7 @@ from adaptive_optax._core.trees import OptState as OptState
 from adaptive_optax._core.trees import Params as Params
 from adaptive_optax._core.trees import PyTree as PyTree
 from adaptive_optax._core.trees import Scalar as Scalar
+from adaptive_optax._core.trees import Scalars as Scalars
 from adaptive_optax._core.trees import Updates as Updates
 from adaptive_optax._core.values import ScheduleState as ScheduleState
 from adaptive_optax.hyperparams import Factory as Factory

@@ -104,7 +104,7 @@ def test_only_arrays_without_elements(tmp_path):
 def test_containers_may_differ(tmp_path):
     saved(tmp_path, {"opt": ao.sgd(0.5).init(PARAMS)[-1]}, 1)
     like = {"opt": ao.sgd(0.1).init(PARAMS)[-1]._asdict()}
-    assert Checkpoints(tmp_path).restore(like)[1]["opt"]["given"] == 0.5
+    assert Checkpoints(tmp_path).restore(like)[1]["opt"]["scalars"][0] == 0.5
 
 
 def test_arrays_may_change_as_soon_as_save_returns(tmp_path):
@@ -221,10 +221,9 @@ def test_another_optimizer_is_refused_before_anything_is_loaded(tmp_path, monkey
     monkeypatch.setattr(orbax.ocp, "PyTreeCheckpointHandler", lambda: pytest.fail("it was loaded"))
     message = refusal(tmp_path, stepped(ao.rmsprop(1e-3)))
     assert message.startswith(
-        f"Checkpoint 40 in {tmp_path} is not one of like: 'opt/0/decay' is not there, and "
+        f"Checkpoint 40 in {tmp_path} is not one of like: 'opt/0/scalars' is float32[6] there, and "
+        "float32[3] in like; 'opt/0/mu/dense/bias' is float32[3] there, and not in like; "
     )
-    assert "float32[] in like; " in message and message.count(";") == 5 and " more. " in message
-    assert "'opt/0/mu/dense/bias' is float32[3] there, and not in like" in message
     assert "transfer_state" in message
 
     message = refusal(tmp_path, stepped(ao.adam(1e-3, nu_storage=ao.BFloat16())))
@@ -630,11 +629,11 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read(tmp_path, monkeypatch):
         writer.save(1, x_of(1))
     reader, load = Checkpoints(tmp_path), Checkpoints._load
 
-    def overtaken(self, step, leaves):
+    def overtaken(self, step, *wanted):
         if step == 1:
             with Checkpoints(tmp_path, keep=1) as writer:
                 writer.save(2, x_of(2))
-        return load(self, step, leaves)
+        return load(self, step, *wanted)
 
     monkeypatch.setattr(Checkpoints, "_load", overtaken)
     step, found = reader.restore(x_of(0))

@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from adaptive_optax._core.entries import arrays_of_entries
+
 
 class Magnitudes(NamedTuple):
     """Upper bounds on the magnitudes of what a transformation receives, scalars in the dtype of its own.
@@ -89,8 +91,8 @@ class Foresight:
         if updates is None or state is None or params is None:
             return
         size = sum(x.size for x in jax.tree.leaves(returned[0]))
-        scalars = [x.dtype for x in jax.tree.leaves(returned[1]) if x.ndim == 0]
-        dtype = next((x for x in scalars if jnp.issubdtype(x, jnp.floating)), self._dtype)
+        scalars = [*arrays_of_entries(returned[1]), *(x for x in jax.tree.leaves(returned[1]) if x.ndim == 0)]
+        dtype = next((x.dtype for x in scalars if jnp.issubdtype(x.dtype, jnp.floating)), self._dtype)
         given = Magnitudes(updates.astype(dtype), state.astype(dtype), params.astype(dtype), size)
         for tree, bound in zip(returned, growth(given, returned[1]), strict=True):
             self.know(tree, bound)

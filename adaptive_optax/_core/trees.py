@@ -35,6 +35,9 @@ Mask: TypeAlias = Annotated[Any, "a tree of bools for parameters or subtrees, or
 Scalar: TypeAlias = Annotated[jax.Array, "floating, shape ()"]
 """A floating scalar: float32, or float64 if a parameter is."""
 
+Scalars: TypeAlias = Annotated[jax.Array, "floating, shape (number,)"]
+"""Floating scalars in one array, which the state also has as attributes."""
+
 Count: TypeAlias = Annotated[jax.Array, "int32, shape ()"]
 """A number of steps, an int32 scalar."""
 

@@ -36,6 +36,7 @@ from jax.core import Tracer
 
 from adaptive_optax import __version__
 from adaptive_optax._core.checks import check_integer
+from adaptive_optax._core.entries import entries_by_path
 from adaptive_optax._core.paths import paths_and_leaves
 
 try:
@@ -202,7 +203,7 @@ class Checkpoints:
                 or if a leaf of `like` is not an array.
             OSError: If a checkpoint that was being written could not be.
         """
-        leaves = paths_and_leaves(like)
+        leaves, entries = paths_and_leaves(like), entries_by_path(like)
         for path, x in leaves:
             if not hasattr(x, "shape") or not hasattr(x, "dtype"):
                 raise ValueError(
@@ -226,12 +227,12 @@ class Checkpoints:
             while True:
                 chosen = steps[-1] if step is None else int(step)
                 try:
-                    loaded, versions = self._load(chosen, leaves)
+                    loaded, versions = self._load(chosen, leaves, entries)
                     break
                 except _Damaged as error:
                     there = self.steps()
                     if not there or chosen in there:
-                        raise ValueError(self._damage(chosen, str(error), leaves)) from error
+                        raise ValueError(self._damage(chosen, str(error), leaves, entries)) from error
                     if step is not None:
                         raise ValueError(f"Checkpoint {step} was deleted while it was read.") from error
                     steps = there  # a writer has deleted it and written a newer one
@@ -323,10 +324,18 @@ class Checkpoints:
             if jax.process_count() > 1:
                 ocp.multihost.sync_global_processes("adaptive_optax:set_aside")
 
-    def _load(self, step: int, leaves: list[tuple[str, Any]]) -> tuple[list[Any], dict[str, str]]:
-        """Returns a checkpoint's arrays like `leaves`, and the versions that wrote it."""
+    def _load(
+        self, step: int, leaves: list[tuple[str, Any]], entries: dict[str, dict[str, Any]]
+    ) -> tuple[list[Any], dict[str, str]]:
+        """Returns a checkpoint's arrays like `leaves`, and the versions that wrote it.
+
+        `entries` are those of `entries_by_path`, which earlier versions wrote as arrays of their own.
+        """
         folder = self.folder / str(step)
         manifest = _read_manifest(folder)
+        before = {path: each for path, each in entries.items() if each.keys() <= manifest["leaves"].keys()}
+        asked = leaves
+        leaves = [pair for path, x in asked for pair in before.get(path, {path: x}).items()]
         self._compare(step, manifest["leaves"], leaves)
         wanted = {path: x for path, x in leaves if 0 not in x.shape}
         arguments = {path: _restore_arguments(x) for path, x in wanted.items()}
@@ -342,7 +351,9 @@ class Checkpoints:
             crc, found = manifest["leaves"][path][2], _checksum(x)
             if crc is not None and found is not None and crc != found:
                 raise _Damaged(f"the bytes of {path!r} are not those that were written")
-        return [_placed(read[path], x) if path in read else _empty(x) for path, x in leaves], manifest[
+        for path, names in before.items():
+            read[path] = np.stack([np.asarray(read[name]) for name in names], axis=-1, dtype=np.float64)
+        return [_placed(read[path], x) if path in read else _empty(x) for path, x in asked], manifest[
             "versions"
         ]
 
@@ -366,14 +377,14 @@ class Checkpoints:
                 "carry it over with transfer_state or convert_storage."
             )
 
-    def _damage(self, step: int, reason: str, leaves: list[tuple[str, Any]]) -> str:
+    def _damage(self, step: int, reason: str, leaves: list[tuple[str, Any]], entries: Any) -> str:
         """The message about a damaged checkpoint, with the newest older one that is intact."""
         message = f"Checkpoint {step} in {self.folder} is damaged ({reason}), and nothing of it was used; "
         for older in reversed(self.steps()):
             if older >= step:
                 continue
             with contextlib.suppress(ValueError):  # damaged too, or of another tree
-                self._load(older, leaves)
+                self._load(older, leaves, entries)
                 return f"{message}the one before it that is intact is used by restore(like, step={older})."
         return f"{message}no checkpoint before it is intact."
 
@@ -508,7 +519,13 @@ def _placed(read: Any, x: Any) -> Any:
         return (
             np.asarray(read, x.dtype)[()] if isinstance(x, np.generic) else read.astype(x.dtype, copy=False)
         )
-    array = read if isinstance(read, jax.Array) else jnp.asarray(read)
+    if isinstance(read, jax.Array):
+        array = read
+    elif (place := _place(x)) is None:
+        array = jnp.asarray(read)
+    else:
+        read = np.asarray(read, x.dtype)
+        array = jax.make_array_from_callback(read.shape, place, lambda index: read[index])
     if not _is_key(x):
         return array
     kinds: list[Any] = []

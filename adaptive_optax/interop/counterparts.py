@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adaptive_optax._core.entries import FIELD
 from adaptive_optax._core.states import unwrapped
 from adaptive_optax.interop.adam_states import OPTAX_ADAM, decimal
 from adaptive_optax.interop.state_nodes import Node
@@ -41,9 +42,9 @@ def counterpart(node: Node, like: Any, shapes: dict[str, tuple[int, ...]]) -> No
     for family, converted in ((_ADAM, _adam), (_RMS, _rms), (_TRACE, _trace)):
         if isinstance(node.state, family) and issubclass(type(like), family):
             fields, scalars = converted(node, like, shapes)
-            known = {name: value for name, value in scalars.items() if name in like._fields}
-            alone = {name: {"": value} for name, value in known.items()}
-            return Node(node.path, like._replace(**known), fields | alone)
+            filled = like._replace(**{name: x for name, x in scalars.items() if hasattr(like, name)})
+            alone = {name: {"": x} for name, x in filled._asdict().items() if name in (*scalars, FIELD)}
+            return Node(node.path, filled, fields | alone)
     return None
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar, get_args
 
 from adaptive_optax._core.checks import check_choice, check_same_tree
+from adaptive_optax._core.entries import attributes_of
 from adaptive_optax._core.states import unwrapped
 from adaptive_optax._core.trees import PyTree
 from adaptive_optax.moments.formats import dense, encode_like, is_rounded
@@ -92,7 +93,7 @@ def carries_moments(
     def declare(state_type):
         named = ["count", *moments, *(x for m in moments.values() for x in (m.weight, m.decay) if x)]
         for name in named:
-            if name not in getattr(state_type, "_fields", ()):
+            if name not in attributes_of(state_type):
                 raise ValueError(
                     f"carries_moments: {state_type.__name__} must be a NamedTuple with the fields "
                     f"{', '.join(named)}, got one without {name!r}."

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from adaptive_optax._core.checks import check_bool, check_choice, check_real, check_same_tree
 from adaptive_optax._core.described import described
+from adaptive_optax._core.entries import entries, stacked, with_entries
 from adaptive_optax._core.foresight import ROUNDED, Magnitudes, holding, if_accepted, if_valid
 from adaptive_optax._core.precision import (
     abs_square,
@@ -29,7 +30,7 @@ from adaptive_optax._core.ranges import check_hyperparameter
 from adaptive_optax._core.state_check import Settings, check_state
 from adaptive_optax._core.states import carries_hyperparameters, unwrapped
 from adaptive_optax._core.transformation import transformation
-from adaptive_optax._core.trees import Count, Moment, PyTree, Scalar, by_leaf
+from adaptive_optax._core.trees import Count, Moment, PyTree, Scalars, by_leaf
 from adaptive_optax._core.values import as_hyperparameter, static_value, value_at
 from adaptive_optax.moments.carried import MomentField, Values, carries_moments, moments_of
 from adaptive_optax.moments.ema import Decay, decay_at, ema, ema_weight, weight_error
@@ -71,6 +72,7 @@ def _raise_nu(state: Any, values: Values) -> Values:
     nu_max=MomentField("nu", decay="b2"),
 )
 @carries_hyperparameters("b1", "b2", "eps")
+@with_entries
 class ScaleByAdamState(NamedTuple):
     """State of `scale_by_adam`.
 
@@ -79,6 +81,7 @@ class ScaleByAdamState(NamedTuple):
         mu: First moment m, like the parameters, float32 or wider, or as stored by `mu_storage`.
         nu: Second moment v, one value per group, float32 or wider, or as stored by `nu_storage`.
         nu_max: Largest second moment so far, like `nu`; None unless `amsgrad`.
+        scalars: One array of the following, so that passing the state to a step is cheap.
         b1: The decay of `mu` in the last step.
         b2: The decay of `nu` in the last step.
         eps: The eps of the last step.
@@ -92,12 +95,9 @@ class ScaleByAdamState(NamedTuple):
     mu: Moment
     nu: Moment
     nu_max: Moment | None
-    b1: Scalar
-    b2: Scalar
-    eps: Scalar
-    mu_weight: Scalar
-    nu_weight: Scalar
-    bound_sq: Scalar
+    scalars: Scalars
+
+    b1, b2, eps, mu_weight, nu_weight, bound_sq = entries(6)
 
 
 EpsForm = Literal["paper", "tensorflow"]
@@ -249,12 +249,7 @@ def scale_by_adam(
             mu=mu_storage.init(params, "mu"),
             nu=nu_storage.init(template, "nu"),
             nu_max=nu_storage.init(template, "nu") if amsgrad else None,
-            b1=value_at(b1, count, dtype),
-            b2=value_at(b2, count, dtype),
-            eps=value_at(eps, count, dtype),
-            mu_weight=jnp.zeros((), dtype),
-            nu_weight=jnp.zeros((), dtype),
-            bound_sq=jnp.zeros((), dtype),
+            scalars=stacked([*(value_at(x, count, dtype) for x in (b1, b2, eps)), 0, 0, 0], dtype),
         )
 
     def numerator_factors(d1, mu_weight):
@@ -281,7 +276,7 @@ def scale_by_adam(
     def update_fn(updates, state, params=None, **extra_args):
         del params, extra_args
         check_state("scale_by_adam", state, init_fn, "updates", updates, _SETTINGS)
-        dtype = state.bound_sq.dtype
+        dtype = state.scalars.dtype
         d1, d2 = decay_at(b1, state.count, dtype), decay_at(b2, state.count, dtype)
         count = incremented(state.count)
         mu_weight, nu_weight = ema_weight(state.mu_weight, d1), ema_weight(state.nu_weight, d2)  # w
@@ -313,21 +308,18 @@ def scale_by_adam(
         new_max = nu_storage.encode(state.nu_max, nu_max, count=count, role="nu") if amsgrad else None
         if only_rounds:
             holding((new_mu, new_nu, new_max))
+        used = (value_at(x, state.count, dtype) for x in (d1.keep, d2.keep, step.eps))
+        bound_sq = next_bound_sq(stretch * state.bound_sq, d1, d2)
         return direction, ScaleByAdamState(
             count=count,
             mu=new_mu,
             nu=new_nu,
             nu_max=new_max,
-            b1=value_at(d1.keep, state.count, dtype),
-            b2=value_at(d2.keep, state.count, dtype),
-            eps=value_at(step.eps, state.count, dtype),
-            mu_weight=mu_weight,
-            nu_weight=nu_weight,
-            bound_sq=next_bound_sq(stretch * state.bound_sq, d1, d2),
+            scalars=stacked([*used, mu_weight, nu_weight, bound_sq], dtype),
         )
 
     def max_ratio(state):
-        dtype = state.bound_sq.dtype
+        dtype = state.scalars.dtype
         d1, d2 = decay_at(b1, state.count - 1, dtype), decay_at(b2, state.count - 1, dtype)
         mu_weight, nu_weight = (state.mu_weight, state.nu_weight) if bias_correction else (1.0, 1.0)
         squared = corrected_bound_sq(state.bound_sq, mu_weight, nu_weight)

@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import optax
 
 from adaptive_optax._core.checks import check_bool
+from adaptive_optax._core.entries import entries, stacked, with_entries
 from adaptive_optax._core.foresight import Magnitudes
-from adaptive_optax._core.overrides import assigned, in_effect, replacement
+from adaptive_optax._core.overrides import assigned, filled_like, in_effect, replacement
 from adaptive_optax._core.precision import scalar_dtype, scaled, widen
 from adaptive_optax._core.state_check import SCHEDULED, check_state
 from adaptive_optax._core.states import carries_hyperparameters
 from adaptive_optax._core.transformation import transformation
-from adaptive_optax._core.trees import Flag, Scalar
+from adaptive_optax._core.trees import Scalar, Scalars
 from adaptive_optax._core.values import (
     ScheduleState,
     as_hyperparameter,
@@ -29,28 +30,32 @@ from adaptive_optax._core.values import (
 def _set_learning_rate(state: Any, name: str, value: Any) -> Any:
     field = "learning_rate" if isinstance(state, ScaleByLearningRateState) else "held"
     new, overridden = replacement(name, value, state.given, state.overridden)
-    return state._replace(**{field: new}, overridden=overridden)
+    return state._replace(**{field: filled_like(getattr(state, field), new)}, overridden=overridden)
 
 
 @carries_hyperparameters("learning_rate", set_value=_set_learning_rate)
+@with_entries
 class ScaleByLearningRateState(NamedTuple):
     """State of `scale_by_learning_rate`.
 
     Attributes:
         learning_rate: The learning rate of the last step; before the first step, of the first. A value that
             you assign here is used from then on, as with `set_hyperparams`.
+        scalars: One array of the following two, so that passing the state to a step is cheap.
         given: The value that the number or schedule gave in the last step.
         overridden: Whether the user set the learning rate.
         schedule_state: The step count of a schedule; empty for a number.
     """
 
     learning_rate: Scalar
-    given: Scalar
-    overridden: Flag
+    scalars: Scalars
     schedule_state: ScheduleState
+
+    given, overridden = entries(2, flags=1)
 
 
 @carries_hyperparameters("learning_rate", set_value=_set_learning_rate)
+@with_entries
 class ScaleByHeldLearningRateState(NamedTuple):
     """State of `scale_by_learning_rate` if the learning rate is an array.
 
@@ -60,13 +65,15 @@ class ScaleByHeldLearningRateState(NamedTuple):
 
     Attributes:
         held: The learning rate of the last step; before the first step, of the first.
+        scalars: One array of the following two.
         given: The array's value in the last step.
         overridden: Whether the user set the learning rate.
     """
 
     held: Scalar
-    given: Scalar
-    overridden: Flag
+    scalars: Scalars
+
+    given, overridden = entries(2, flags=1)
 
     @property
     def learning_rate(self) -> Scalar:
@@ -115,10 +122,10 @@ def scale_by_learning_rate(
         schedule = schedule_state(learning_rate)
         # Two arrays, so that the state can be donated.
         value, given = (value_at(learning_rate, step_of(schedule), dtype) for _ in range(2))
-        return ScaleByLearningRateState(value, given, jnp.zeros((), jnp.bool_), schedule)
+        return ScaleByLearningRateState(value, stacked([given, False], dtype), schedule)
 
     def held_init(params):
-        return ScaleByHeldLearningRateState(*plain_init(params)[:3])
+        return ScaleByHeldLearningRateState(*plain_init(params)[:2])
 
     init_fn = held_init if isinstance(learning_rate, jax.Array) else plain_init
 
@@ -129,13 +136,15 @@ def scale_by_learning_rate(
         own_init = held_init if is_held else plain_init
         check_state("scale_by_learning_rate", state, own_init, "updates", updates, SCHEDULED)
         schedule = getattr(state, "schedule_state", ())
-        given = value_at(learning_rate, step_of(schedule), state.given.dtype)
+        dtype = state.scalars.dtype
+        given = value_at(learning_rate, step_of(schedule), dtype)
         current = assigned("learning_rate", state.learning_rate, state.given)
         value, overridden, given = in_effect(current, state.given, state.overridden, given)
+        scalars = stacked([given, overridden], dtype)
         if isinstance(state, ScaleByLearningRateState):
-            state = ScaleByLearningRateState(value, given, overridden, next_schedule_state(schedule))
+            state = ScaleByLearningRateState(value, scalars, next_schedule_state(schedule))
         else:
-            state = ScaleByHeldLearningRateState(value, given, overridden)
+            state = ScaleByHeldLearningRateState(value, scalars)
         return scaled(widen(updates), sign * value), state
 
     return transformation("scale_by_learning_rate", init_fn, update_fn, growth=_growth)

@@ -18,6 +18,7 @@ from jax.typing import ArrayLike
 
 from adaptive_optax._core.checks import check_bool, check_same_tree
 from adaptive_optax._core.described import described
+from adaptive_optax._core.entries import entries, stacked, with_entries
 from adaptive_optax._core.foresight import ROUNDED, Magnitudes, holding, if_valid
 from adaptive_optax._core.precision import (
     abs_square,
@@ -32,7 +33,7 @@ from adaptive_optax._core.ranges import check_hyperparameter
 from adaptive_optax._core.state_check import Settings, check_state
 from adaptive_optax._core.states import carries_hyperparameters
 from adaptive_optax._core.transformation import transformation
-from adaptive_optax._core.trees import Count, Moment, Scalar, by_leaf
+from adaptive_optax._core.trees import Count, Moment, Scalars, by_leaf
 from adaptive_optax._core.values import as_hyperparameter, value_at
 from adaptive_optax.moments.carried import MomentField, carries_moments
 from adaptive_optax.moments.ema import Decay, decay_at, ema, ema_weight, kept, weight_error
@@ -51,6 +52,7 @@ _CENTERED_FLOOR = 0.01
     nu=MomentField("nu", weight="nu_weight", decay="decay"),
 )
 @carries_hyperparameters("decay", "eps")
+@with_entries
 class ScaleByRmsState(NamedTuple):
     """State of `scale_by_rms`.
 
@@ -60,6 +62,7 @@ class ScaleByRmsState(NamedTuple):
             `centered`.
         nu: Second moment, one value per group, float32 or wider, or as stored by `storage`; if `centered`,
             the moment about `mu`.
+        scalars: One array of the following, so that passing the state to a step is cheap.
         decay: The decay of the last step.
         eps: The eps of the last step.
         nu_weight: Sum of the weights in `nu`; 1 - decay^count for a constant decay.
@@ -68,9 +71,9 @@ class ScaleByRmsState(NamedTuple):
     count: Count
     mu: Moment | None
     nu: Moment
-    decay: Scalar
-    eps: Scalar
-    nu_weight: Scalar
+    scalars: Scalars
+
+    decay, eps, nu_weight = entries(3)
 
 
 def scale_by_rms(
@@ -175,9 +178,7 @@ def scale_by_rms(
             count=count,
             mu=storage.init(params, "mu") if centered else None,
             nu=nu,
-            decay=value_at(decay, count, dtype),
-            eps=value_at(eps, count, dtype),
-            nu_weight=jnp.zeros((), dtype),
+            scalars=stacked([value_at(decay, count, dtype), value_at(eps, count, dtype), 0], dtype),
         )
 
     def update_fn(updates, state, params=None, **extra_args):
@@ -185,7 +186,7 @@ def scale_by_rms(
         if params is not None:
             check_same_tree("scale_by_rms", "updates", updates, "params", params, ordered=False)
         check_state("scale_by_rms", state, init_fn, "updates", updates, _SETTINGS)
-        dtype = state.nu_weight.dtype
+        dtype = state.scalars.dtype
         b = decay_at(decay, state.count, dtype)
         eps_t = value_at(eps, state.count, dtype) if callable(eps) else eps
         count = incremented(state.count)
@@ -212,18 +213,17 @@ def scale_by_rms(
         new_nu = storage.encode(state.nu, nu, count=count, role="nu")
         if is_plain:
             holding(new_nu)
+        used = (value_at(x, state.count, dtype) for x in (b.keep, eps_t))
         return direction, ScaleByRmsState(
             count=count,
             mu=new_mu,
             nu=new_nu,
-            decay=value_at(b.keep, state.count, dtype),
-            eps=value_at(eps_t, state.count, dtype),
-            nu_weight=nu_weight,
+            scalars=stacked([*used, nu_weight], dtype),
         )
 
     def max_ratio(state):
         # q_t has weight 1 - decay in v_t, so |u|^2 <= 1 / (1 - decay); the floor on s adds a factor 1 / 0.01.
-        dtype = state.nu_weight.dtype
+        dtype = state.scalars.dtype
         b = decay_at(decay, state.count - 1, dtype)
         plain = (state.nu_weight if bias_correction else 1.0) / b.take
         ratio = jnp.sqrt(plain / _CENTERED_FLOOR if centered else plain)

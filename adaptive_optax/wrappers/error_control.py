@@ -7,7 +7,7 @@ falls than its gradient promises.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +26,7 @@ from adaptive_optax._core.checks import (
     check_same_tree,
     check_transformation,
 )
+from adaptive_optax._core.entries import stacked
 from adaptive_optax._core.precision import incremented, scalar_dtype, scaled
 from adaptive_optax._core.ranges import check_hyperparameter
 from adaptive_optax._core.state_check import check_state
@@ -370,7 +371,7 @@ def error_controlled(
         return ErrorControlledState(
             count=count,
             inner_state=None,
-            numbers=_packed(numbers.values(), dtype),
+            numbers=stacked(numbers.values(), dtype),
             counts=jnp.zeros(len(Counts._fields), jnp.int32),
         )
 
@@ -432,7 +433,7 @@ def error_controlled(
             numbers, counts = _controlled(
                 numbers, counts, probe, is_same, h, jnp.asarray(tolerance, dtype), controller
             )
-            return own._replace(numbers=_packed(numbers, dtype), counts=_packed(counts, jnp.int32))
+            return own._replace(numbers=stacked(numbers, dtype), counts=stacked(counts, jnp.int32))
 
         is_due = (state.count % every == 0) | (counts_of(state).phase == _SEEKING)
         own = jax.lax.cond(is_due, probed, lambda own: own, state._replace(inner_state=None))
@@ -447,8 +448,8 @@ def error_controlled(
         new = ErrorControlledState(
             count=incremented(state.count),
             inner_state=inner,
-            numbers=_packed(numbers, dtype),
-            counts=_packed(counts._replace(limited=limited), jnp.int32),
+            numbers=stacked(numbers, dtype),
+            counts=stacked(counts._replace(limited=limited), jnp.int32),
         )
         return scaled(outgoing(u, inner), -rate), new
 
@@ -498,10 +499,6 @@ def numbers_of(state: ErrorControlledState) -> Numbers:
 def counts_of(state: ErrorControlledState) -> Counts:
     """Unpacks the counts in a state."""
     return Counts(*_unpacked(state.counts))
-
-
-def _packed(fields: Iterable[Any], dtype: Any) -> jax.Array:
-    return jnp.stack([jnp.asarray(x, dtype) for x in fields], axis=-1)
 
 
 def _unpacked(array: jax.Array) -> list[jax.Array]:

@@ -12,6 +12,7 @@ import optax
 from jax.core import Tracer, eval_jaxpr
 
 from adaptive_optax._core.checks import check_same_tree, check_transformation
+from adaptive_optax._core.entries import arrays_of_entries
 from adaptive_optax._core.foresight import deciding, foreseeing
 from adaptive_optax._core.once_more import kept_apart
 from adaptive_optax._core.paths import paths_and_leaves
@@ -284,10 +285,11 @@ def _foresee(step: Any, updates: Any, old: Any, params: Any, bound: Any) -> _For
             known.know(updates, _LARGEST_GRADIENT)
             known.know((old, params), bound)
             new_updates, new = step(updates, old, params)
-        few, many = [], []
+        few, many, scalars = [], [], set(map(id, arrays_of_entries(new)))
         for after in jax.tree.leaves(new):
             is_known = known.bound(after) is not None
-            if after.ndim == 0 or (not is_known and after.size <= _FEW):  # hyperparameters, a measurement
+            is_scalar = after.ndim == 0 or id(after) in scalars
+            if is_scalar or (not is_known and after.size <= _FEW):  # hyperparameters, a measurement
                 few.append(jnp.all(jnp.isfinite(after)))
             if is_known or after.size > _FEW:
                 many.append(after)
