@@ -5,6 +5,7 @@ Those of arrays and trees say what is held, in which dtype and shape: `Count.__m
 """
 
 from adaptive_optax._core.trees import Count as Count
+from adaptive_optax._core.trees import Counts as Counts
 from adaptive_optax._core.trees import Flag as Flag
 from adaptive_optax._core.trees import Mask as Mask
 from adaptive_optax._core.trees import Measured as Measured

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ import pytest
 from saving import same
 
 import adaptive_optax as ao
+from adaptive_optax._core.entries import attributes_of
 from adaptive_optax.integrations import orbax
 from adaptive_optax.integrations.orbax import Checkpoints
 
@@ -644,3 +646,26 @@ def test_a_foreign_folder_has_no_manifest(tmp_path):
     (tmp_path / "7").mkdir()
     with pytest.raises(ValueError, match="it has no manifest, so that it was not written by this class"):
         Checkpoints(tmp_path).restore(x_of(0))
+
+
+@pytest.mark.parametrize("batch", [(), (3,)], ids=str)
+def test_states_written_with_one_array_for_each_scalar_can_be_read(tmp_path, batch):
+    inner = optax.chain(ao.scale_by_adam(), ao.scale_by_rms(), ao.scale_by_learning_rate(ao.step_decay(1.0, 0.5, every=1)))
+    tx = ao.accumulate_gradients(inner, 1)
+    _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    state = jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, *x.shape)), state)
+
+    def before(x):
+        if isinstance(x, dict):
+            return {key: before(child) for key, child in x.items()}
+        if hasattr(x, "_fields"):
+            return {name: before(getattr(x, name)) for name in attributes_of(type(x))}
+        return {str(i): before(child) for i, child in enumerate(x)} if isinstance(x, tuple) else x
+
+    saved(tmp_path, {"opt": before(state)}, 5)
+    written = json.loads((tmp_path / "5" / "manifest" / "metadata").read_text())["manifest"]["leaves"]
+    assert "opt/inner_state/0/bound_sq" in written and not any("scalars" in path for path in written)
+    for like in (state, jax.eval_shape(lambda: state)):
+        step, restored = Checkpoints(tmp_path).restore({"opt": like})
+        assert step == 5
+        chex.assert_trees_all_equal(restored["opt"], state, strict=True)

@@ -18,6 +18,7 @@ DTYPES = {
     names.Scalar: FLOATING,
     names.Scalars: FLOATING,
     names.Count: (jnp.int32,),
+    names.Counts: (jnp.int32,),
     names.Flag: (jnp.bool_,),
 }
 
@@ -41,7 +42,7 @@ def check(state, params):
     for field, value in state._asdict().items():
         hint, where = hints[field], f"{type(state).__name__}.{field}"
         if hint in DTYPES:
-            assert value.ndim == (hint is names.Scalars) and value.dtype in DTYPES[hint], where
+            assert value.ndim == (hint in (names.Scalars, names.Counts)) and value.dtype in DTYPES[hint], where
         elif hint in (names.Params, names.Updates):
             # Wrappers such as `freeze` show an inner transformation fewer leaves.
             assert leaf_paths(value) <= leaf_paths(params), where

@@ -38,6 +38,9 @@ Scalar: TypeAlias = Annotated[jax.Array, "floating, shape ()"]
 Scalars: TypeAlias = Annotated[jax.Array, "floating, shape (number,)"]
 """Floating scalars in one array, which the state also has as attributes."""
 
+Counts: TypeAlias = Annotated[jax.Array, "int32, shape (number,)"]
+"""Counts in one array, which the state also has as attributes."""
+
 Count: TypeAlias = Annotated[jax.Array, "int32, shape ()"]
 """A number of steps, an int32 scalar."""
 

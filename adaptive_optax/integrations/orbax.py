@@ -352,7 +352,8 @@ class Checkpoints:
             if crc is not None and found is not None and crc != found:
                 raise _Damaged(f"the bytes of {path!r} are not those that were written")
         for path, names in before.items():
-            read[path] = np.stack([np.asarray(read[name]) for name in names], axis=-1, dtype=np.float64)
+            values = [np.asarray(read[name]) for name in names]
+            read[path] = np.stack(values, axis=-1).astype(dict(asked)[path].dtype)
         return [_placed(read[path], x) if path in read else _empty(x) for path, x in asked], manifest[
             "versions"
         ]

@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from adaptive_optax._core.entries import FIELD
 from adaptive_optax._core.states import unwrapped
 from adaptive_optax.interop.adam_states import OPTAX_ADAM, decimal
 from adaptive_optax.interop.state_nodes import Node
@@ -43,7 +42,7 @@ def counterpart(node: Node, like: Any, shapes: dict[str, tuple[int, ...]]) -> No
         if isinstance(node.state, family) and issubclass(type(like), family):
             fields, scalars = converted(node, like, shapes)
             filled = like._replace(**{name: x for name, x in scalars.items() if hasattr(like, name)})
-            alone = {name: {"": x} for name, x in filled._asdict().items() if name in (*scalars, FIELD)}
+            alone = {name: {"": x} for name, x in filled._asdict().items() if name in ("count", "scalars")}
             return Node(node.path, filled, fields | alone)
     return None
 

@@ -97,7 +97,7 @@ class ScaleByAdamState(NamedTuple):
     nu_max: Moment | None
     scalars: Scalars
 
-    b1, b2, eps, mu_weight, nu_weight, bound_sq = entries(6)
+    b1, b2, eps, mu_weight, nu_weight, bound_sq = entries("scalars", 6)
 
 
 EpsForm = Literal["paper", "tensorflow"]

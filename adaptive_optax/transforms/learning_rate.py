@@ -51,7 +51,7 @@ class ScaleByLearningRateState(NamedTuple):
     scalars: Scalars
     schedule_state: ScheduleState
 
-    given, overridden = entries(2, flags=1)
+    given, overridden = entries("scalars", 2, flags=1)
 
 
 @carries_hyperparameters("learning_rate", set_value=_set_learning_rate)
@@ -73,7 +73,7 @@ class ScaleByHeldLearningRateState(NamedTuple):
     held: Scalar
     scalars: Scalars
 
-    given, overridden = entries(2, flags=1)
+    given, overridden = entries("scalars", 2, flags=1)
 
     @property
     def learning_rate(self) -> Scalar:

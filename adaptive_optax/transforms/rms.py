@@ -73,7 +73,7 @@ class ScaleByRmsState(NamedTuple):
     nu: Moment
     scalars: Scalars
 
-    decay, eps, nu_weight = entries(3)
+    decay, eps, nu_weight = entries("scalars", 3)
 
 
 def scale_by_rms(

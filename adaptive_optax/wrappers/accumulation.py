@@ -21,6 +21,7 @@ from adaptive_optax._core.checks import (
     check_scalar,
     check_transformation,
 )
+from adaptive_optax._core.entries import entries, stacked, with_entries
 from adaptive_optax._core.paths import paths_and_leaves
 from adaptive_optax._core.precision import (
     abs_square,
@@ -34,7 +35,7 @@ from adaptive_optax._core.precision import (
 from adaptive_optax._core.state_check import check_state, check_state_kept
 from adaptive_optax._core.states import has_own_rejection, one_state_of, unwrapped
 from adaptive_optax._core.transformation import transformation, with_array_state
-from adaptive_optax._core.trees import Count, Flag, OptState, Scalar, Updates
+from adaptive_optax._core.trees import Count, Counts, OptState, Scalars, Updates
 from adaptive_optax._core.undefined import nan_unless
 from adaptive_optax._core.values import value_at
 from adaptive_optax.transforms.match_parameter_dtype import outgoing
@@ -43,18 +44,21 @@ from adaptive_optax.wrappers.reporting import OnReject, check_on_reject, report_
 _NOISE_DECAY = 0.99  # averages over about a hundred emissions
 
 
+@with_entries
 class AccumulateGradientsState(NamedTuple):
-    """State of `accumulate_gradients`.
+    """State of `accumulate_gradients`, with few arrays, so that passing it to a step is cheap.
 
     Attributes:
         count: Number of emissions.
+        counts: One array of the following five.
         micro_step: Number of micro-batches seen since the last emission.
         contributing: Number of those that are included in the sums.
-        took_part: Whether the last micro-batch is included; True before the first.
         dropped: Total number of micro-batches dropped.
         dropped_in_a_row: Number dropped since the last one that was not.
+        took_part: Whether the last micro-batch is included; True before the first.
         inner_state: State of the inner transformation.
         total: Weighted sum of the gradients since the last emission, like the parameters, float32 or wider.
+        sums: One array of the following five.
         weight: Sum of their weights.
         weight_sq: Sum of the squares of their weights.
         square: Weighted sum of the squared norms of the gradients.
@@ -63,18 +67,13 @@ class AccumulateGradientsState(NamedTuple):
     """
 
     count: Count
-    micro_step: Count
-    contributing: Count
-    took_part: Flag
-    dropped: Count
-    dropped_in_a_row: Count
+    counts: Counts
     inner_state: OptState
     total: Updates
-    weight: Scalar
-    weight_sq: Scalar
-    square: Scalar
-    signal: Scalar
-    noise: Scalar
+    sums: Scalars
+
+    micro_step, contributing, dropped, dropped_in_a_row, took_part = entries("counts", 5, flags=1)
+    weight, weight_sq, square, signal, noise = entries("sums", 5)
 
 
 def accumulate_gradients(
@@ -200,7 +199,7 @@ def accumulate_gradients(
         if not (drop_nonfinite and _is_known_nonfinite(weight)):
             check_scalar("weight", weight, "[0, inf)")
         check_flag("emit", emit)
-        dtype = state.weight.dtype
+        dtype = state.sums.dtype
         g, w = widen(updates), jnp.asarray(weight, dtype)
 
         squares = _square_norms(g, dtype)
@@ -321,23 +320,12 @@ def _fresh_state(params: Any) -> AccumulateGradientsState:
     check_inexact("accumulate_gradients", "params", params)
     dtype = scalar_dtype(params)
 
-    def zero(dtype=dtype):  # a new array each time, because a state that repeats one cannot be donated
-        return jnp.zeros((), dtype)
-
     return AccumulateGradientsState(
-        count=zero(jnp.int32),
-        micro_step=zero(jnp.int32),
-        contributing=zero(jnp.int32),
-        took_part=jnp.ones((), jnp.bool_),
-        dropped=zero(jnp.int32),
-        dropped_in_a_row=zero(jnp.int32),
+        count=jnp.zeros((), jnp.int32),
+        counts=stacked([0, 0, 0, 0, True], jnp.int32),
         inner_state=None,
         total=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide_dtype(p)), params),
-        weight=zero(),
-        weight_sq=zero(),
-        square=zero(),
-        signal=zero(),
-        noise=zero(),
+        sums=jnp.zeros(5, dtype),
     )
 
 
