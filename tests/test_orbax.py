@@ -650,7 +650,9 @@ def test_a_foreign_folder_has_no_manifest(tmp_path):
 
 @pytest.mark.parametrize("batch", [(), (3,)], ids=str)
 def test_states_written_with_one_array_for_each_scalar_can_be_read(tmp_path, batch):
-    inner = optax.chain(ao.scale_by_adam(), ao.scale_by_rms(), ao.scale_by_learning_rate(ao.step_decay(1.0, 0.5, every=1)))
+    inner = optax.chain(
+        ao.scale_by_adam(), ao.scale_by_rms(), ao.scale_by_learning_rate(ao.step_decay(1.0, 0.5, every=1))
+    )
     tx = ao.accumulate_gradients(inner, 1)
     _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
     state = jax.tree.map(lambda x: jnp.broadcast_to(x, (*batch, *x.shape)), state)

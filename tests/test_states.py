@@ -42,7 +42,9 @@ def check(state, params):
     for field, value in state._asdict().items():
         hint, where = hints[field], f"{type(state).__name__}.{field}"
         if hint in DTYPES:
-            assert value.ndim == (hint in (names.Scalars, names.Counts)) and value.dtype in DTYPES[hint], where
+            assert value.ndim == (hint in (names.Scalars, names.Counts)) and value.dtype in DTYPES[hint], (
+                where
+            )
         elif hint in (names.Params, names.Updates):
             # Wrappers such as `freeze` show an inner transformation fewer leaves.
             assert leaf_paths(value) <= leaf_paths(params), where
@@ -63,7 +65,11 @@ def test_fields_hold_what_their_annotations_say(case):
 def test_the_check_notices_another_dtype_and_another_shape():
     state = ao.scale_by_adam().init(jnp.ones(3))
     assert {names.Count, names.Scalars, names.Moment} <= check(state, jnp.ones(3))
-    for wrong in ({"count": jnp.zeros(())}, {"scalars": jnp.zeros(())}, {"scalars": jnp.zeros(6, jnp.bfloat16)}):
+    for wrong in (
+        {"count": jnp.zeros(())},
+        {"scalars": jnp.zeros(())},
+        {"scalars": jnp.zeros(6, jnp.bfloat16)},
+    ):
         with pytest.raises(AssertionError, match=f"ScaleByAdamState.{next(iter(wrong))}"):
             check(state._replace(**wrong), jnp.ones(3))
     with pytest.raises(AssertionError, match=r"TraceState\.trace"):

@@ -8,10 +8,11 @@ kernel for each scalar that it writes. A state may therefore keep scalars of one
         count: Count
         scalars: Scalars
 
-        decay, weight = entries("scalars", 2)
+        decay = entry("scalars")  # type: jax.Array
+        weight = entry("scalars")  # type: jax.Array
 
-`state.decay` is then an entry along the last axis of `state.scalars`. The constructor, `_replace` and the repr
-know it as if it were a field, and so do pickles and checkpoints that were written when it was one.
+`state.decay` is then an entry along the last axis of `state.scalars`. The constructor, `_replace` and the
+repr know it as if it were a field, and so do pickles and checkpoints that were written when it was one.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ State = TypeVar("State")
 class Entry:
     """An entry of an array in a state, read as an attribute of the state."""
 
-    def __init__(self, field: str, index: int, is_flag: bool):
+    def __init__(self, field: str, is_flag: bool):
         self.field = field
-        self.index = index
+        self.index = -1  # until the type is complete
         self.is_flag = is_flag
 
     def __get__(self, state: Any, owner: type | None = None) -> Any:
@@ -48,9 +49,12 @@ class Entry:
         return value != 0 if self.is_flag else value
 
 
-def entries(field: str, number: int, *, flags: int = 0) -> Iterator[Entry]:
-    """Returns the entries of a state's array in their order, of which the last `flags` are bools."""
-    return (Entry(field, i, is_flag=i >= number - flags) for i in range(number))
+def entry(field: str, *, is_flag: bool = False) -> Any:
+    """Declares the next entry of an array in a state, a bool if `is_flag`. These come last.
+
+    Its type is in a comment, because an annotation would make it a field.
+    """
+    return Entry(field, is_flag)
 
 
 def stacked(values: Iterable[Any], dtype: Any) -> jax.Array:
@@ -59,13 +63,14 @@ def stacked(values: Iterable[Any], dtype: Any) -> jax.Array:
 
 
 def with_entries(state_type: type[State]) -> type[State]:
-    """Lets a NamedTuple with `entries` be used as if each were a field. A decorator; it returns the type."""
+    """Lets a NamedTuple with entries be used as if each were a field. A decorator; it returns the type."""
     kind: Any = state_type
     arrays: dict[str, list[str]] = {}
-    for name, entry in sorted(
-        ((name, x) for name, x in vars(kind).items() if isinstance(x, Entry)), key=lambda item: item[1].index
-    ):
-        arrays.setdefault(entry.field, []).append(name)
+    for name, x in vars(kind).items():
+        if isinstance(x, Entry):
+            names = arrays.setdefault(x.field, [])
+            x.index = len(names)
+            names.append(name)
     kind._arrays_of_entries = arrays
     attributes = attributes_of(kind)
     construct, replace = kind.__new__, kind._replace
@@ -121,9 +126,7 @@ def arrays_of_entries(tree: Any) -> list[jax.Array]:
 def entries_by_path(tree: Any) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
     """Returns, for the path of each array of entries in a tree, the paths that these had as fields."""
     return {
-        "/".join((*path, field)): {
-            "/".join((*path, name)): getattr(_shapes(state), name) for name in names
-        }
+        "/".join((*path, field)): {"/".join((*path, name)): getattr(_shapes(state), name) for name in names}
         for path, state in _states(tree)
         for field, names in _arrays_in(type(state)).items()
     }

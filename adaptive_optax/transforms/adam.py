@@ -14,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from adaptive_optax._core.checks import check_bool, check_choice, check_real, check_same_tree
 from adaptive_optax._core.described import described
-from adaptive_optax._core.entries import entries, stacked, with_entries
+from adaptive_optax._core.entries import entry, stacked, with_entries
 from adaptive_optax._core.foresight import ROUNDED, Magnitudes, holding, if_accepted, if_valid
 from adaptive_optax._core.precision import (
     abs_square,
@@ -97,7 +97,12 @@ class ScaleByAdamState(NamedTuple):
     nu_max: Moment | None
     scalars: Scalars
 
-    b1, b2, eps, mu_weight, nu_weight, bound_sq = entries("scalars", 6)
+    b1 = entry("scalars")  # type: jax.Array
+    b2 = entry("scalars")  # type: jax.Array
+    eps = entry("scalars")  # type: jax.Array
+    mu_weight = entry("scalars")  # type: jax.Array
+    nu_weight = entry("scalars")  # type: jax.Array
+    bound_sq = entry("scalars")  # type: jax.Array
 
 
 EpsForm = Literal["paper", "tensorflow"]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from adaptive_optax._core.checks import check_bool
-from adaptive_optax._core.entries import entries, stacked, with_entries
+from adaptive_optax._core.entries import entry, stacked, with_entries
 from adaptive_optax._core.foresight import Magnitudes
 from adaptive_optax._core.overrides import assigned, filled_like, in_effect, replacement
 from adaptive_optax._core.precision import scalar_dtype, scaled, widen
@@ -51,7 +51,8 @@ class ScaleByLearningRateState(NamedTuple):
     scalars: Scalars
     schedule_state: ScheduleState
 
-    given, overridden = entries("scalars", 2, flags=1)
+    given = entry("scalars")  # type: jax.Array
+    overridden = entry("scalars", is_flag=True)  # type: jax.Array
 
 
 @carries_hyperparameters("learning_rate", set_value=_set_learning_rate)
@@ -73,7 +74,8 @@ class ScaleByHeldLearningRateState(NamedTuple):
     held: Scalar
     scalars: Scalars
 
-    given, overridden = entries("scalars", 2, flags=1)
+    given = entry("scalars")  # type: jax.Array
+    overridden = entry("scalars", is_flag=True)  # type: jax.Array
 
     @property
     def learning_rate(self) -> Scalar:

@@ -18,7 +18,7 @@ from jax.typing import ArrayLike
 
 from adaptive_optax._core.checks import check_bool, check_same_tree
 from adaptive_optax._core.described import described
-from adaptive_optax._core.entries import entries, stacked, with_entries
+from adaptive_optax._core.entries import entry, stacked, with_entries
 from adaptive_optax._core.foresight import ROUNDED, Magnitudes, holding, if_valid
 from adaptive_optax._core.precision import (
     abs_square,
@@ -73,7 +73,9 @@ class ScaleByRmsState(NamedTuple):
     nu: Moment
     scalars: Scalars
 
-    decay, eps, nu_weight = entries("scalars", 3)
+    decay = entry("scalars")  # type: jax.Array
+    eps = entry("scalars")  # type: jax.Array
+    nu_weight = entry("scalars")  # type: jax.Array
 
 
 def scale_by_rms(

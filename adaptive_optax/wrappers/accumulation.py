@@ -21,7 +21,7 @@ from adaptive_optax._core.checks import (
     check_scalar,
     check_transformation,
 )
-from adaptive_optax._core.entries import entries, stacked, with_entries
+from adaptive_optax._core.entries import entry, stacked, with_entries
 from adaptive_optax._core.paths import paths_and_leaves
 from adaptive_optax._core.precision import (
     abs_square,
@@ -35,7 +35,7 @@ from adaptive_optax._core.precision import (
 from adaptive_optax._core.state_check import check_state, check_state_kept
 from adaptive_optax._core.states import has_own_rejection, one_state_of, unwrapped
 from adaptive_optax._core.transformation import transformation, with_array_state
-from adaptive_optax._core.trees import Count, Counts, OptState, Scalars, Updates
+from adaptive_optax._core.trees import Count, Counts, OptState, Scalar, Scalars, Updates
 from adaptive_optax._core.undefined import nan_unless
 from adaptive_optax._core.values import value_at
 from adaptive_optax.transforms.match_parameter_dtype import outgoing
@@ -72,8 +72,16 @@ class AccumulateGradientsState(NamedTuple):
     total: Updates
     sums: Scalars
 
-    micro_step, contributing, dropped, dropped_in_a_row, took_part = entries("counts", 5, flags=1)
-    weight, weight_sq, square, signal, noise = entries("sums", 5)
+    micro_step = entry("counts")  # type: jax.Array
+    contributing = entry("counts")  # type: jax.Array
+    dropped = entry("counts")  # type: jax.Array
+    dropped_in_a_row = entry("counts")  # type: jax.Array
+    took_part = entry("counts", is_flag=True)  # type: jax.Array
+    weight = entry("sums")  # type: jax.Array
+    weight_sq = entry("sums")  # type: jax.Array
+    square = entry("sums")  # type: jax.Array
+    signal = entry("sums")  # type: jax.Array
+    noise = entry("sums")  # type: jax.Array
 
 
 def accumulate_gradients(
