@@ -354,7 +354,9 @@ def test_a_state_of_a_number_for_a_schedule(name):
 def test_a_state_whose_scalars_are_not_scalars():
     tx = ao.sgd(0.1)
     several = jax.vmap(lambda _: tx.init(WIDE))(jnp.arange(3))
-    refused(lambda: tx.update(WIDE, several, WIDE), "'given' is float32[3] in the state and float32[] here")
+    refused(
+        lambda: tx.update(WIDE, several, WIDE), "'scalars' is float32[3, 2] in the state and float32[2] here"
+    )
     jax.vmap(tx.update, in_axes=(None, 0))(WIDE, several)
 
 
