@@ -27,7 +27,10 @@ from benchmarks.studies import published
 from benchmarks.timing import OutOfTime
 
 PROJECT = Path(__file__).parent.parent
-PAGES = ("README.md", "docs/error_control.md", "docs/scale.md")
+PAGES = (
+    "README.md",
+    *sorted(path.relative_to(PROJECT).as_posix() for path in (PROJECT / "docs").rglob("*.md")),
+)
 PICTURES = PROJECT / "docs" / "performance"
 MOST_CORES_BUSY = 0.2
 
@@ -136,6 +139,22 @@ def run_here(suite: Suite, out: Path, quick: bool, seconds: float = math.inf) ->
     rich.print(f"{suite.value}: {time.perf_counter() - began:.0f} s, {path}")
 
 
+def run_examples(out: Path, quick: bool) -> None:
+    """Runs the examples whose results are published, into `docs/`, or into an `out` of one's own."""
+    docs = PROJECT / "docs" if out == RESULTS else out / "docs"
+    for folder, study in published().items():
+        script, *options = study.command
+        _run_example(script, [*options, "--out", str(docs / folder), *(["--smoke"] if quick else [])])
+    epochs = ["--epochs", "1"] if quick else []
+    _run_example("watch_learning_rates.py", ["--out", str(docs / "effective_rates"), *epochs])
+
+
+def _run_example(script: str, options: list[str]) -> None:
+    command = [sys.executable, str(PROJECT / "examples" / script), *options]
+    if subprocess.run(command, cwd=PROJECT).returncode:
+        raise typer.Exit(1)
+
+
 def measure_accelerator(out: Path, quick: bool) -> None:
     """Runs the suites of `ON_ACCELERATOR`, one process each; one that fails or takes too long is left out."""
     began = time.monotonic()
@@ -176,6 +195,9 @@ def main(
     quick: Annotated[bool, typer.Option(help="Tiny sizes: a test that it runs, not a measurement.")] = False,
     readme: Annotated[bool, typer.Option(help="Whether to update README and pictures afterwards.")] = True,
     render: Annotated[bool, typer.Option(help="Measure nothing; only update README and pictures.")] = False,
+    publish: Annotated[
+        bool, typer.Option(help="Measure every suite, and run every example whose results are published.")
+    ] = False,
     accelerator: Annotated[
         bool, typer.Option(help="Measure what a GPU or TPU is needed for, in at most 8 minutes.")
     ] = False,
@@ -187,10 +209,13 @@ def main(
     out = out.resolve()  # the processes below have another working directory
     if quick and out == RESULTS:
         raise typer.BadParameter("--quick measures nothing worth publishing; choose another --out.")
-    if accelerator and (suite or render or seconds != math.inf):
+    if accelerator and (suite or render or publish or seconds != math.inf):
         raise typer.BadParameter(
-            "--accelerator chooses suites and seconds; give it without --suite, --render or --seconds."
+            "--accelerator chooses suites and seconds; give it without --suite, --render, --publish or "
+            "--seconds."
         )
+    if publish and (suite or render):
+        raise typer.BadParameter("--publish runs everything; give it without --suite or --render.")
     if not seconds > 0:
         raise typer.BadParameter(f"--seconds must be above 0, got {seconds}.")
     if accelerator and not quick and hardware().startswith("cpu"):
@@ -210,6 +235,8 @@ def main(
         arguments += [] if seconds == math.inf else ["--seconds", f"{seconds:g}"]
         if subprocess.run([sys.executable, "-m", "benchmarks", *arguments], cwd=PROJECT).returncode:
             raise typer.Exit(1)
+    if publish:
+        run_examples(out, quick)
     if not readme:
         return
     with plain_errors():

@@ -6,7 +6,7 @@ import csv
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,18 +16,34 @@ PROJECT = Path(__file__).resolve().parent.parent
 SHOWN_VERSIONS = ("jax", "optax", "flax")
 
 
-def published(project: Path = PROJECT) -> dict[str, str]:
-    """Returns the README's text of every study under `docs/`, by its folder: "should_i_decay/text"."""
+class Study(NamedTuple):
+    """A published study.
+
+    Attributes:
+        title: What it is, how it was measured, and links to its files, with {root} before their paths.
+        table: One row per arm.
+        command: The example that runs it, and its options.
+    """
+
+    title: str
+    table: Table
+    command: list[str]
+
+
+def published(project: Path = PROJECT) -> dict[str, Study]:
+    """Returns every study under `docs/`, by its folder: "should_i_decay/text"."""
     found = {}
     for path in sorted((project / "docs").glob("*/*/summary.json")):
         folder = path.parent.relative_to(project).as_posix()
         with (path.parent / "results.csv").open(newline="") as file:
             trials = list(csv.DictReader(file))
-        found[folder.removeprefix("docs/")] = _text(json.loads(path.read_text()), trials, folder)
+        summary = json.loads(path.read_text())
+        title, command = _title(summary, trials, folder), summary["info"]["command"]
+        found[folder.removeprefix("docs/")] = Study(title, table(summary, trials), command)
     return found
 
 
-def _text(summary: Mapping[str, Any], trials: list[dict[str, str]], folder: str) -> str:
+def _title(summary: Mapping[str, Any], trials: list[dict[str, str]], folder: str) -> str:
     info = summary["info"]
     epochs = info["steps"] * info["batch_size"] / info["dataset"]["train"]
     script, *options = info["command"]
@@ -43,9 +59,8 @@ def _text(summary: Mapping[str, Any], trials: list[dict[str, str]], folder: str)
         f"`{' '.join(['python', f'examples/{script}', *options])}`",
     ]
     files = {"trials": "results.csv", "numbers": "summary.json", "report": "report.html"}
-    links = ", ".join(f"[{name}]({folder}/{file})" for name, file in files.items())
-    title = f"{info['task'].capitalize()} ({', '.join(settings)}; {links}):"
-    return f"{title}\n\n{table(summary, trials).markdown()}\n"
+    links = ", ".join(f"[{name}]({{root}}{folder}/{file})" for name, file in files.items())
+    return f"{info['task'].capitalize()} ({', '.join(settings)}; {links}):"
 
 
 def table(summary: Mapping[str, Any], trials: list[dict[str, str]]) -> Table:

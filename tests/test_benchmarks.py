@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import runpy
 import subprocess
 import types
 from pathlib import Path
@@ -220,12 +221,67 @@ def test_a_mark_without_a_block_is_refused(text):
         readme.render(text, {"speed": {"cpu_2_cores": RESULT}}, {"speed": made})
 
 
+STUDY = studies.Study(
+    "Text ([trials]({root}docs/x.csv)):",
+    Table(
+        "text",
+        ["arm", "peak", "minus Adam, %"],
+        [["Adam", "0.01", ""], ["AdamW", "0.02", "−13.4 [−22.2, −4.6]"]],
+    ),
+    ["train.py"],
+)
+SPEED = Table(
+    "speed",
+    ["tree", "chain", "ratio"],
+    [["big", "adam", "1.05 (1.0–1.1)"], ["big", "adamw", "0.98 (0.9–1.1)"], ["small", "adam", "2"]],
+)
+
+
 def test_a_study_of_the_readme_is_generated_too():
     text = "Before\n<!-- study:decay/text -->\nold\n<!-- /study -->\nAfter\n"
-    found = readme.render(text, {}, {}, {"decay/text": "new\n"})
-    assert found == "Before\n<!-- study:decay/text -->\nnew\n<!-- /study -->\nAfter\n"
+    found = readme.render(text, {}, {}, {"decay/text": STUDY}, root="../")
+    made = f"Text ([trials](../docs/x.csv)):\n\n{STUDY.table.markdown()}\n"
+    assert found == f"Before\n<!-- study:decay/text -->\n{made}<!-- /study -->\nAfter\n"
     with pytest.raises(ValueError, match="the study 'decay/text'; the studies are other"):
-        readme.render(text, {}, {}, {"other": "new\n"})
+        readme.render(text, {}, {}, {"other": STUDY})
+
+
+@pytest.mark.parametrize(
+    ("mark", "number"),
+    [
+        ("study decay/text | Adam | peak", "0.01"),
+        ("study decay/text | AdamW | minus | size", "13 %"),
+        ("benchmark speed main | big; adam | ratio", "1.05"),
+        ("benchmark speed main | big; adamw | ratio", "0.98"),
+    ],
+)
+def test_a_number_of_the_prose_is_that_of_a_cell(mark, number):
+    tables = {"speed": lambda result: {"main": SPEED}}
+    text = f"It takes <!-- cell:{mark} -->0.5<!-- /cell --> times."
+    found = readme.render(text, {"speed": {"cpu_2_cores": RESULT}}, tables, {"decay/text": STUDY})
+    assert found == f"It takes <!-- cell:{mark} -->{number}<!-- /cell --> times."
+
+
+@pytest.mark.parametrize(
+    ("mark", "message"),
+    [
+        ("study decay/text | SGD | peak", "must have one row that begins with 'SGD'"),
+        ("study decay/text | Adam | pace", "a column 'pace'"),
+        ("study decay/text | Adam | minus", "has no number"),
+        ("study decay/text/more words | Adam | minus", "The source of a cell must be"),
+        ("benchmark speed other | big | ratio", "speed has no table 'other'"),
+        ("benchmark speed | big | ratio", "The source of a cell must be"),
+    ],
+)
+def test_a_number_of_no_cell_is_refused(mark, message):
+    tables = {"speed": lambda result: {"main": SPEED}}
+    with pytest.raises(ValueError, match=message):
+        readme.render(
+            f"<!-- cell:{mark} -->1<!-- /cell -->",
+            {"speed": {"cpu_2_cores": RESULT}},
+            tables,
+            {"decay/text": STUDY},
+        )
 
 
 def test_a_study_s_table_shows_fresh_seeds_and_percent_of_the_baseline():
@@ -274,9 +330,10 @@ def test_what_is_started_and_awaited_is_one_kernel():
 
 
 def test_the_pages_are_what_the_committed_results_say():
-    text = (PROJECT / "README.md").read_text()
-    assert text.count("<!-- benchmark:") == text.count("<!-- /benchmark -->") >= 6
-    assert text.count("<!-- study:") == text.count("<!-- /study -->") == len(studies.published()) == 5
+    text = "".join((PROJECT / page).read_text() for page in command.PAGES)
+    assert text.count("<!-- benchmark:") >= 12
+    assert text.count("<!-- study:") == len(studies.published()) == 5
+    assert text.count("<!-- cell:") >= 8
     for page in command.PAGES:
         assert command.rendered(page) == (PROJECT / page).read_text(), page
 
@@ -316,7 +373,8 @@ def begun(monkeypatch):
     suites = []
 
     def run(arguments, **_):
-        suites.append(arguments[arguments.index("--suite") + 1])
+        is_suite = "--suite" in arguments
+        suites.append(arguments[arguments.index("--suite") + 1] if is_suite else arguments[1:])
         return subprocess.CompletedProcess(arguments, 0)
 
     monkeypatch.setattr(command.subprocess, "run", run)
@@ -328,6 +386,18 @@ def test_one_command_measures_every_suite_that_is_published(tmp_path, monkeypatc
     command.main(out=tmp_path)
     assert begun == list(command.Suite)
     assert command.stored().keys() == set(begun)
+
+
+def test_publishing_runs_the_examples_too(tmp_path, monkeypatch, begun):
+    monkeypatch.setattr(command.compilers, "missing", lambda: "")
+    command.main(out=tmp_path, publish=True, quick=True)
+    assert begun[: len(command.Suite)] == list(command.Suite)
+    scripts = {Path(script).name: options for script, *options in begun[len(command.Suite) :]}
+    assert scripts.keys() == {"should_i_decay.py", "decay_or_grow.py", "watch_learning_rates.py"}
+    assert len(begun) == len(command.Suite) + len(studies.published()) + 1
+    for script, options in scripts.items():
+        runpy.run_path(str(PROJECT / "examples" / script))["command_line"]().parse_args(options)
+        assert options[options.index("--out") + 1].startswith(str(tmp_path))
 
 
 def test_what_needs_compilers_that_are_not_there_is_skipped(tmp_path, monkeypatch, capsys, begun):

@@ -5,10 +5,12 @@ The colours are from Okabe and Ito (2008), "Color Universal Design".
 
 from __future__ import annotations
 
+import io
 import re
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from adaptive_optax._core.names import shortened
@@ -17,6 +19,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MINUS = "\N{MINUS SIGN}"
+
+
+class Picture(Figure):
+    """A figure that a notebook shows, although it was made without `pyplot`."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.savefig(buffer, format="png", dpi=110)
+        return buffer.getvalue()
 
 
 def plain(number: float) -> str:

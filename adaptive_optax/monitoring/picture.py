@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from adaptive_optax._core.checks import check_choice
-from adaptive_optax._core.drawing import LINES, PALETTE, THEMES, dress, set_range, set_step_axis
+from adaptive_optax._core.drawing import LINES, PALETTE, THEMES, Picture, dress, set_range, set_step_axis
 from adaptive_optax._core.names import shortened
 
 _MOST_NAMES = 10
@@ -23,7 +23,7 @@ def draw(steps: np.ndarray, layers: dict[str, np.ndarray], rate: np.ndarray, the
     """
     check_choice("theme", theme, THEMES)
     colours = THEMES[theme]
-    figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+    figure = Picture(figsize=(6.4, 4.6), layout="constrained")
     figure.set_facecolor(colours.paper)
     axes = figure.subplots()
     dress(axes, colours, "effective learning rate (dotted: as given)", "step")

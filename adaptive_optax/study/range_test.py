@@ -72,9 +72,9 @@ class RangeTest:
 
     def plot(self) -> Figure:
         """Draws the loss against the learning rate, and marks the rates that the test found."""
-        from matplotlib.figure import Figure  # import matplotlib only when drawing
+        from adaptive_optax._core.drawing import Picture  # import matplotlib only when drawing
 
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained")
+        figure = Picture(figsize=(6.4, 4.0), layout="constrained")
         axes = figure.subplots()
         if self.rules is None:
             _draw_trials(axes, self.table)

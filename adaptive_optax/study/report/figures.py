@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from adaptive_optax._core.checks import check_choice
-from adaptive_optax._core.drawing import THEMES
+from adaptive_optax._core.drawing import THEMES, Picture
 from adaptive_optax._core.names import shortened, visible
 from adaptive_optax.study.record import Record
 from adaptive_optax.study.report.findings import limits
@@ -80,7 +80,7 @@ def plot(record: Record, *, theme: str = "light") -> Figure:
     shown = pictures_of(record)
     # An odd last picture fills its row.
     rows: Any = [[*shown[i : i + 2], *shown[i : i + 2]][:2] for i in range(0, len(shown), 2)]
-    figure = Figure(figsize=(11.0, len(rows) * max(4.6, 1.4 + 0.52 * rivals)), layout="constrained")
+    figure = Picture(figsize=(11.0, len(rows) * max(4.6, 1.4 + 0.52 * rivals)), layout="constrained")
     figure.set_facecolor(THEMES[theme].paper)
     titles = {
         "rates": "Tuning: every arm has its own best rate",
@@ -109,7 +109,7 @@ def plot_one(record: Record, picture: str, *, theme: str = "light") -> Figure:
     """
     check_choice("picture", picture, PICTURES)
     check_choice("theme", theme, THEMES)
-    figure = Figure(figsize=(6.4, 6.0), layout="constrained", facecolor=THEMES[theme].paper)
+    figure = Picture(figsize=(6.4, 6.0), layout="constrained", facecolor=THEMES[theme].paper)
     PICTURES[picture](record, figure.subplots(), theme=theme)
     if picture != "differences":  # it names the arms itself
         add_legend(figure, record, theme)
@@ -137,7 +137,7 @@ def to_svg(record: Record, picture: str, *, theme: str = "light", description: s
         warnings.filterwarnings("ignore", "Glyph .* missing")  # the browser has more fonts
         rivals = len(record.details.rivals)
         height = 60 + 42 * rivals if picture == "differences" else 250
-        figure = Figure(figsize=(_WIDTH, height / 72), layout="constrained")
+        figure = Picture(figsize=(_WIDTH, height / 72), layout="constrained")
         PICTURES[picture](record, figure.subplots(), theme=theme)
         if picture != "differences":
             rows = add_legend(figure, record, theme)

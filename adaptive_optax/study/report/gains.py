@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from adaptive_optax._core.checks import check_choice
-from adaptive_optax._core.drawing import THEMES, dress, plain, set_range
+from adaptive_optax._core.drawing import THEMES, Picture, dress, plain, set_range
 from adaptive_optax._core.names import shortened
 from adaptive_optax.study.record import Record
 from adaptive_optax.study.report.figures import add_legend
@@ -26,7 +26,7 @@ def plot_gains(steps: Sequence[int], records: Sequence[Record], *, theme: str = 
     """
     check_choice("theme", theme, THEMES)
     colours, last = THEMES[theme], records[-1]
-    figure = Figure(figsize=(6.4, 4.8), layout="constrained", facecolor=colours.paper)
+    figure = Picture(figsize=(6.4, 4.8), layout="constrained", facecolor=colours.paper)
     axes = figure.subplots()
     metric = shortened(last.details.metric_name, 24)
     dress(axes, colours, "", "step of the run at which the arms began")
