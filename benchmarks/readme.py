@@ -31,6 +31,7 @@ _CELL = re.compile(
     r"<!-- cell:(?P<mark>(?P<source>[^|\n]+) \| (?P<row>[^|\n]+) \| (?P<column>[^|\n]+?)"
     r"(?P<size> \| size)?) -->[^<\n]*<!-- /cell -->"
 )
+_EARLY = re.compile(r"^<!-- cell:[^\n]*", re.MULTILINE)
 _NUMBER = re.compile(r"[+−-]?\d[\d,]*(?:\.\d+)?")
 
 Tables = Mapping[str, Callable[[dict[str, Any]], dict[str, Table]]]
@@ -54,8 +55,11 @@ def render(
         root: The way from the page to the project's folder, such as "../".
 
     Raises:
-        ValueError: If a mark names an unknown suite, table, study, row or column, or is not complete.
+        ValueError: If a mark names an unknown suite, table, study, row or column, is not complete, or is one
+            of a cell at the beginning of a line.
     """
+    if early := _EARLY.search(text):
+        raise ValueError(f"{early[0]!r} begins a line, where Markdown takes it for the end of a paragraph.")
     if stray := _MARK.search(_CELL.sub("", _BLOCK.sub("", text))):
         raise ValueError(
             f"{stray[0]!r} is not a block of the README; a block is <!-- benchmark:SUITE TABLE -->, "

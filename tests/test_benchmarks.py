@@ -277,7 +277,7 @@ def test_a_number_of_no_cell_is_refused(mark, message):
     tables = {"speed": lambda result: {"main": SPEED}}
     with pytest.raises(ValueError, match=message):
         readme.render(
-            f"<!-- cell:{mark} -->1<!-- /cell -->",
+            f"It is <!-- cell:{mark} -->1<!-- /cell -->",
             {"speed": {"cpu_2_cores": RESULT}},
             tables,
             {"decay/text": STUDY},

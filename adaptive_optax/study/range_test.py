@@ -48,7 +48,8 @@ class RangeTest:
     """The result of a learning-rate range test; undefined rates are NaN.
 
     Attributes:
-        suggestion: The peak learning rate to start from.
+        suggestion: The peak learning rate to start from: half the rate that was best in these short trials,
+            since long runs prefer smaller ones.
         interval: Its 95 % interval over seeds.
         steepest: Where the loss falls fastest with the logarithm of the rate.
         largest_stable: The rate up to which training is stable; NaN if the grid does not show it.

@@ -116,7 +116,8 @@ def reduce_on_plateau(
         atol: The absolute improvement that counts, in the metric's units, at least 0.
         cooldown: The number of windows after a fall in which bad ones are not counted, at least 0.
         accumulation_size: The number of metrics in a window, at least 1.
-        min_scale: The lower limit of the scale, in [0, 1].
+        min_scale: The lower limit of the scale, in [0, 1]: `min_lr` of PyTorch or Keras over the learning
+            rate.
         mode: Whether the metric should become small, "min", or large, "max".
         preset: "optax", "torch" or "keras".
 

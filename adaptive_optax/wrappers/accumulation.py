@@ -296,7 +296,8 @@ def noise_scale(opt_state: OptState) -> Scalar:
     Returns:
         $B_{simple}$ in micro-batches, a float scalar, comparable with k; multiply it by the micro-batch
         size for samples. NaN before the first estimate, and if the estimate of $|G|^2$ is not positive,
-        which means more noise than k micro-batches can resolve. (With `jax_debug_nans`, inside a jitted
+        which means more noise than k micro-batches can resolve. A scale of hundreds of times k may also come
+        out far too low; then only a larger k tells. (With `jax_debug_nans`, inside a jitted
         function, it is the lowest finite number, because such a function cannot return a NaN.)
 
     Raises:

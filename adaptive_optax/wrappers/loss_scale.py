@@ -80,12 +80,14 @@ def dynamic_loss_scale(
     scale, and the window continues with the next one. (If the dropped micro-batch had `emit=True`, that is
     lost too: pass it again with the next one.) With the other nesting,
     `accumulate_gradients(dynamic_loss_scale(inner), every)`, the scale only changes at emissions, and an
-    overflow costs the whole window. `telemetry`, `freeze`, `inject_hyperparams` and `master_weights` go
-    inside; `reject_nonfinite` works in both orders.
+    overflow costs the whole window. `telemetry`, `inject_hyperparams` and `master_weights` go inside;
+    `reject_nonfinite` works in both orders. `freeze` goes around it: `freeze(dynamic_loss_scale(inner))` does
+    not see the gradients of frozen parameters, which inside would count when it looks for an overflow.
 
     Scale, factors and interval work step for step as in `flax.training.dynamic_scale.DynamicScale`, so a run
     can be converted either way: `state._replace(scale=..., fin_steps=...)`, and
-    `DynamicScale(scale=state.scale, fin_steps=state.fin_steps)`. PyTorch's GradScaler grows one step earlier.
+    `DynamicScale(scale=state.scale, fin_steps=state.fin_steps)`. PyTorch's GradScaler and
+    Keras's `LossScaleOptimizer` grow one step earlier, as with `growth_interval=1999`.
 
     Args:
         inner: The transformation that takes the steps, usually a whole optimizer.
