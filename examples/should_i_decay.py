@@ -154,7 +154,8 @@ def save(comparison: study.Comparison, found: str, out: Path) -> None:
     comparison.save(out / "comparison.npz")
     comparison.to_csv(out / "results.csv")
     for picture in PICTURES:
-        comparison.plot(picture).savefig(out / f"{picture}.png", dpi=160)
+        for theme, suffix in (("light", ""), ("dark", "_dark")):
+            comparison.plot(picture, theme=theme).savefig(out / f"{picture}{suffix}.png", dpi=160)
     summary = {
         "answer": found,
         "does_not_show": LIMITS.splitlines()[1:],

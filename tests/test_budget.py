@@ -356,8 +356,12 @@ def assert_shown(comparison, folder):
     )
     assert not re.search(r'="[^"]*\b(nan|None)\b', re.sub(r'="none"', "", page))
     for name in figures.PICTURES:
-        comparison.plot(name)
+        for theme in ("light", "dark"):
+            shown = comparison.plot(name, theme=theme)._repr_png_()  # what a notebook asks for
+            assert shown.startswith(b"\x89PNG")
     comparison.plot()
+    with pytest.raises(ValueError, match="theme"):
+        comparison.plot("rates", theme="grey")
     comparison.to_csv(folder / "trials.csv")
     assert (folder / "trials.csv").read_text().count("\n") == len(comparison.table) + 1
     comparison.save(folder / "saved.npz")

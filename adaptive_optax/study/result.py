@@ -119,16 +119,22 @@ class Comparison(Record):
         """
         return recommend(self)
 
-    def plot(self, picture: str | None = None) -> Figure:
+    def plot(self, picture: str | None = None, *, theme: str = "light") -> Figure:
         """Draws metric against peak rate, paired differences with their intervals, and curves.
 
         Args:
             picture: "rates", "differences", "curves", "effective_rates" or "limits"; None for all in one
                 figure, but for those that have nothing to show.
+            theme: "light" or "dark".
+
+        Raises:
+            ValueError: If there is no such picture or theme.
         """
         from adaptive_optax.study.report import figures  # import matplotlib only when drawing
 
-        return figures.plot(self) if picture is None else figures.plot_one(self, picture)
+        if picture is None:
+            return figures.plot(self, theme=theme)
+        return figures.plot_one(self, picture, theme=theme)
 
     def print_summary(self, console: Console | None = None) -> None:
         """Prints the answer, the sentence of every other verdict, a table, what to do next, and what to use.
