@@ -229,7 +229,8 @@ def test_evaluate_judges_averaged_parameters():
     comparison = study.compare(task, arms, evaluate=ao.averaged_parameters, **settings)
     assert comparison.verdict("averaged").decision == "better"
     not_this_arm = study.compare(task, arms, evaluate={"averaged": None}, **settings)
-    assert not_this_arm.verdict("averaged").effect == 0  # the trained parameters are those of plain SGD
+    # The trained parameters are those of plain SGD, but for rounding: the two arms are two programs.
+    assert abs(not_this_arm.verdict("averaged").relative_effect) < 1e-5
 
 
 def test_steps_to_the_baseline(noisy):
