@@ -651,7 +651,7 @@ def test_what_is_declared_untracked_has_no_bound(case):
 # 10. What an unusual gradient leaves behind.
 
 # What may change in the state at a rejected step.
-COUNTERS = {"total", "in_a_row", "dropped", "dropped_in_a_row", "took_part", "scale", "fin_steps"}
+COUNTERS = {"total", "in_a_row", "counts", "scale", "fin_steps"}
 UNUSUAL = {"zero": 0.0, "spike": 1e20, "nan": float("nan")}
 BEFORE = 3
 

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import serialization
 from saving import same
 
 import adaptive_optax as ao
@@ -671,3 +672,6 @@ def test_states_written_with_one_array_for_each_scalar_can_be_read(tmp_path, bat
         step, restored = Checkpoints(tmp_path).restore({"opt": like})
         assert step == 5
         chex.assert_trees_all_equal(restored["opt"], state, strict=True)
+    as_dictionaries = serialization.to_state_dict(state)  # as nnx and Flax have it
+    restored = Checkpoints(tmp_path).restore({"opt": as_dictionaries})[1]["opt"]
+    chex.assert_trees_all_equal(serialization.from_state_dict(state, restored), state, strict=True)

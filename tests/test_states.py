@@ -6,11 +6,13 @@ import typing
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from cases import CASES, mixed_params
 
 import adaptive_optax as ao
 from adaptive_optax import typing as names
+from adaptive_optax._core.entries import attributes_of
 
 NO_STATE = {"clip_by_global_norm"}
 FLOATING = (jnp.float32, jnp.float64)
@@ -76,6 +78,14 @@ def test_the_check_notices_another_dtype_and_another_shape():
         check(ao.trace(0.9).init({"a": jnp.ones(3)}), {"b": jnp.ones(3)})
 
 
+# The fields of the states' types before their scalars shared arrays, in the order in which they were pickled.
+FIELDS = {
+    ao.scale_by_adam: "count mu nu nu_max b1 b2 eps mu_weight nu_weight bound_sq",
+    ao.scale_by_rms: "count mu nu decay eps nu_weight",
+    ao.scale_by_learning_rate: "learning_rate given overridden schedule_state",
+    ao.accumulate_gradients: "count micro_step contributing took_part dropped dropped_in_a_row inner_state "
+    "total weight weight_sq square signal noise",
+}
 ENTRIES = {
     ao.scale_by_adam: ("b1", "b2", "eps", "mu_weight", "nu_weight", "bound_sq"),
     ao.scale_by_rms: ("decay", "eps", "nu_weight"),
@@ -111,14 +121,62 @@ def test_an_entry_of_the_scalars_is_an_attribute(factory):
     assert "scalars" not in repr(state)
 
 
-@pytest.mark.parametrize("factory", ENTRIES, ids=lambda f: f.__name__)
+def any_state(factory):
+    if factory is not ao.accumulate_gradients:
+        return stepped(factory)
+    tx = factory(ao.sgd(0.5), 3, drop_nonfinite=True)
+    state = tx.init(jnp.ones(3))
+    for x in (1.0, jnp.nan, 2.0, jnp.nan):
+        _, state = tx.update(jnp.full(3, x), state)
+    return state
+
+
+@pytest.mark.parametrize("factory", FIELDS, ids=lambda f: f.__name__)
 def test_a_state_is_made_of_its_scalars_one_by_one_as_in_pickles_of_earlier_versions(factory):
-    state = stepped(factory)
-    fields = {name: x for name, x in state._asdict().items() if name != "scalars"}
-    single = {name: getattr(state, name) for name in ENTRIES[factory]}
-    again = type(state)(**fields, **single)
-    chex.assert_trees_all_equal(again, state, strict=True)
-    place = state._fields.index("scalars")
-    positional = [*state[:place], *single.values(), *state[place + 1 :]]
-    chex.assert_trees_all_equal(type(state)(*positional), state, strict=True)
+    state = any_state(factory)
+    fields = FIELDS[factory].split()
+    assert fields == attributes_of(type(state))
+    values = [getattr(state, name) for name in fields]
+    for again in (type(state)(*values), type(state)(**dict(zip(fields, values, strict=True)))):
+        chex.assert_trees_all_equal(again, state, strict=True)
     chex.assert_trees_all_equal(pickle.loads(pickle.dumps(state)), state, strict=True)
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        type(state)(**dict(zip([*fields[:-1], "misspelt"], values, strict=True)))
+
+
+@pytest.mark.parametrize("factory", FIELDS, ids=lambda f: f.__name__)
+def test_a_tree_mapped_from_a_state_has_its_attributes_too(factory):
+    state, spec = any_state(factory), jax.P()
+    for change in (jnp.max, jax.typeof, np.shape, lambda x: np.int64(x.size), lambda x: spec, lambda x: None):
+        mapped = jax.tree.map(change, state)
+        assert repr(mapped).startswith(type(state).__name__)
+        assert mapped._replace() == mapped or change is jnp.max
+    fields = FIELDS[factory].split()
+    assert set(jax.tree.leaves(type(state)(**dict.fromkeys(fields, spec)))) <= {spec}
+    assert jax.tree.leaves(type(state)(**dict.fromkeys(fields))) == []
+    shapes = jax.eval_shape(lambda: state)
+    again = type(state)(**{name: getattr(shapes, name) for name in fields})
+    assert jax.tree.structure(again) == jax.tree.structure(state)
+    assert [x.shape for x in jax.tree.leaves(again)] == [x.shape for x in jax.tree.leaves(state)]
+
+
+def test_a_second_derivative_with_respect_to_a_rate_in_the_state_is_right():
+    def reached(rate, set_rate):
+        tx, params = ao.sgd(0.05), jnp.array([1.0, -2.0])
+        state = tx.init(params)
+        state = (*state[:-1], set_rate(state[-1], rate))
+        for _ in range(3):
+            updates, state = tx.update(2 * params + 1, state)
+            params = params + updates
+        return jnp.sum(params**2)
+
+    def exact(rate):
+        params = jnp.array([1.0, -2.0])
+        for _ in range(3):
+            params = params - rate * (2 * params + 1)
+        return jnp.sum(params**2)
+
+    for at in (0.05, 0.07):  # the value that was given, and another
+        for derivative in (jax.grad, jax.hessian, jax.jacfwd):
+            found = derivative(lambda x: reached(x, lambda s, rate: s._replace(learning_rate=rate)))(at)
+            np.testing.assert_allclose(found, derivative(exact)(at), rtol=1e-4)

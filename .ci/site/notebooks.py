@@ -1,4 +1,4 @@
-"""Links of notebooks, which MkDocs does not look at: to pages and other notebooks, relative to the notebook's file."""
+"""Links of notebooks to pages and to other notebooks, which MkDocs does not look at."""
 
 import logging
 import posixpath

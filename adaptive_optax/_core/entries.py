@@ -18,11 +18,12 @@ repr know it as if it were a field, and so do pickles and checkpoints that were 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from adaptive_optax._core.states import unwrapped
 
@@ -34,23 +35,28 @@ class Entry:
 
     def __init__(self, field: str, is_flag: bool):
         self.field = field
-        self.index = -1  # until the type is complete
         self.is_flag = is_flag
+        self.index, self.number = 0, 0  # until the type is complete
 
     def __get__(self, state: Any, owner: type | None = None) -> Any:
         if state is None:
             return self
         array = unwrapped(getattr(state, self.field))
-        if not hasattr(array, "ndim"):  # a sharding, for example
-            return array
-        if isinstance(array, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(array.shape[:-1], bool if self.is_flag else array.dtype)
+        shape = getattr(array, "shape", None)
+        if shape is None or tuple(shape[-1:]) != (self.number,):
+            return array  # of a tree that was mapped to shardings, axes, sums over each array
+        if not _is_array(array):  # a shape and a dtype
+            return jax.ShapeDtypeStruct(shape[:-1], bool if self.is_flag else array.dtype)
         value = array[..., self.index]
         return value != 0 if self.is_flag else value
 
 
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray)
+
+
 def entry(field: str, *, is_flag: bool = False) -> Any:
-    """Declares the next entry of an array in a state, a bool if `is_flag`. These come last.
+    """Declares the next entry of an array in a state, a bool if `is_flag`; the first is none.
 
     Its type is in a comment, because an annotation would make it a field.
     """
@@ -62,6 +68,19 @@ def stacked(values: Iterable[Any], dtype: Any) -> jax.Array:
     return jnp.stack([jnp.asarray(unwrapped(x), dtype) for x in values], axis=-1)
 
 
+def _together(values: list[Any]) -> Any:
+    """Values as the array of a state; shapes, shardings and the like are the same for all of them."""
+    first = unwrapped(values[0])
+    if isinstance(first, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct((*first.shape, len(values)), first.dtype)
+    if _is_array(first) or isinstance(first, float | int | np.generic):
+        return stacked(values, jnp.result_type(first))
+    return first
+
+
+_DECLARED: list[dict[str, list[str]]] = []
+
+
 def with_entries(state_type: type[State]) -> type[State]:
     """Lets a NamedTuple with entries be used as if each were a field. A decorator; it returns the type."""
     kind: Any = state_type
@@ -71,18 +90,20 @@ def with_entries(state_type: type[State]) -> type[State]:
             names = arrays.setdefault(x.field, [])
             x.index = len(names)
             names.append(name)
+    for x in vars(kind).values():
+        if isinstance(x, Entry):
+            x.number = len(arrays[x.field])
     kind._arrays_of_entries = arrays
+    _DECLARED.append(arrays)
     attributes = attributes_of(kind)
     construct, replace = kind.__new__, kind._replace
 
     def new(cls, *args, **kwargs):
-        if len(args) + len(kwargs) != len(attributes) or not arrays.keys().isdisjoint(kwargs):
-            return construct(cls, *args, **kwargs)
         given = dict(zip(attributes, args, strict=False)) | kwargs
+        if len(args) + len(kwargs) != len(attributes) or given.keys() != set(attributes):
+            return construct(cls, *args, **kwargs)
         for field, names in arrays.items():
-            values = [given.pop(name) for name in names]
-            dtype = next(jnp.result_type(unwrapped(x)) for x in values)  # flags come last
-            given[field] = stacked(values, dtype)
+            given[field] = _together([given.pop(name) for name in names])
         return construct(cls, **given)
 
     @functools.wraps(replace)
@@ -91,9 +112,11 @@ def with_entries(state_type: type[State]) -> type[State]:
             changed = {name: kwargs.pop(name) for name in names if name in kwargs}
             if changed:
                 old = getattr(self, field)
-                array = stacked(
-                    (changed.get(name, getattr(self, name)) for name in names), unwrapped(old).dtype
-                )
+                if not _is_array(unwrapped(old)):  # a tree of something else
+                    kwargs[field] = next(iter(changed.values()))
+                    continue
+                values = (changed.get(name, getattr(self, name)) for name in names)
+                array = stacked(values, unwrapped(old).dtype)
                 kwargs[field] = old.replace(array) if hasattr(old, "get_value") else array
         return replace(self, **kwargs)
 
@@ -120,31 +143,27 @@ def attributes_of(kind: Any) -> list[str]:
 
 def arrays_of_entries(tree: Any) -> list[jax.Array]:
     """Lists the arrays of entries in a tree."""
-    return [getattr(state, field) for _, state in _states(tree) for field in _arrays_in(type(state))]
+    return [getattr(state, field) for state in _states(tree) for field in _arrays_in(type(state))]
 
 
-def entries_by_path(tree: Any) -> dict[str, dict[str, jax.ShapeDtypeStruct]]:
-    """Returns, for the path of each array of entries in a tree, the paths that these had as fields."""
-    return {
-        "/".join((*path, field)): {"/".join((*path, name)): getattr(_shapes(state), name) for name in names}
-        for path, state in _states(tree)
-        for field, names in _arrays_in(type(state)).items()
-    }
+def fields_before(path: str, known: Collection[str]) -> list[str]:
+    """Returns the paths among some that hold, one by one, what the array of entries at a path holds."""
+    parent, _, field = path.rpartition("/")
+    for arrays in _DECLARED:
+        paths = [f"{parent}/{name}".removeprefix("/") for name in arrays.get(field, ())]
+        if paths and all(each in known for each in paths):
+            return paths
+    return []
 
 
-def _shapes(state: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
-
-
-def _states(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Finds the states with entries in a tree, at any depth, with their paths."""
+def _states(tree: Any) -> Iterator[Any]:
+    """Finds the states with entries in a tree, at any depth."""
 
     def is_one(node):
         return bool(_arrays_in(type(node)))
 
-    for keys, node in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_one)[0]:
+    for node in jax.tree.leaves(tree, is_leaf=is_one):
         if is_one(node):
-            place = (*path, *(jax.tree_util.keystr((key,), simple=True) for key in keys))
-            yield place, node
-            for field, child in zip(node._fields, node, strict=True):
-                yield from _states(child, (*place, field))
+            yield node
+            for child in node:
+                yield from _states(child)

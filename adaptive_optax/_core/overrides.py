@@ -64,25 +64,16 @@ def in_effect(
         overridden: Whether a value was set before.
         given: The value given in this step, by the number or the schedule.
     """
-    overridden = jnp.asarray(overridden, jnp.bool_) | ~_is_same(current, before)
-    # Zero where it is used. It lets gradients flow to a `current` that was set to the same value as given.
+    # A NaN from a schedule is not an assignment.
+    overridden = jnp.asarray(overridden, jnp.bool_) | (
+        (current != before) & ~(jnp.isnan(current) & jnp.isnan(before))
+    )
+    # Zero if nothing was set. It lets gradients flow to a `current` that was set to the same value as given.
     difference = _finite(before) - _finite(current)
-    difference = _with_gradient_of(difference, jnp.zeros_like(difference))
     value = jnp.where(overridden, current, given - difference)
+    # A compiler may compute `given` twice, rounding it in two ways. The state would then hold two values that
+    # differ although nothing was assigned, and the schedule would stand still.
     return value, overridden, jnp.where(overridden, given, _with_gradient_of(given, value))
-
-
-def _is_same(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Whether two values are equal but for rounding, or both NaN, as a schedule may give.
-
-    A compiler may compute a schedule twice, rounding it in two ways. The state would then hold two values
-    that differ although nothing was assigned, and the schedule would stand still.
-    """
-    is_same = (x == y) | ((x != x) & (y != y))
-    if jnp.issubdtype(x.dtype, jnp.floating) and jnp.finfo(x.dtype).bits >= 32:
-        close = jnp.abs(x - y) <= 4 * jnp.finfo(x.dtype).eps * jnp.abs(y)
-        is_same |= close & jnp.isfinite(x) & jnp.isfinite(y)
-    return is_same
 
 
 @jax.custom_jvp
@@ -94,7 +85,7 @@ def _with_gradient_of(given: jax.Array, value: jax.Array) -> jax.Array:
 
 @_with_gradient_of.defjvp
 def _with_gradient_of_jvp(primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    return primals[1], tangents[0]
+    return _with_gradient_of(*primals), tangents[0]
 
 
 def _finite(x: jax.Array) -> jax.Array:

@@ -36,7 +36,7 @@ from jax.core import Tracer
 
 from adaptive_optax import __version__
 from adaptive_optax._core.checks import check_integer
-from adaptive_optax._core.entries import entries_by_path
+from adaptive_optax._core.entries import fields_before
 from adaptive_optax._core.paths import paths_and_leaves
 
 try:
@@ -203,7 +203,7 @@ class Checkpoints:
                 or if a leaf of `like` is not an array.
             OSError: If a checkpoint that was being written could not be.
         """
-        leaves, entries = paths_and_leaves(like), entries_by_path(like)
+        leaves = paths_and_leaves(like)
         for path, x in leaves:
             if not hasattr(x, "shape") or not hasattr(x, "dtype"):
                 raise ValueError(
@@ -227,12 +227,12 @@ class Checkpoints:
             while True:
                 chosen = steps[-1] if step is None else int(step)
                 try:
-                    loaded, versions = self._load(chosen, leaves, entries)
+                    loaded, versions = self._load(chosen, leaves)
                     break
                 except _Damaged as error:
                     there = self.steps()
                     if not there or chosen in there:
-                        raise ValueError(self._damage(chosen, str(error), leaves, entries)) from error
+                        raise ValueError(self._damage(chosen, str(error), leaves)) from error
                     if step is not None:
                         raise ValueError(f"Checkpoint {step} was deleted while it was read.") from error
                     steps = there  # a writer has deleted it and written a newer one
@@ -324,18 +324,20 @@ class Checkpoints:
             if jax.process_count() > 1:
                 ocp.multihost.sync_global_processes("adaptive_optax:set_aside")
 
-    def _load(
-        self, step: int, leaves: list[tuple[str, Any]], entries: dict[str, dict[str, Any]]
-    ) -> tuple[list[Any], dict[str, str]]:
+    def _load(self, step: int, leaves: list[tuple[str, Any]]) -> tuple[list[Any], dict[str, str]]:
         """Returns a checkpoint's arrays like `leaves`, and the versions that wrote it.
 
-        `entries` are those of `entries_by_path`, which earlier versions wrote as arrays of their own.
+        Earlier versions wrote each scalar of a state as an array of its own.
         """
         folder = self.folder / str(step)
         manifest = _read_manifest(folder)
-        before = {path: each for path, each in entries.items() if each.keys() <= manifest["leaves"].keys()}
-        asked = leaves
-        leaves = [pair for path, x in asked for pair in before.get(path, {path: x}).items()]
+        known, asked = manifest["leaves"], leaves
+        before = {path: fields_before(path, known) for path, _ in asked if path not in known}
+        leaves = [
+            pair
+            for path, x in asked
+            for pair in [(each, _scalar(known[each], x)) for each in before.get(path, ())] or [(path, x)]
+        ]
         self._compare(step, manifest["leaves"], leaves)
         wanted = {path: x for path, x in leaves if 0 not in x.shape}
         arguments = {path: _restore_arguments(x) for path, x in wanted.items()}
@@ -352,6 +354,8 @@ class Checkpoints:
             if crc is not None and found is not None and crc != found:
                 raise _Damaged(f"the bytes of {path!r} are not those that were written")
         for path, names in before.items():
+            if not names:
+                continue
             values = [np.asarray(read[name]) for name in names]
             read[path] = np.stack(values, axis=-1).astype(dict(asked)[path].dtype)
         return [_placed(read[path], x) if path in read else _empty(x) for path, x in asked], manifest[
@@ -378,14 +382,14 @@ class Checkpoints:
                 "carry it over with transfer_state or convert_storage."
             )
 
-    def _damage(self, step: int, reason: str, leaves: list[tuple[str, Any]], entries: Any) -> str:
+    def _damage(self, step: int, reason: str, leaves: list[tuple[str, Any]]) -> str:
         """The message about a damaged checkpoint, with the newest older one that is intact."""
         message = f"Checkpoint {step} in {self.folder} is damaged ({reason}), and nothing of it was used; "
         for older in reversed(self.steps()):
             if older >= step:
                 continue
             with contextlib.suppress(ValueError):  # damaged too, or of another tree
-                self._load(older, leaves, entries)
+                self._load(older, leaves)
                 return f"{message}the one before it that is intact is used by restore(like, step={older})."
         return f"{message}no checkpoint before it is intact."
 
@@ -461,6 +465,11 @@ def _can_be_written(dtype: Any) -> bool:
     if dtype.kind in "OSUMm" or dtype.names is not None or dtype.name in ("uint2", "uint4"):
         return False
     return dtype.itemsize <= {"f": 8, "c": 16}.get(dtype.kind, 8)
+
+
+def _scalar(there: Any, x: Any) -> jax.ShapeDtypeStruct:
+    """What is wanted of an array that is to become an entry of x."""
+    return jax.ShapeDtypeStruct(x.shape[:-1], bool if there[1] == "bool" else x.dtype)
 
 
 def _shown(kind: Any) -> str:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from adaptive_optax._core.entries import attributes_of
 from adaptive_optax._core.states import unwrapped
 from adaptive_optax.interop.adam_states import OPTAX_ADAM, decimal
 from adaptive_optax.interop.state_nodes import Node
@@ -41,7 +42,8 @@ def counterpart(node: Node, like: Any, shapes: dict[str, tuple[int, ...]]) -> No
     for family, converted in ((_ADAM, _adam), (_RMS, _rms), (_TRACE, _trace)):
         if isinstance(node.state, family) and issubclass(type(like), family):
             fields, scalars = converted(node, like, shapes)
-            filled = like._replace(**{name: x for name, x in scalars.items() if hasattr(like, name)})
+            attributes = attributes_of(type(like))
+            filled = like._replace(**{name: x for name, x in scalars.items() if name in attributes})
             alone = {name: {"": x} for name, x in filled._asdict().items() if name in ("count", "scalars")}
             return Node(node.path, filled, fields | alone)
     return None

@@ -53,9 +53,9 @@ class AccumulateGradientsState(NamedTuple):
         counts: One array of the following five.
         micro_step: Number of micro-batches seen since the last emission.
         contributing: Number of those that are included in the sums.
+        took_part: Whether the last micro-batch is included; True before the first.
         dropped: Total number of micro-batches dropped.
         dropped_in_a_row: Number dropped since the last one that was not.
-        took_part: Whether the last micro-batch is included; True before the first.
         inner_state: State of the inner transformation.
         total: Weighted sum of the gradients since the last emission, like the parameters, float32 or wider.
         sums: One array of the following five.
@@ -74,9 +74,9 @@ class AccumulateGradientsState(NamedTuple):
 
     micro_step = entry("counts")  # type: jax.Array
     contributing = entry("counts")  # type: jax.Array
+    took_part = entry("counts", is_flag=True)  # type: jax.Array
     dropped = entry("counts")  # type: jax.Array
     dropped_in_a_row = entry("counts")  # type: jax.Array
-    took_part = entry("counts", is_flag=True)  # type: jax.Array
     weight = entry("sums")  # type: jax.Array
     weight_sq = entry("sums")  # type: jax.Array
     square = entry("sums")  # type: jax.Array
@@ -331,7 +331,7 @@ def _fresh_state(params: Any) -> AccumulateGradientsState:
 
     return AccumulateGradientsState(
         count=jnp.zeros((), jnp.int32),
-        counts=stacked([0, 0, 0, 0, True], jnp.int32),
+        counts=stacked([0, 0, True, 0, 0], jnp.int32),
         inner_state=None,
         total=jax.tree.map(lambda p: jnp.zeros_like(p, dtype=wide_dtype(p)), params),
         sums=jnp.zeros(5, dtype),
