@@ -28,7 +28,7 @@ def state_bytes(opt_state: OptState) -> int:
     Examples:
         >>> import adaptive_optax as ao, jax.numpy as jnp
         >>> ao.state_bytes(ao.sgd(0.1, momentum=0.9).init(jnp.zeros((1000, 1000))))
-        4000013
+        4000016
     """
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(opt_state))
 
@@ -64,7 +64,7 @@ def convert_storage(
         >>> smaller = ao.convert_storage(state, mu_storage="bfloat16", nu_storage="int8")
         >>> smaller = ao.adam(1e-3, mu_storage="bfloat16", nu_storage="int8").update(params, smaller)[1]
         >>> ao.state_bytes(state), ao.state_bytes(smaller)
-        (131109, 50221)
+        (131112, 50224)
     """
     kinds = types_with_moments()
     if not states_of(kinds, opt_state):
