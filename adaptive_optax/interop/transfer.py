@@ -109,7 +109,7 @@ def transfer_state(
         new        0/mu/head  its second moment could not be carried over
         converted  0/nu/body  from shape (3,) to ()
         new        0/nu/head  no such array in the old state, or several
-        11 kept, 2 new, 1 converted
+        5 kept, 2 new, 1 converted
     """
     check_transformation("transfer_state: old_tx", old_tx)
     check_transformation("transfer_state: new_tx", new_tx)
