@@ -128,8 +128,8 @@ def _number(table: Table, row: str, column: str) -> str:
     columns = [i for i, title in enumerate(table.columns) if title.startswith(column)]
     starts = [each.strip() for each in row.split(";")]
     rows = [cells for cells in table.rows if all(map(str.startswith, cells, starts))]
-    if len(starts) > 1 or len(rows) > 1:  # "adam" is the beginning of "adamw", too
-        rows = [cells for cells in rows if cells[len(starts) - 1] == starts[-1]] or rows
+    # "adam" is the beginning of "adamw", too.
+    rows = [cells for cells in rows if cells[len(starts) - 1] == starts[-1]] or rows
     if not columns or len(rows) != 1:
         raise ValueError(
             f"{table.title!r} must have one row that begins with {row!r} and a column {column!r}; it has "

@@ -1,5 +1,6 @@
 """The fields of every state hold what their annotations say."""
 
+import functools
 import pickle
 import typing
 
@@ -111,7 +112,7 @@ def test_an_entry_of_the_scalars_is_an_attribute(factory):
         assert value.dtype == (jnp.bool_ if name == "overridden" else jnp.float32)
         assert getattr(batch, name).shape == (4, 2)
         assert f"{name}=Array(" in repr(state)
-        shape = getattr(jax.eval_shape(lambda: stepped(factory)), name)  # noqa: B023
+        shape = getattr(jax.eval_shape(functools.partial(stepped, factory)), name)
         assert (shape.shape, shape.dtype) == ((), value.dtype)
         new = state._replace(**{name: 1})
         assert getattr(new, name) == 1
@@ -150,7 +151,7 @@ def test_a_tree_mapped_from_a_state_has_its_attributes_too(factory):
     for change in (jnp.max, jax.typeof, np.shape, lambda x: np.int64(x.size), lambda x: spec, lambda x: None):
         mapped = jax.tree.map(change, state)
         assert repr(mapped).startswith(type(state).__name__)
-        assert mapped._replace() == mapped or change is jnp.max
+        assert all(x is y for x, y in zip(mapped._replace(), mapped, strict=True))
     fields = FIELDS[factory].split()
     assert set(jax.tree.leaves(type(state)(**dict.fromkeys(fields, spec)))) <= {spec}
     assert jax.tree.leaves(type(state)(**dict.fromkeys(fields))) == []

@@ -36,14 +36,15 @@ class Entry:
     def __init__(self, field: str, is_flag: bool):
         self.field = field
         self.is_flag = is_flag
-        self.index, self.number = 0, 0  # until the type is complete
+        self.index = 0
+        self.names: list[str] = []  # of all entries of the array, once the type is complete
 
     def __get__(self, state: Any, owner: type | None = None) -> Any:
         if state is None:
             return self
         array = unwrapped(getattr(state, self.field))
         shape = getattr(array, "shape", None)
-        if shape is None or tuple(shape[-1:]) != (self.number,):
+        if shape is None or tuple(shape[-1:]) != (len(self.names),):
             return array  # of a tree that was mapped to shardings, axes, sums over each array
         if not _is_array(array):  # a shape and a dtype
             return jax.ShapeDtypeStruct(shape[:-1], bool if self.is_flag else array.dtype)
@@ -87,12 +88,9 @@ def with_entries(state_type: type[State]) -> type[State]:
     arrays: dict[str, list[str]] = {}
     for name, x in vars(kind).items():
         if isinstance(x, Entry):
-            names = arrays.setdefault(x.field, [])
-            x.index = len(names)
-            names.append(name)
-    for x in vars(kind).values():
-        if isinstance(x, Entry):
-            x.number = len(arrays[x.field])
+            x.names = arrays.setdefault(x.field, [])
+            x.index = len(x.names)
+            x.names.append(name)
     kind._arrays_of_entries = arrays
     _DECLARED.append(arrays)
     attributes = attributes_of(kind)

@@ -332,7 +332,9 @@ class Checkpoints:
         folder = self.folder / str(step)
         manifest = _read_manifest(folder)
         known, asked = manifest["leaves"], leaves
-        before = {path: fields_before(path, known) for path, _ in asked if path not in known}
+        like = dict(asked)
+        found = {path: fields_before(path, known) for path in like if path not in known}
+        before = {path: names for path, names in found.items() if names}
         leaves = [
             pair
             for path, x in asked
@@ -354,10 +356,8 @@ class Checkpoints:
             if crc is not None and found is not None and crc != found:
                 raise _Damaged(f"the bytes of {path!r} are not those that were written")
         for path, names in before.items():
-            if not names:
-                continue
             values = [np.asarray(read[name]) for name in names]
-            read[path] = np.stack(values, axis=-1).astype(dict(asked)[path].dtype)
+            read[path] = np.stack(values, axis=-1).astype(like[path].dtype)
         return [_placed(read[path], x) if path in read else _empty(x) for path, x in asked], manifest[
             "versions"
         ]
