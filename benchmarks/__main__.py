@@ -23,7 +23,7 @@ import typer
 from benchmarks import compilers
 from benchmarks.readme import render as render_readme
 from benchmarks.setting import RESULTS, cores_busy_elsewhere, hardware, setting
-from benchmarks.studies import published
+from benchmarks.studies import MEASURES, published
 from benchmarks.timing import OutOfTime
 
 PROJECT = Path(__file__).parent.parent
@@ -45,6 +45,7 @@ class Suite(enum.StrEnum):
     telemetry = "telemetry"
     low_precision = "low_precision"
     error_control = "error_control"
+    error_rates = "error_rates"
     limit_cost = "limit_cost"
     structure = "structure"
     memory = "memory"
@@ -62,11 +63,15 @@ ON_ACCELERATOR = {
 }
 ACCELERATOR_SECONDS = 480
 AHEAD_OF_TIME = (Suite.structure, Suite.memory)  # by compilers that are installed apart
-NOT_TIMED = (*AHEAD_OF_TIME, Suite.soak)
+NOT_TIMED = (*AHEAD_OF_TIME, Suite.soak, Suite.error_rates)
 
 
 def module(suite: str) -> Any:
-    """Returns a suite's module: `measure(quick, advance)`, `tables(result)`, perhaps `figures(result)`."""
+    """Returns a suite's module.
+
+    It has `MEASURES` (modules of the library, for `benchmarks.sources`), `measure(quick, advance)`,
+    `tables(result)` and perhaps `figures(result)`.
+    """
     return importlib.import_module(f"benchmarks.{suite}")
 
 
@@ -131,7 +136,7 @@ def run_here(suite: Suite, out: Path, quick: bool, seconds: float = math.inf) ->
         raise ValueError(f"{suite.value}: {result['note']}.")
     limit = "" if seconds == math.inf else f" --seconds {seconds:g}"
     command = f"python -m benchmarks --suite {suite.value}{limit}{' --quick' if quick else ''}"
-    result = setting(command) | {"cores_busy_elsewhere": busy} | result
+    result = setting(command, module(suite).MEASURES) | {"cores_busy_elsewhere": busy} | result
     path = out / f"{suite.value}_{result['hardware']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     for table in module(suite).tables(result).values():
@@ -145,6 +150,9 @@ def run_examples(out: Path, quick: bool) -> None:
     for folder, study in published().items():
         script, *options = study.command
         _run_example(script, [*options, "--out", str(docs / folder), *(["--smoke"] if quick else [])])
+        (docs / folder).mkdir(parents=True, exist_ok=True)
+        ran = setting(" ".join(["python", f"examples/{script}", *options]), MEASURES)
+        (docs / folder / "setting.json").write_text(json.dumps(ran, indent=1) + "\n")
     epochs = ["--epochs", "1"] if quick else []
     _run_example("watch_learning_rates.py", ["--out", str(docs / "effective_rates"), *epochs])
 

@@ -19,6 +19,8 @@ import adaptive_optax as ao
 from benchmarks.tables import Table, digits, ratio
 from benchmarks.timing import against, alternate
 
+MEASURES = ("optimizers", "transforms.clipping")
+
 
 class Transformer(linen.Module):
     """A decoder of pre-norm blocks, from tokens [sample, position] to logits."""

@@ -19,6 +19,14 @@ from benchmarks import (
 )
 from benchmarks.tables import Table
 
+MEASURES = (
+    "wrappers.error_control",
+    "study.engine.trials",
+    "study.tasks",
+    "schedules.one_cycle",
+    "transforms.adgd",
+)
+
 PARTS: dict[str, Any] = {
     "basin": error_control_basin,
     "deterministic": error_control_deterministic,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -258,6 +259,11 @@ def tables(rows: list[dict[str, Any]]) -> dict[str, Table]:
         "metric, percent worse than at the tuned peak without a limit",
         ["task", "shape", "held", *(f'`controller="{name}"`' for name in CONTROLLERS)],
     )
+    medians = Table(
+        "Medians over the tasks: percent worse than at the tuned peak without the limit",
+        ["shape", *given.columns[4:]],
+    )
+    by_shape: dict[str, list[list[float]]] = {}
     for row in rows:
         if row.get("followed"):
             cells = [row["with"][-1], *(row["followed"][name] for name in CONTROLLERS)]
@@ -268,12 +274,19 @@ def tables(rows: list[dict[str, Any]]) -> dict[str, Table]:
         else:
             cells = [*row["without"][1:], *row["with"]]
             given.add(row["task"], row["shape"], *tuned, *map(_percent, cells))
-    return {"basin": given, "no_rate": none, "followed": followed}
+            worse = [cell["worse_percent"] for cell in cells]
+            by_shape.setdefault(row["shape"], []).append([math.inf if x is None else x for x in worse])
+    for shape, found in by_shape.items():
+        medians.add(shape, *map(_worse, np.median(found, axis=0)))
+    return {"basin": given, "basin_medians": medians, "no_rate": none, "followed": followed}
 
 
 def _percent(cell: dict[str, Any]) -> str:
-    worse = cell["worse_percent"]
-    if worse is None:
+    return _worse(math.inf if cell["worse_percent"] is None else cell["worse_percent"])
+
+
+def _worse(worse: float) -> str:
+    if worse == math.inf:
         return "diverged"
     return "> 9,999" if worse > 9999 else f"{worse:+,.{0 if abs(worse) >= 100 else 1}f}".replace("-", "−")
 

@@ -22,6 +22,8 @@ from benchmarks.tables import Table, digits
 from benchmarks.telemetry import convolutional
 from benchmarks.timing import alternate, in_time
 
+MEASURES = ("wrappers.error_control", "optimizers")
+
 STEPS = 10  # per block
 RATE = 1e-3
 WARM_UP = 100  # steps, in which the limit is found: it probes more often before

@@ -25,6 +25,15 @@ from adaptive_optax._core.drawing import PALETTE, THEMES, dress
 from adaptive_optax.study import tasks
 from benchmarks.tables import Table
 
+MEASURES = (
+    "study.engine.trials",
+    "study.tasks",
+    "schedules.one_cycle",
+    "transforms.stochastic_rounding",
+    "wrappers.kahan_summation",
+    "wrappers.master_weights",
+)
+
 INT8 = ao.Int8(min_size=1)
 BASELINE = "float32"
 

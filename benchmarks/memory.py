@@ -27,6 +27,14 @@ from benchmarks import compilers
 from benchmarks.end_to_end import Transformer, training_step
 from benchmarks.tables import Table, digits
 
+MEASURES = (
+    "optimizers",
+    "transforms.stochastic_rounding",
+    "wrappers.accumulation",
+    "wrappers.master_weights",
+    "interop.sharding",
+)
+
 DEVICES = (8, 64, 512, 4096)
 COMPILED = ("256 TPU v5e", "4096 TPU v5p")
 HEAD = 128

@@ -6,7 +6,8 @@ Three kinds of marks hold them:
     <!-- study:FOLDER --> ... <!-- /study -->                 the table of a published study
     <!-- cell:SOURCE | ROW | COLUMN -->...<!-- /cell -->      the first number in a cell of such a table
 
-In a cell's mark SOURCE is `benchmark SUITE TABLE` (on the first hardware) or `study FOLDER`, ROW the
+In a cell's mark SOURCE is `benchmark SUITE TABLE` (on the first hardware), `study FOLDER` or `facts FOLDER`
+(numbers of a study that stand in no table), ROW the
 beginnings of the row's first cells, separated by ";", and COLUMN the beginning of the column's title. With
 `| size` at the end the number is shown as a whole number of per cent, without its sign.
 """
@@ -83,11 +84,13 @@ def render(
         kind, *words = found["source"].split()
         if kind == "study" and len(words) == 1:
             table = _study(words[0], studies or {}).table
+        elif kind == "facts" and len(words) == 1:
+            table = _study(words[0], studies or {}).facts
         elif kind == "benchmark" and len(words) == 2:
             table = next(iter(_made(words[0], words[1], results, tables).values()))[1]
         else:
             raise ValueError(
-                "The source of a cell must be 'benchmark SUITE TABLE' or 'study FOLDER', got "
+                "The source of a cell must be 'benchmark SUITE TABLE', 'study FOLDER' or 'facts FOLDER', got "
                 f"{found['source']!r}."
             )
         number = _number(table, found["row"], found["column"])

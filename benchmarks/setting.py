@@ -11,10 +11,13 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import jax
+
+from benchmarks import sources
 
 RESULTS = Path(__file__).resolve().parent / "results"
 VERSIONED = ("adaptive_optax", "jax", "jaxlib", "optax", "flax", "torch")
@@ -27,8 +30,8 @@ def hardware() -> str:
     return re.sub(r"\W+", "_", name.lower()).strip("_")
 
 
-def setting(command: str) -> dict[str, Any]:
-    """Returns command, commit, date, hardware and versions."""
+def setting(command: str, measures: Iterable[str]) -> dict[str, Any]:
+    """Returns command, commit, date, hardware, versions, and hashes of the modules that are measured."""
     device = jax.devices()[0]
     return {
         "command": command,
@@ -46,6 +49,7 @@ def setting(command: str) -> dict[str, Any]:
             if importlib.util.find_spec(name) is not None
         },
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "sources": sources.fingerprints(measures),
     }
 
 
@@ -83,6 +87,7 @@ def origin(result: dict[str, Any]) -> str:
         f"`{result['command']}`",
         *([f"XLA_FLAGS={result['xla_flags']}"] if result["xla_flags"] else []),
         *([result["note"]] if "note" in result else []),
+        *([changes] if (changes := sources.mark(result["sources"])) else []),
     ]
     return ", ".join(parts)
 

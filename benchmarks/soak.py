@@ -33,6 +33,21 @@ from adaptive_optax.study.tasks import ALPHABET, prose_windows
 from benchmarks.end_to_end import Transformer
 from benchmarks.tables import Table, digits
 
+MEASURES = (
+    "optimizers",
+    "transforms.averaging",
+    "transforms.clipping",
+    "schedules.one_cycle",
+    "monitoring.telemetry",
+    "wrappers.accumulation",
+    "wrappers.error_control",
+    "wrappers.freezing",
+    "wrappers.loss_scale",
+    "wrappers.master_weights",
+    "wrappers.reject_nonfinite",
+    "integrations.orbax",
+)
+
 STEPS, QUICK_STEPS = 10_000, 40
 SAVES, WATCHES = 20, 100  # checkpoints, and measurements of memory
 CONTEXT, BATCH, MICRO_BATCHES = 32, 16, 2

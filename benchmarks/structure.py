@@ -17,6 +17,16 @@ import adaptive_optax as ao
 from benchmarks import compilers, programs
 from benchmarks.tables import Table
 
+MEASURES = (
+    "optimizers",
+    "transforms.clipping",
+    "transforms.stochastic_rounding",
+    "monitoring.telemetry",
+    "wrappers.reject_nonfinite",
+    "wrappers.accumulation",
+    "interop.sharding",
+)
+
 DEVICES = {"H100": ("cuda", "1x1x1"), "TPU v5e": ("tpu", "v5e:2x2")}
 TREES = {"one": "One leaf of 16.8 M parameters", "tree": "A tree of 19 leaves, 8.5 M parameters"}
 

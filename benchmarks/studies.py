@@ -10,10 +10,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.setting import origin
 from benchmarks.tables import Table
 
 PROJECT = Path(__file__).resolve().parent.parent
-SHOWN_VERSIONS = ("jax", "optax", "flax")
+MEASURES = (
+    "study.arms",
+    "study.engine.run",
+    "study.statistics.judge",
+    "study.statistics.sequential",
+    "study.tasks",
+)
 
 
 class Study(NamedTuple):
@@ -22,11 +29,13 @@ class Study(NamedTuple):
     Attributes:
         title: What it is, how it was measured, and links to its files, with {root} before their paths.
         table: One row per arm.
+        facts: What else is said of it: a name and a number in each row.
         command: The example that runs it, and its options.
     """
 
     title: str
     table: Table
+    facts: Table
     command: list[str]
 
 
@@ -38,25 +47,28 @@ def published(project: Path = PROJECT) -> dict[str, Study]:
         with (path.parent / "results.csv").open(newline="") as file:
             trials = list(csv.DictReader(file))
         summary = json.loads(path.read_text())
-        title, command = _title(summary, trials, folder), summary["info"]["command"]
-        found[folder.removeprefix("docs/")] = Study(title, table(summary, trials), command)
+        setting = json.loads((path.parent / "setting.json").read_text())
+        found[folder.removeprefix("docs/")] = Study(
+            _title(summary, trials, folder, setting),
+            table(summary, trials),
+            facts(summary, trials),
+            summary["info"]["command"],
+        )
     return found
 
 
-def _title(summary: Mapping[str, Any], trials: list[dict[str, str]], folder: str) -> str:
+def _title(
+    summary: Mapping[str, Any], trials: list[dict[str, str]], folder: str, setting: dict[str, Any]
+) -> str:
     info = summary["info"]
     epochs = info["steps"] * info["batch_size"] / info["dataset"]["train"]
-    script, *options = info["command"]
     seeds = sorted({len(found) for found in _fresh_metrics(trials).values()})  # a plan may let arms differ
     settings = [
         f"{info['parameters']:,} parameters",
         f"{info['steps']:,} steps of {info['batch_size']} samples",
         f"{epochs:.2g} epochs",
         f"{f'{seeds[0]} to ' * (len(seeds) > 1)}{seeds[-1]} seeds",
-        f"{len(info['devices'])} {info['devices'][0]} devices",
-        f"Python {info['versions']['python']}",
-        *(f"{name} {info['versions'][name]}" for name in SHOWN_VERSIONS),
-        f"`{' '.join(['python', f'examples/{script}', *options])}`",
+        origin(setting),
     ]
     files = {"trials": "results.csv", "numbers": "summary.json", "report": "report.html"}
     links = ", ".join(f"[{name}]({{root}}{folder}/{file})" for name, file in files.items())
@@ -83,6 +95,19 @@ def table(summary: Mapping[str, Any], trials: list[dict[str, str]]) -> Table:
         cells = [arm, f"{info['best_rates'][arm]:g}", *(f"{count[arm]:,}" for count in counts.values())]
         cells.append(f"{np.mean(metrics[arm]):.3f} ± {error:.3f}")
         made.add(*cells, *(("", "baseline") if arm == baseline else _judged(verdicts[arm])))
+    return made
+
+
+def facts(summary: Mapping[str, Any], trials: list[dict[str, str]]) -> Table:
+    """Returns the numbers that belong to no arm alone: trials run, and the updates that an arm saves."""
+    info, made = summary["info"], Table(summary["info"]["task"], ["what", "number"])
+    whole = info["tuning_seeds"] * sum(len(rates) for rates in info["grid"].values())
+    whole += max(info["looks"] or [info["seeds"]]) * len(info["arms"])
+    made.add("trials", str(len(trials)))
+    made.add("trials, % of the whole grid and all seeds", f"{100 * len(trials) / whole:.0f} %")
+    updates = summary.get("updates", {})
+    for arm, count in updates.items():
+        made.add(f"updates saved by {arm}", f"{100 * (1 - count / max(updates.values())):.0f} %")
     return made
 
 

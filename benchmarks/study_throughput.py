@@ -31,6 +31,8 @@ from benchmarks.contenders import HAS_TORCH, torch_module
 from benchmarks.tables import Table, digits, ratio
 from benchmarks.timing import in_time, median_and_quartiles
 
+MEASURES = ("study.engine.trials",)
+
 SIZES = (64, 128, 128, 10)
 BATCH, STEPS, POINTS = 64, 400, 10
 RATES = (3e-4, 1e-3, 3e-3, 1e-2)

@@ -30,6 +30,14 @@ from benchmarks.contenders import (
 from benchmarks.tables import Table, digits, ratio
 from benchmarks.timing import against, alternate, copy_bandwidth, in_time
 
+MEASURES = (
+    "optimizers",
+    "transforms.clipping",
+    "transforms.stochastic_rounding",
+    "monitoring.telemetry",
+    "wrappers.reject_nonfinite",
+)
+
 RATE = 1e-3
 # Lets XLA's CPU backend recognize that a moment can be overwritten in place after its last reader.
 REGION_ANALYSIS = {"xla_cpu_copy_insertion_use_region_analysis": True}

@@ -22,10 +22,12 @@ from benchmarks import (
     error_control_basin,
     error_control_deterministic,
     error_control_edge,
+    error_rates,
     limit_cost,
     readme,
     scaling,
     setting,
+    sources,
     studies,
     trees,
     update_step,
@@ -168,6 +170,7 @@ RESULT = {
     "hardware": "cpu_2_cores", "host": "2 CPU cores", "device": "2 x cpu: cpu", "python": "3.11",
     "versions": {"adaptive_optax": "0.1", "jax": "0.10", "optax": "0.2"}, "xla_flags": "", "rows": [1, 2],
     "commit": "abc1234", "uncommitted_changes": False, "date": "2026-01-01", "command": "a command",
+    "sources": {},
 }  # fmt: skip
 
 
@@ -228,6 +231,7 @@ STUDY = studies.Study(
         ["arm", "peak", "minus Adam, %"],
         [["Adam", "0.01", ""], ["AdamW", "0.02", "−13.4 [−22.2, −4.6]"]],
     ),
+    Table("text", ["what", "number"], [["trials", "188"], ["updates saved by grown", "57 %"]]),
     ["train.py"],
 )
 SPEED = Table(
@@ -251,6 +255,8 @@ def test_a_study_of_the_readme_is_generated_too():
     [
         ("study decay/text | Adam | peak", "0.01"),
         ("study decay/text | AdamW | minus | size", "13 %"),
+        ("facts decay/text | trials | number", "188"),
+        ("facts decay/text | updates saved by grown | number", "57"),
         ("benchmark speed main | big; adam | ratio", "1.05"),
         ("benchmark speed main | big; adamw | ratio", "0.98"),
     ],
@@ -312,6 +318,115 @@ def test_a_study_s_table_shows_fresh_seeds_and_percent_of_the_baseline():
     assert made.columns[2] == "seeds" and [row[2] for row in made.rows] == ["4", "2"]
 
 
+def test_a_study_s_facts_are_counts_and_shares():
+    info = {"task": "a task", "grid": {"a": [1, 2], "b": [1, 2, 3]}, "tuning_seeds": 2, "arms": ["a", "b"]}
+    summary = {"info": info | {"looks": [5, 8], "seeds": 6}, "updates": {"a": 2000, "b": 500}}
+    # Five rates on two seeds and two arms on at most eight: 26 trials.
+    assert studies.facts(summary, [{}] * 13).rows == [
+        ["trials", "13"],
+        ["trials, % of the whole grid and all seeds", "50 %"],
+        ["updates saved by a", "0 %"],
+        ["updates saved by b", "75 %"],
+    ]
+    summary = {"info": info | {"looks": None, "seeds": 6}}
+    assert studies.facts(summary, [{}] * 11).rows[1][1] == "50 %"
+
+
+MODULE = '''"""A module.
+
+Of two lines.
+"""
+
+import math  # for pi
+
+
+class A:
+    """A class."""
+
+    # A comment.
+    def f(self, x):
+        """A method, of one line."""
+        y = "# no comment"
+        return math.pi * x, y
+
+
+def g():
+    """Nothing."""
+'''
+
+
+def test_a_fingerprint_is_that_of_code_without_words():
+    assert sources.code(MODULE).splitlines() == [
+        "import math",
+        "class A:",
+        "    def f(self, x):",
+        '        y = "# no comment"',
+        "        return math.pi * x, y",
+        "def g():",
+    ]
+
+
+@pytest.mark.parametrize("suite", command.Suite)
+def test_what_a_suite_measures_exists(suite):
+    found = sources.fingerprints(command.module(suite).MEASURES)
+    assert set(command.module(suite).MEASURES) <= found.keys() and all(found.values())
+    assert not sources.changed(found)
+
+
+def test_what_is_measured_is_imported_through_every_module():
+    found = sources.fingerprints(["optimizers"])
+    assert {"optimizers", "transforms.adam", "moments.int8", "_core.values"} <= found.keys()
+    assert not any(name.startswith(("study", "wrappers", "interop")) for name in found)
+    with pytest.raises(ValueError, match="has no module 'optimisers' to measure"):
+        sources.fingerprints(["optimisers"])
+
+
+def test_a_result_of_older_code_is_marked(tmp_path):
+    package = tmp_path / sources.PACKAGE
+    package.mkdir()
+    for name in "abcdef":
+        (package / f"{name}.py").write_text(f'"""{name}."""\n{name} = 1\n')
+    recorded = dict.fromkeys("abcdef", sources._fingerprint(tmp_path, "a")) | {
+        name: sources._fingerprint(tmp_path, name) for name in "abcde"
+    }
+    assert sources.changed(recorded, tmp_path) == ["f"]
+
+    recorded = sources.fingerprints(["optimizers"])
+    assert sources.mark(recorded) == "" and setting.origin(RESULT | {"sources": recorded}).endswith(
+        "command`"
+    )
+    old = recorded | {"transforms.adam": "older"}
+    assert sources.mark(old) == "**measured before changes** to `transforms.adam`"
+    assert setting.origin(RESULT | {"sources": old}).endswith("changes** to `transforms.adam`")
+    old |= {"_core.trees": "older", "_core.values": "older"}
+    assert sources.mark(old).endswith("to `_core.trees`, `_core.values` and 1 more module")
+    assert sources.mark(old | {"gone": "x"}).endswith("to `_core.trees`, `_core.values` and 2 more modules")
+
+
+def test_wrong_verdicts_are_counted():
+    result = error_rates.measure(quick=True, advance=lambda text: None)
+    assert [row["wrong"] <= 0.25 for row in result["rows"]] == [True] * 7
+    (table,) = error_rates.tables(result).values()
+    assert table.rows[-1][:3] == ["normal", "1", "8, 12, 16"]
+    # An arm that is far away is found in every table, and none of equal numbers.
+    trials = error_rates.normal(np.random.default_rng(0), (20, 2, 8))
+    assert error_rates.wrong(trials + np.array([[0.0], [50.0]])).all()
+    assert not error_rates.wrong(np.ones((20, 2, 8))).any()
+
+
+def test_medians_over_tasks_count_a_lost_run_as_infinitely_bad():
+    def row(task, *worse):
+        cells = [{"worse_percent": x} for x in worse]
+        return {
+            "task": task, "shape": "constant", "tuned_peak": 0.1, "metric": "loss", "best": 1.0,
+            "without": cells[:3], "with": cells[3:],
+        }  # fmt: skip
+
+    rows = [row("a", 0, 9, None, 0, 1, 2), row("b", 0, 3, None, 4, 5, -6), row("c", 0, 4, 5, 1, 1, 20_000)]
+    made = error_control_basin.tables(rows)["basin_medians"]
+    assert made.rows == [["constant", "+4.0", "diverged", "+1.0", "+1.0", "+2.0"]]
+
+
 def test_a_result_of_unknown_origin_is_named(tmp_path):
     (tmp_path / "telemetry_cpu_2_cores.json").write_text('{"rows": []}')
     with pytest.raises(ValueError, match="telemetry_cpu_2_cores.json.*run --suite telemetry again"):
@@ -351,6 +466,7 @@ def test_every_committed_result_says_where_it_comes_from():
             "versions",
             "xla_flags",
             "seeds",
+            "sources",
         } <= result.keys()
 
 
@@ -395,6 +511,9 @@ def test_publishing_runs_the_examples_too(tmp_path, monkeypatch, begun):
     scripts = {Path(script).name: options for script, *options in begun[len(command.Suite) :]}
     assert scripts.keys() == {"should_i_decay.py", "decay_or_grow.py", "watch_learning_rates.py"}
     assert len(begun) == len(command.Suite) + len(studies.published()) + 1
+    for folder in studies.published():
+        ran = json.loads((tmp_path / "docs" / folder / "setting.json").read_text())
+        assert ran["command"].startswith("python examples/") and "study.engine.trials" in ran["sources"]
     for script, options in scripts.items():
         runpy.run_path(str(PROJECT / "examples" / script))["command_line"]().parse_args(options)
         assert options[options.index("--out") + 1].startswith(str(tmp_path))

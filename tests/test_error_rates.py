@@ -15,6 +15,7 @@ from scipy import stats
 
 from adaptive_optax.study.direction import Direction
 from adaptive_optax.study.statistics.judge import Judged, judge, judge_metrics, spending_of
+from benchmarks.error_rates import heavy_tailed, skewed, tied_and_diverged
 
 TABLES = 10_000
 WRITTEN = (
@@ -103,20 +104,6 @@ def test_relative_margin_is_exceeded_in_alpha_of_the_tables():
     a = np.where(np.arange(TABLES) % 2, 0.99, 1.01)[:, None] * b + 0.002 * rng.standard_normal(b.shape)
     judged = judge_all(np.stack([b, a], axis=1))
     assert_share(judged.decision == "equivalent", ALPHA)
-
-
-def skewed(rng, shape):
-    return 1 + rng.exponential(size=shape)
-
-
-def heavy_tailed(rng, shape):
-    return 30 + rng.standard_t(3, size=shape)
-
-
-def tied_and_diverged(rng, shape):
-    # Rounded to tenths of a standard deviation over three; one trial in twenty diverges.
-    trials = np.round(10 + 0.3 * rng.standard_normal(shape), 1)
-    return np.where(rng.random(shape) < 0.05, np.nan, trials)
 
 
 @pytest.mark.parametrize("draw", [skewed, heavy_tailed, tied_and_diverged])
