@@ -81,7 +81,7 @@ def stored(folder: Path = RESULTS) -> dict[str, dict[str, dict[str, Any]]]:
     for suite in Suite:
         for path in sorted(folder.glob(f"{suite}_*.json")):
             result = json.loads(path.read_text())
-            if "hardware" not in result:
+            if not {"hardware", "sources"} <= result.keys():
                 raise ValueError(f"{path} does not record its origin; run --suite {suite.value} again.")
             found.setdefault(suite, {})[result["hardware"]] = result
     return found

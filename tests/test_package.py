@@ -14,6 +14,7 @@ import jax.typing
 import pytest
 
 import adaptive_optax as ao
+from adaptive_optax import study
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -259,6 +260,16 @@ def test_the_packages_data_files_are_where_they_are_read():
 def test_the_command_is_installed():
     (command,) = importlib.metadata.entry_points(group="console_scripts", name="adaptive-optax")
     assert callable(command.load())
+
+
+def test_the_contents_name_every_public_function():
+    page = (ROOT / "docs" / "contents.md").read_text()
+    named = set(re.findall(r"\w+", page))
+    for module in (ao, study):
+        functions = {
+            name for name in dir(module) if inspect.isfunction(getattr(module, name)) and name[0] != "_"
+        }
+        assert len(functions) >= 8 and functions <= named, sorted(functions - named)
 
 
 @pytest.mark.parametrize("page", ["docs/contents.md", "CHANGELOG.md", "docs/extending.md"])
