@@ -176,9 +176,19 @@ def test_the_version_is_that_of_the_installed_package():
     assert importlib.metadata.version("adaptive-optax") == ao.__version__
 
 
-def test_the_citation_names_this_version():
-    (version,) = re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), re.MULTILINE)
+def test_citation_and_changelog_name_this_version_and_its_date():
+    citation = (ROOT / "CITATION.cff").read_text()
+    (version,) = re.findall(r"^version: (.*)$", citation, re.MULTILINE)
+    (date,) = re.findall(r'^date-released: "(.*)"$', citation, re.MULTILINE)
     assert version == ao.__version__
+    assert f"## [{version}] - {date}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_description_on_pypi_has_no_link_into_the_repository():
+    description = importlib.metadata.metadata("adaptive-optax").get_payload()
+    links = re.findall(r"\]\(([^)]+)\)", description) + re.findall(r'src(?:set)?="([^"]+)"', description)
+    assert len(links) > 25 and all(link.startswith("https://") for link in links), links
+    assert f"/v{ao.__version__}/docs/start.md" in description and "<!--" not in description
 
 
 def test_optax_internals_are_not_imported():
