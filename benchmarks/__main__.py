@@ -46,6 +46,7 @@ class Suite(enum.StrEnum):
     low_precision = "low_precision"
     error_control = "error_control"
     error_rates = "error_rates"
+    sequential = "sequential"
     limit_cost = "limit_cost"
     structure = "structure"
     memory = "memory"
@@ -63,7 +64,7 @@ ON_ACCELERATOR = {
 }
 ACCELERATOR_SECONDS = 480
 AHEAD_OF_TIME = (Suite.structure, Suite.memory)  # by compilers that are installed apart
-NOT_TIMED = (*AHEAD_OF_TIME, Suite.soak, Suite.error_rates)
+NOT_TIMED = (*AHEAD_OF_TIME, Suite.soak, Suite.error_rates, Suite.sequential)
 
 
 def module(suite: str) -> Any:

@@ -1,7 +1,6 @@
-"""`python -m benchmarks.sequential`: the seeds that `study.Sequential` needs, and what it finds.
+"""The seeds that `study.Sequential` needs, and what it finds, beside other plans and the best one possible.
 
-Beside other plans, and the best one possible. Draws normal differences, counts, and writes
-`benchmarks/results/sequential.md`. It takes two CPU-minutes.
+Draws normal differences and counts. It takes two CPU-minutes.
 """
 
 from __future__ import annotations
@@ -9,14 +8,17 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 from scipy import optimize, special, stats
 
 from adaptive_optax.study.statistics.sequential import Sequential, nominal_levels
-from benchmarks.setting import RESULTS
+from benchmarks.tables import Table
 
-ALPHA, TABLES = 0.05, 1_000_000
+MEASURES = ("study.statistics.sequential",)
+
+ALPHA, TABLES, QUICK_TABLES = 0.05, 1_000_000, 1_000
 EFFECTS = (0.0, 0.25, 0.4, 0.5, 0.75, 1.0, 2.0)
 FIRST, MOST = 5, 32
 PLAN = Sequential(FIRST, MOST)
@@ -24,23 +26,23 @@ PLAN = Sequential(FIRST, MOST)
 Plan = tuple[tuple[int, ...], tuple[float, ...]]  # seeds, and level, of every look
 
 
-def p_values(looks: tuple[int, ...], effect: float) -> Iterator[np.ndarray]:
+def p_values(looks: tuple[int, ...], effect: float, tables: int) -> Iterator[np.ndarray]:
     """The two-sided p-values at each look, of the same tables for every effect and plan with these looks."""
     rng = np.random.default_rng(0)
-    total, squares, before = np.zeros(TABLES), np.zeros(TABLES), 0
+    total, squares, before = np.zeros(tables), np.zeros(tables), 0
     for n in looks:
         more = n - before
-        step = effect * more + math.sqrt(more) * rng.standard_normal(TABLES)
-        inside = rng.chisquare(more - 1, TABLES) if more > 1 else 0.0
+        step = effect * more + math.sqrt(more) * rng.standard_normal(tables)
+        inside = rng.chisquare(more - 1, tables) if more > 1 else 0.0
         total, squares, before = total + step, squares + step**2 / more + inside, n
         error = np.sqrt((squares - total**2 / n) / (n - 1) / n)
         yield 2 * special.stdtr(n - 1, -np.abs(total / n / error))
 
 
-def measure(plan: Plan, effect: float) -> tuple[float, float]:
+def outcome(plan: Plan, effect: float, tables: int) -> tuple[float, float]:
     """The expected number of seeds, and the share of tables in which a difference is found."""
-    undecided, seeds, before = np.ones(TABLES, bool), 0.0, 0
-    for n, level, p in zip(*plan, p_values(plan[0], effect), strict=True):
+    undecided, seeds, before = np.ones(tables, bool), 0.0, 0
+    for n, level, p in zip(*plan, p_values(plan[0], effect, tables), strict=True):
         seeds, before = seeds + (n - before) * undecided.mean(), n
         undecided &= p >= level
     return seeds, 1 - float(undecided.mean())
@@ -131,40 +133,45 @@ def fewest_seeds(loss: float) -> float:
     return -float(found.fun)
 
 
-def text() -> str:
-    """The tables, as Markdown."""
-    lines = [
-        "# Seeds until it is decided",
-        "",
-        f"Made by `python -m benchmarks.sequential`: {TABLES:,} tables of normal differences for each",
-        f"effect d (mean / standard deviation); one arm, alpha {ALPHA}, looks at",
-        f"{', '.join(map(str, PLAN.looks))} seeds.",
-        "",
-    ]
-    head = ["plan", *(f"d = {effect:g}" for effect in EFFECTS)]
-    found = {name: [measure(plan, effect) for effect in EFFECTS] for name, plan in plans().items()}
-    tables = {
-        "Expected seeds": {name: [f"{seeds:.2f}" for seeds, _ in row] for name, row in found.items()},
-        "Share of tables in which a difference is found, %": {
-            f"{MOST} seeds without looks": [f"{100 * fixed_power(effect):.1f}" for effect in EFFECTS],
-            **{name: [f"{100 * power:.1f}" for _, power in row] for name, row in found.items()},
-        },
+def measure(quick: bool, advance: Callable[[str], None]) -> dict[str, Any]:
+    """Counts seeds and findings of all plans, and bounds the seeds of any."""
+    number = QUICK_TABLES if quick else TABLES
+    rows = []
+    for name, plan in plans().items():
+        advance(name)
+        found = [outcome(plan, effect, number) for effect in EFFECTS]
+        rows.append({"plan": name, "seeds": [seeds for seeds, _ in found], "found": [x for _, x in found]})
+    bounds = []
+    for points in (2,) if quick else (2, 3, 4, 5, 6, 8):
+        advance(f"the fewest seeds, {points} points")
+        bounds.append({"points": points, "seeds": fewest_seeds(points / 100)})
+    return {
+        "rows": rows,
+        "without looks": [fixed_power(effect) for effect in EFFECTS],
+        "bounds": bounds,
+        "effects": EFFECTS,
+        "tables": number,
+        "seeds": {"tables": 0},
     }
-    for title, rows in tables.items():
-        lines += [f"{title}:", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-        lines += [f"| {name} | {' | '.join(row)} |" for name, row in rows.items()] + [""]
-    lines += [
-        f"No rule that looks at the t-statistics of {FIRST}, {FIRST + 1}, ..., {MOST} seeds needs fewer",
-        "seeds at d = 2 than these, on average, if its power at d = 0.5 is below that without looks by at",
-        "most so many points (dynamic programming, weak duality):",
-        "",
-        "| points | seeds |",
-        "|---|---|",
-        *(f"| {points} | {fewest_seeds(points / 100):.2f} |" for points in (2, 3, 4, 5, 6, 8)),
-        "",
-    ]
-    return "\n".join(lines)
 
 
-if __name__ == "__main__":
-    (RESULTS / "sequential.md").write_text(text())
+def tables(result: dict[str, Any]) -> dict[str, Table]:
+    """Returns the tables of expected seeds, of findings and of the bound."""
+    columns = ["plan", *(f"d = {effect:g}" for effect in result["effects"])]
+    seeds = Table(
+        f"Expected seeds of one arm, over {result['tables']:,} tables of normal differences with mean / "
+        f"standard deviation d; looks at {', '.join(map(str, PLAN.looks))} seeds",
+        columns,
+    )
+    found = Table(f"In how many of these tables a difference is found, %, at α = {ALPHA:.0%}", columns)
+    found.add(f"{MOST} seeds without looks", *(f"{100 * x:.1f}" for x in result["without looks"]))
+    for row in result["rows"]:
+        seeds.add(row["plan"], *(f"{x:.2f}" for x in row["seeds"]))
+        found.add(row["plan"], *(f"{100 * x:.1f}" for x in row["found"]))
+    fewest = Table(
+        f"The fewest seeds at d = 2 of any rule that looks at {FIRST}, {FIRST + 1}, …, {MOST} seeds",
+        ["power at d = 0.5 below that without looks by at most, points", "expected seeds, at least"],
+    )
+    for bound in result["bounds"]:
+        fewest.add(str(bound["points"]), f"{bound['seeds']:.2f}")
+    return {"seeds": seeds, "found": found, "fewest": fewest}

@@ -16,6 +16,7 @@ import pytest
 from typer.testing import CliRunner
 
 import adaptive_optax as ao
+from adaptive_optax import study
 from benchmarks import __main__ as command
 from benchmarks import (
     error_control,
@@ -26,6 +27,7 @@ from benchmarks import (
     limit_cost,
     readme,
     scaling,
+    sequential,
     setting,
     sources,
     studies,
@@ -412,6 +414,31 @@ def test_wrong_verdicts_are_counted():
     trials = error_rates.normal(np.random.default_rng(0), (20, 2, 8))
     assert error_rates.wrong(trials + np.array([[0.0], [50.0]])).all()
     assert not error_rates.wrong(np.ones((20, 2, 8))).any()
+
+
+def test_a_plan_is_measured_beside_others_and_a_bound():
+    result = sequential.measure(quick=True, advance=lambda text: None)
+    made = sequential.tables(result)
+    assert made.keys() == {"seeds", "found", "fewest"}
+    plan = result["rows"][0]
+    assert plan["plan"] == "`Sequential(5, 32)`"
+    # At d = 2 almost all tables are decided early, without an effect almost none.
+    assert 5 <= plan["seeds"][-1] < 8 and plan["seeds"][0] > 30
+    assert plan["found"][-1] == 1 and plan["found"][0] < 0.1
+    assert 5 <= result["bounds"][0]["seeds"] <= plan["seeds"][-1] + 0.5
+
+
+def test_the_docstring_of_sequential_says_what_was_measured():
+    (result,) = command.stored()["sequential"].values()
+    plan, lines = result["rows"][0], study.Sequential.__doc__.splitlines()
+    expected = {
+        "expected seeds": [f"{x:.1f}" for x in plan["seeds"]],
+        "found, %": [f"{100 * x:.1f}" for x in plan["found"]],
+        "of 32 seeds, %": [f"{100 * x:.1f}" for x in result["without looks"]],
+    }
+    for name, numbers in expected.items():
+        (line,) = [each for each in lines if each.strip().startswith(f"| {name} |")]
+        assert [cell.strip() for cell in line.split("|")[2:-1]] == numbers
 
 
 def test_medians_over_tasks_count_a_lost_run_as_infinitely_bad():

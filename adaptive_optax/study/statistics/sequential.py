@@ -52,8 +52,8 @@ class Sequential:
     of alpha is spent: a tenth at the first look, so that a large effect is found at once, and most of it at
     the end, so that little power is lost. For normal differences with the standardised effect d = mean /
     standard deviation and one arm, the default plan's expected number of seeds, and the chance that it finds
-    a difference, beside that of 32 seeds without looks (`benchmarks/results/sequential.md`, made by
-    `python -m benchmarks.sequential`):
+    a difference, beside that of 32 seeds without looks (other plans: the site's page "Benchmarks", from
+    `python -m benchmarks --suite sequential`):
 
     | d | 0 | 0.25 | 0.4 | 0.5 | 0.75 | 1 | 2 |
     |---|---|---|---|---|---|---|---|
