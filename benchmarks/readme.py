@@ -1,9 +1,10 @@
 """Puts measured numbers into the README and the pages of the site, from results.
 
-Three kinds of marks hold them:
+Four kinds of marks hold them:
 
     <!-- benchmark:SUITE TABLE --> ... <!-- /benchmark -->    a suite's table, one for each hardware
     <!-- study:FOLDER --> ... <!-- /study -->                 the table of a published study
+    <!-- slower --> ... <!-- /slower -->                      every ratio that is clearly above 1
     <!-- cell:SOURCE | ROW | COLUMN -->...<!-- /cell -->      the first number in a cell of such a table
 
 In a cell's mark SOURCE is `benchmark SUITE TABLE` (on the first hardware), `study FOLDER` or `facts FOLDER`
@@ -19,10 +20,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from benchmarks.setting import origin
+from benchmarks.slower import slower
 from benchmarks.studies import Study
 from benchmarks.tables import Table
 
-_MARK = re.compile(r"<!-- */?(?:benchmark|study|cell)[^\n]*")
+_MARK = re.compile(r"<!-- */?(?:benchmark|study|slower|cell)[^\n]*")
 _BLOCK = re.compile(
     r"<!-- (?:benchmark:(?P<suite>\w+) (?P<table>\w+)|study:(?P<study>[\w/]+)) -->\n"
     r"(?:(?!<!-- (?:benchmark|study)).)*?<!-- /(?(suite)benchmark|study) -->",
@@ -32,6 +34,7 @@ _CELL = re.compile(
     r"<!-- cell:(?P<mark>(?P<source>[^|\n]+) \| (?P<row>[^|\n]+) \| (?P<column>[^|\n]+?)"
     r"(?P<size> \| size)?) -->[^<\n]*<!-- /cell -->"
 )
+_SLOWER = re.compile(r"<!-- slower -->\n(?:(?!<!-- slower).)*?<!-- /slower -->", re.DOTALL)
 _EARLY = re.compile(r"^<!-- cell:[^\n]*", re.MULTILINE)
 _NUMBER = re.compile(r"[+−-]?\d[\d,]*(?:\.\d+)?")
 
@@ -61,7 +64,7 @@ def render(
     """
     if early := _EARLY.search(text):
         raise ValueError(f"{early[0]!r} begins a line, where Markdown takes it for the end of a paragraph.")
-    if stray := _MARK.search(_CELL.sub("", _BLOCK.sub("", text))):
+    if stray := _MARK.search(_CELL.sub("", _SLOWER.sub("", _BLOCK.sub("", text)))):
         raise ValueError(
             f"{stray[0]!r} is not a block of the README; a block is <!-- benchmark:SUITE TABLE -->, "
             "its text, and <!-- /benchmark -->, the same with study:FOLDER and /study, or in a line "
@@ -98,7 +101,16 @@ def render(
             number = f"{abs(float(number.replace('−', '-').replace(',', ''))):.0f} %"
         return f"<!-- cell:{found['mark']} -->{number}<!-- /cell -->"
 
-    return _CELL.sub(cell, _BLOCK.sub(block, text))
+    def losses(_: re.Match[str]) -> str:
+        every = (
+            table
+            for suite, by_hardware in results.items()
+            for result in by_hardware.values()
+            for table in tables[suite](result).values()
+        )
+        return f"<!-- slower -->\n{slower(every).markdown()}\n<!-- /slower -->"
+
+    return _CELL.sub(cell, _SLOWER.sub(losses, _BLOCK.sub(block, text)))
 
 
 def _study(name: str, studies: Mapping[str, Study]) -> Study:

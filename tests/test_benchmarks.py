@@ -270,6 +270,25 @@ def test_a_number_of_the_prose_is_that_of_a_cell(mark, number):
     assert found == f"It takes <!-- cell:{mark} -->{number}<!-- /cell --> times."
 
 
+def test_every_ratio_that_is_clearly_above_1_is_listed():
+    rows = [
+        ["big", "adam", "1.05 (1.01–1.10)", "12"],
+        ["big", "adamw", "0.98 (0.90–1.10)", "13"],
+        ["3", "sgd", "1.50 (0.99–2.00)", "2.00 (1.50–2.50)"],
+    ]
+    tables = {"speed": lambda result: {"main": Table("speed", ["tree", "chain", "ratio", "every step"], rows)}}
+    text = "Before\n<!-- slower -->\nold\n<!-- /slower -->\nAfter\n"
+    found = readme.render(text, {"speed": {"cpu_2_cores": RESULT}}, tables)
+    assert found.splitlines()[2:] == [
+        "| table | what | ratio |",
+        "| --- | --- | --- |",
+        "| speed | sgd, every step | 2.00 (1.50–2.50) |",
+        "| speed | big, adam | 1.05 (1.01–1.10) |",
+        "<!-- /slower -->",
+        "After",
+    ]
+
+
 @pytest.mark.parametrize(
     ("mark", "message"),
     [

@@ -278,6 +278,8 @@ def test_save_and_load_round_trip_exactly(noisy, tmp_path):
     (tmp_path / "other").write_text("no comparison")
     with pytest.raises(ValueError, match="path must be a file written by Comparison.save"):
         study.load(tmp_path / "other")
+    with pytest.raises(ValueError, match="Comparison.save, got the folder .*call study.compare again with out="):
+        study.load(tmp_path)
 
 
 def test_a_metric_that_is_not_positive_needs_a_margin():

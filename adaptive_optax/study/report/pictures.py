@@ -311,6 +311,7 @@ def plot_effective_rates(record: Record, axes: Axes, *, theme: str = "light") ->
 
     The effective rate is the rate of the gradient step nearest to the optimizer's step. Shows every arm at
     its best rate: means over the verdict's seeds with bands of one standard error, without diverged trials.
+    The first measurement may leave the picture.
     With noisy gradients a rate may be negative. Then the axis is linear, with a line at 0: a logarithmic axis
     would show such rates, and bands that reach below 0, as a fall to zero.
 
@@ -332,8 +333,10 @@ def plot_effective_rates(record: Record, axes: Axes, *, theme: str = "light") ->
         marks = _sparse_marks(i, 4, arm)
         _draw_band(axes, steps[at], found.mean[at], found.error[at], style, **marks)
         axes.plot(steps, found.scheduled, ":", color=style["color"], linewidth=0.9)
-        seen += [found.mean[at], (found.mean - np.nan_to_num(found.error))[at]]
-        scheduled.append(found.scheduled[:1][found.scheduled[:1] > 0])
+        # The first measurement sets no range: there a warm-up is near 0, and Adam's direction is the sign.
+        shown = at & (np.cumsum(at) > 1) if at.sum() > 2 else at
+        seen += [found.mean[shown], (found.mean - np.nan_to_num(found.error))[shown]]
+        scheduled.append(found.scheduled[shown][found.scheduled[shown] > 0])
     values = np.concatenate(seen) if seen else np.zeros(0)
     if not len(values):
         draw_placeholder(axes, colours)
