@@ -1,4 +1,4 @@
-"""Where the library is slower than what it was compared with: every ratio in the tables that is clearly above 1."""
+"""Where the library is slower than what it was compared with: every ratio of times clearly above 1."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ _NUMBER = re.compile(r"[<>+−-]?\s*\d")
 
 
 def slower(tables: Iterable[Table]) -> Table:
-    """Returns a row for every ratio whose lower quartile is above 1, the largest first.
+    """Returns a row for every ratio of times whose lower quartile is above 1, the largest first.
+
+    Of a ratio of speeds, the upper quartile is below 1.
 
     Args:
         tables: Tables of results, whose rows begin with what was measured.
@@ -23,9 +25,12 @@ def slower(tables: Iterable[Table]) -> Table:
         for cells in table.rows:
             names = [title for title in cells[:3] if title and not _NUMBER.match(title)]
             for column, cell in zip(table.columns, cells, strict=True):
-                if (ratio := _RATIO.fullmatch(cell)) and float(ratio[2]) > 1:
+                if not (ratio := _RATIO.fullmatch(cell)):
+                    continue
+                median, low, high = map(float, ratio.groups())
+                if high < 1 if table.of_speeds else low > 1:
                     what = ", ".join([*names, *([] if column == "ratio" else [column])])
-                    found.append((float(ratio[1]), [table.title, what, cell]))
+                    found.append((1 / median if table.of_speeds else median, [table.title, what, cell]))
     made = Table("Where it is slower", ["table", "what", "ratio"])
     for _, row in sorted(found, key=lambda each: -each[0]):
         made.add(*row)

@@ -203,6 +203,7 @@ def tables(result: dict[str, Any]) -> dict[str, Table]:
     table = Table(
         "Trials per second of a digits MLP",
         ["trials", "placement", "study", "optax loop", "ratio", "torch loop", "ratio", "first calls, s"],
+        of_speeds=True,
     )
     for row in result["rows"]:
         speed, placement = row["trials_per_second"], row["layout"]

@@ -12,11 +12,19 @@ import rich.table
 
 @dataclasses.dataclass
 class Table:
-    """A title, columns and rows of text."""
+    """A title, columns and rows of text.
+
+    Attributes:
+        title: What the numbers are.
+        columns: The columns' titles.
+        rows: The cells.
+        of_speeds: Whether ratios are those of speeds, which should be high, and not of times.
+    """
 
     title: str
     columns: list[str]
     rows: list[list[str]] = dataclasses.field(default_factory=list)
+    of_speeds: bool = False
 
     def add(self, *cells: str) -> None:
         """Adds a row."""
