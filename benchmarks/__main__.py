@@ -147,13 +147,15 @@ def run_here(suite: Suite, out: Path, quick: bool, seconds: float = math.inf) ->
 
 def run_examples(out: Path, quick: bool) -> None:
     """Runs the examples whose results are published, into `docs/`, or into an `out` of one's own."""
-    docs = PROJECT / "docs" if out == RESULTS else out / "docs"
+    # Relative where it is published: a study records where it was written.
+    docs = Path("docs") if out == RESULTS else out / "docs"
     for folder, study in published().items():
         script, *options = study.command
         _run_example(script, [*options, "--out", str(docs / folder), *(["--smoke"] if quick else [])])
-        (docs / folder).mkdir(parents=True, exist_ok=True)
         ran = setting(" ".join(["python", f"examples/{script}", *options]), MEASURES)
-        (docs / folder / "setting.json").write_text(json.dumps(ran, indent=1) + "\n")
+        written = PROJECT / docs / folder
+        written.mkdir(parents=True, exist_ok=True)
+        (written / "setting.json").write_text(json.dumps(ran, indent=1) + "\n")
     epochs = ["--epochs", "1"] if quick else []
     _run_example("watch_learning_rates.py", ["--out", str(docs / "effective_rates"), *epochs])
 

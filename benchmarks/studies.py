@@ -52,9 +52,15 @@ def published(project: Path = PROJECT) -> dict[str, Study]:
             _title(summary, trials, folder, setting),
             table(summary, trials),
             facts(summary, trials),
-            summary["info"]["command"],
+            _without_out(summary["info"]["command"]),
         )
     return found
+
+
+def _without_out(command: list[str]) -> list[str]:
+    """A command without the folder that it wrote to."""
+    at = command.index("--out") if "--out" in command else len(command)
+    return command[:at] + command[at + 2 :]
 
 
 def _title(

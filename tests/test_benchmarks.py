@@ -346,6 +346,18 @@ def test_a_study_s_table_shows_fresh_seeds_and_percent_of_the_baseline():
     assert made.columns[2] == "seeds" and [row[2] for row in made.rows] == ["4", "2"]
 
 
+@pytest.mark.parametrize(
+    ("command", "shown"),
+    [
+        (["a.py"], ["a.py"]),
+        (["a.py", "--out", "docs/a"], ["a.py"]),
+        (["a.py", "--out", "docs/a", "--task", "text"], ["a.py", "--task", "text"]),
+    ],
+)
+def test_the_command_of_a_study_is_shown_without_its_folder(command, shown):
+    assert studies._without_out(command) == shown
+
+
 def test_a_study_s_facts_are_counts_and_shares():
     info = {"task": "a task", "grid": {"a": [1, 2], "b": [1, 2, 3]}, "tuning_seeds": 2, "arms": ["a", "b"]}
     summary = {"info": info | {"looks": [5, 8], "seeds": 6}, "updates": {"a": 2000, "b": 500}}

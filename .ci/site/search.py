@@ -15,7 +15,8 @@ _BOOSTS = {
     "notebooks/": 0.5,
     "theory.md": 0.5,
     "design.md": 0.5,
-    "error_control.md": 0.5,
+    "error_control.md": 2,
+    "extending.md": 2,
     "reference/": 0.3,
 }
 
