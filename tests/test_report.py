@@ -996,6 +996,14 @@ def with_rates(comparison, change):
     return dataclasses.replace(comparison, telemetry_curves=curves)
 
 
+@pytest.mark.parametrize("first", [1e-10, 1e3, -1.0])
+def test_a_first_rate_far_from_the_others_does_not_squeeze_the_picture(first):
+    comparison = make(TWO)
+    far = with_rates(comparison, lambda rates: np.where(np.arange(25) == 0, first, rates))
+    usual, axes = (drawn(pictures.plot_effective_rates, each) for each in (comparison, far))
+    assert axes.get_yscale() == "log" and axes.get_ylim() == usual.get_ylim()
+
+
 @pytest.mark.parametrize("mean", [-1e-3, 0.0])
 def test_rates_below_zero_are_not_drawn_as_a_fall_to_nothing(mean):
     def noisy(rates):
