@@ -278,9 +278,7 @@ def test_save_and_load_round_trip_exactly(noisy, tmp_path):
     (tmp_path / "other").write_text("no comparison")
     with pytest.raises(ValueError, match="path must be a file written by Comparison.save"):
         study.load(tmp_path / "other")
-    with pytest.raises(
-        ValueError, match="got the folder .*call study.compare again with out="
-    ):
+    with pytest.raises(ValueError, match="got the folder .*study.compare again with out="):
         study.load(tmp_path)
 
 

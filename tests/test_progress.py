@@ -65,6 +65,18 @@ def test_what_a_folder_has_is_counted(tmp_path, screen):
     assert f"{trials}/{trials} trials" in screen.getvalue()
 
 
+def test_the_estimate_leaves_out_what_was_finished_before(screen):
+    with TrialProgress(72, steps=10, open_ended=True) as bar:
+        bar.found(63)
+        bar.took(2.0, 1)
+        assert "about" not in bar.line
+        bar.advance(1)
+        assert re.search("64 of at least 72 trials, .* s, about .* s left for these", bar.line)
+    text = " ".join(screen.getvalue().split())
+    assert "at least 72 trials of 10 steps, 63 of them finished before; the first took 2 s" in text
+    assert "0.2 s per step: about 18 s of computing for these." in text
+
+
 @pytest.fixture
 def screen(monkeypatch):
     """What a terminal 100 columns wide would get."""
@@ -84,7 +96,9 @@ def test_it_shows_arm_trials_best_and_time_in_a_terminal(screen):
     trials = len(comparison.table)
     assert f"{trials}/{trials} trials" in text
     assert "trials of 4 steps; the first took" in text
-    assert "s per step: at least" in " ".join(text.split())  # the grid may grow
+    assert re.search(
+        "s per step: about .* of computing for these", " ".join(text.split())
+    )  # the grid may grow
     leader = comparison.summary["final_metric"].idxmin()
     assert f"leading: {leader} {comparison.summary['final_metric'].min():.4g} ± " in text
     assert "left" in text

@@ -188,14 +188,14 @@ def load(path: str | os.PathLike[str]) -> Comparison:
     """Reads a comparison written by `Comparison.save`; nothing is unpickled.
 
     Raises:
-        ValueError: If the path is a folder, or the file is not a saved comparison, is damaged, or is of another
-            version.
+        ValueError: If the path is a folder, or the file is not a saved comparison, is damaged, or is of
+            another version.
         OSError: If there is no such file, or it cannot be read.
     """
     if Path(path).is_dir():
         raise ValueError(
-            f"path must be a file written by Comparison.save, got the folder {str(path)!r}; call study.compare "
-            "again with out= and this folder, which trains only what is missing."
+            f"path must be a file written by Comparison.save, got the folder {str(path)!r}; call "
+            "study.compare again with out= and this folder, which trains only what is missing."
         )
     data = Path(path).read_bytes()
     try:

@@ -108,7 +108,7 @@ class TrialProgress:
         left = ""
         if trained > 0:
             rest = elapsed / trained * max(self._total - self._done, 0)
-            left = f", {'at least' if self._open_ended else 'about'} {duration(rest)} left"
+            left = f", about {duration(rest)} left{' for these' * self._open_ended}"
         total = f"{'at least ' * self._open_ended}{self._total}"
         leaders = f"; {self._leaders}" if self._leaders else ""
         return f"{self._name}: {self._done:.0f} of {total} trials, {duration(elapsed)}{left}{leaders}"
@@ -137,16 +137,18 @@ class TrialProgress:
         if not self._steps or (self._bar.disable and self._lines is None):
             return
         each, least = seconds / trials, "at least " * self._open_ended
-        whole = duration(each * self._total)
+        whole = each * (self._total - self._found)
+        found = f", {self._found} of them finished before" * bool(self._found)
         compiling = " with compiling" * self._compiles
         text = (
-            f"{least}{self._total} trials of {self._steps:,} steps; the first took {duration(each)}"
-            f"{compiling}, {each / self._steps:.2g} s per step: {least or 'about '}{whole} of computing."
+            f"{least}{self._total} trials of {self._steps:,} steps{found}; the first took {duration(each)}"
+            f"{compiling}, {each / self._steps:.2g} s per step: about {duration(whole)} of computing"
+            f"{' for these' * self._open_ended}."
         )
         self._steps = 0
         if self._lines is None:
             self._bar.print(text, markup=False, highlight=False)
-        elif each * self._total > SHORT:
+        elif whole > SHORT:
             self._write(f"{self._name}: {text}")
 
     def seen(self, phase: str, key: Key, metric: float) -> None:
