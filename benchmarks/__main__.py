@@ -64,7 +64,7 @@ ON_ACCELERATOR = {
 }
 ACCELERATOR_SECONDS = 480
 AHEAD_OF_TIME = (Suite.structure, Suite.memory)  # by compilers that are installed apart
-NOT_TIMED = (*AHEAD_OF_TIME, Suite.soak, Suite.error_rates, Suite.sequential)
+NOT_TIMED = (*AHEAD_OF_TIME, Suite.soak, Suite.error_control, Suite.error_rates, Suite.sequential)
 
 
 def module(suite: str) -> Any:
@@ -81,7 +81,10 @@ def stored(folder: Path = RESULTS) -> dict[str, dict[str, dict[str, Any]]]:
     found: dict[str, dict[str, Any]] = {}
     for suite in Suite:
         for path in sorted(folder.glob(f"{suite}_*.json")):
-            result = json.loads(path.read_text())
+            try:
+                result = json.loads(path.read_text())
+            except ValueError as error:
+                raise ValueError(f"{path} is no JSON: {error}.") from None
             if not {"hardware", "sources"} <= result.keys():
                 raise ValueError(f"{path} does not record its origin; run --suite {suite.value} again.")
             found.setdefault(suite, {})[result["hardware"]] = result

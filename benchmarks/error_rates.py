@@ -65,7 +65,7 @@ def wrong(metrics: np.ndarray, look: int | None = None) -> np.ndarray:
     diverged = np.isnan(metrics)
     final = np.where(diverged, np.nanmax(metrics, axis=(1, 2), keepdims=True), metrics)
     judged = judge_metrics(final, diverged, 0, Direction(False), None, 0.01, ALPHA, spending_of(look))
-    return np.isin(judged.decision, ("better", "worse")).any(axis=-1)
+    return np.any(np.isin(judged.decision, ("better", "worse")), axis=-1)
 
 
 def over_looks(trials: np.ndarray) -> np.ndarray:

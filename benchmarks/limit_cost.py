@@ -22,7 +22,11 @@ from benchmarks.tables import Table, digits
 from benchmarks.telemetry import convolutional
 from benchmarks.timing import alternate, in_time
 
-MEASURES = ("wrappers.error_control", "optimizers")
+MEASURES = (
+    "optimizers",
+    "study.tasks",
+    "wrappers.error_control",
+)
 
 STEPS = 10  # per block
 RATE = 1e-3

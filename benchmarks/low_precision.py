@@ -26,9 +26,16 @@ from adaptive_optax.study import tasks
 from benchmarks.tables import Table
 
 MEASURES = (
-    "study.engine.trials",
-    "study.tasks",
+    "interop.convert_storage",
+    "optimizers",
     "schedules.one_cycle",
+    "study.arms",
+    "study.engine.runner",
+    "study.engine.trainers",
+    "study.engine.trials",
+    "study.statistics.outcomes",
+    "study.statistics.tuning",
+    "study.tasks",
     "transforms.stochastic_rounding",
     "wrappers.kahan_summation",
     "wrappers.master_weights",

@@ -17,7 +17,10 @@ from benchmarks.contenders import ROTATED_BYTES, SEEDS, Step, gradient_sets, pre
 from benchmarks.tables import Table, digits, ratio
 from benchmarks.timing import against, alternate
 
-MEASURES = ("optimizers",)
+MEASURES = (
+    "interop.convert_storage",
+    "optimizers",
+)
 
 OPTIMIZERS: dict[str, Callable[[], Any]] = {
     "ours": lambda: ao.adamw(1e-3),

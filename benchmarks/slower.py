@@ -9,7 +9,7 @@ from benchmarks.tables import Table
 
 # A median ratio with quartiles, or with its interval, as `tables.ratio` writes it.
 _RATIO = re.compile(r"(\d+\.\d\d) \((\d+\.\d\d)–(\d+\.\d\d)\)")
-_NUMBER = re.compile(r"[<>+−-]?\s*\d")
+_NUMBER = re.compile(r"[\d.,]+")
 
 
 def slower(tables: Iterable[Table]) -> Table:
@@ -23,7 +23,9 @@ def slower(tables: Iterable[Table]) -> Table:
     found = []
     for table in tables:
         for cells in table.rows:
-            names = [title for title in cells[:3] if title and not _NUMBER.match(title)]
+            first = list(zip(table.columns, cells, strict=True))[:2]
+            names = [cell for _, cell in first if not (_NUMBER.fullmatch(cell) or _RATIO.fullmatch(cell))]
+            names = names or [f"{cell} {column}" for column, cell in first]
             for column, cell in zip(table.columns, cells, strict=True):
                 if not (ratio := _RATIO.fullmatch(cell)):
                     continue

@@ -34,18 +34,19 @@ from benchmarks.end_to_end import Transformer
 from benchmarks.tables import Table, digits
 
 MEASURES = (
+    "integrations.orbax",
+    "monitoring.telemetry",
     "optimizers",
+    "schedules.one_cycle",
+    "study.tasks",
     "transforms.averaging",
     "transforms.clipping",
-    "schedules.one_cycle",
-    "monitoring.telemetry",
     "wrappers.accumulation",
     "wrappers.error_control",
     "wrappers.freezing",
     "wrappers.loss_scale",
     "wrappers.master_weights",
     "wrappers.reject_nonfinite",
-    "integrations.orbax",
 )
 
 STEPS, QUICK_STEPS = 10_000, 40

@@ -16,11 +16,14 @@ from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parent.parent
 PACKAGE = "adaptive_optax"
+ONLY_SHOWS = ("study.engine.progress", "study.report.", "monitoring.picture", "_core.drawing")  # no number
 NAMED = 2  # changed modules that a table names; it counts the others
 
 
 def fingerprints(roots: Iterable[str]) -> dict[str, str]:
     """Returns the hash of each module that `roots` are or import, by name: "transforms.adam".
+
+    Modules that only show something are left out.
 
     Args:
         roots: Modules of the library, without its name in front.
@@ -31,7 +34,7 @@ def fingerprints(roots: Iterable[str]) -> dict[str, str]:
     found: dict[str, str] = {}
     waiting = list(roots)
     while waiting:
-        if (name := waiting.pop()) in found:
+        if (name := waiting.pop()) in found or name.startswith(ONLY_SHOWS):
             continue
         if not (found_here := _fingerprint(PROJECT, name)):
             raise ValueError(f"{PACKAGE} has no module {name!r} to measure.")

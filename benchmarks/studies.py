@@ -16,9 +16,12 @@ from benchmarks.tables import Table
 PROJECT = Path(__file__).resolve().parent.parent
 MEASURES = (
     "study.arms",
-    "study.engine.run",
+    "study.engine.runner",
+    "study.engine.trainers",
     "study.statistics.judge",
+    "study.statistics.race",
     "study.statistics.sequential",
+    "study.statistics.tuning",
     "study.tasks",
 )
 
@@ -47,7 +50,9 @@ def published(project: Path = PROJECT) -> dict[str, Study]:
         with (path.parent / "results.csv").open(newline="") as file:
             trials = list(csv.DictReader(file))
         summary = json.loads(path.read_text())
-        setting = json.loads((path.parent / "setting.json").read_text())
+        if not (origin_of := path.parent / "setting.json").exists():
+            raise ValueError(f"{origin_of} is missing; run python -m benchmarks --publish.")
+        setting = json.loads(origin_of.read_text())
         found[folder.removeprefix("docs/")] = Study(
             _title(summary, trials, folder, setting),
             table(summary, trials),
@@ -59,8 +64,9 @@ def published(project: Path = PROJECT) -> dict[str, Study]:
 
 def _without_out(command: list[str]) -> list[str]:
     """A command without the folder that it wrote to."""
-    at = command.index("--out") if "--out" in command else len(command)
-    return command[:at] + command[at + 2 :]
+    kept = [word for word in command if not word.startswith("--out=")]
+    at = kept.index("--out") if "--out" in kept else len(kept)
+    return kept[:at] + kept[at + 2 :]
 
 
 def _title(

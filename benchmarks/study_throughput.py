@@ -31,7 +31,12 @@ from benchmarks.contenders import HAS_TORCH, torch_module
 from benchmarks.tables import Table, digits, ratio
 from benchmarks.timing import in_time, median_and_quartiles
 
-MEASURES = ("study.engine.trials",)
+MEASURES = (
+    "study.engine.placement",
+    "study.engine.runner",
+    "study.engine.trainers",
+    "study.engine.trials",
+)
 
 SIZES = (64, 128, 128, 10)
 BATCH, STEPS, POINTS = 64, 400, 10

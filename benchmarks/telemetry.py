@@ -24,7 +24,12 @@ from adaptive_optax.study.tasks import localization, text
 from benchmarks.tables import Table, digits
 from benchmarks.timing import alternate, in_time
 
-MEASURES = ("optimizers", "monitoring.telemetry", "wrappers.reject_nonfinite")
+MEASURES = (
+    "monitoring.telemetry",
+    "optimizers",
+    "study.tasks",
+    "wrappers.reject_nonfinite",
+)
 
 STEPS = 10  # per block
 OPTIMIZERS = {

@@ -31,10 +31,11 @@ from benchmarks.tables import Table, digits, ratio
 from benchmarks.timing import against, alternate, copy_bandwidth, in_time
 
 MEASURES = (
+    "interop.convert_storage",
+    "monitoring.telemetry",
     "optimizers",
     "transforms.clipping",
     "transforms.stochastic_rounding",
-    "monitoring.telemetry",
     "wrappers.reject_nonfinite",
 )
 

@@ -274,7 +274,8 @@ def test_every_ratio_that_is_clearly_above_1_is_listed():
     rows = [
         ["big", "adam", "1.05 (1.01–1.10)", "12"],
         ["big", "adamw", "0.98 (0.90–1.10)", "13"],
-        ["3", "sgd", "1.50 (0.99–2.00)", "2.00 (1.50–2.50)"],
+        ["3 leaves", "sgd", "1.50 (0.99–2.00)", "2.00 (1.50–2.50)"],
+        ["8", "1,000", "1.50 (1.40–1.60)", "0.5"],
     ]
     trials = [["a", "0.50 (0.40–0.60)"], ["b", "2.00 (1.90–2.10)"], ["c", "0.90 (0.80–1.01)"]]
     tables = {
@@ -288,8 +289,9 @@ def test_every_ratio_that_is_clearly_above_1_is_listed():
     assert found.splitlines()[2:] == [
         "| table | what | ratio |",
         "| --- | --- | --- |",
-        "| speed | sgd, every step | 2.00 (1.50–2.50) |",
+        "| speed | 3 leaves, sgd, every step | 2.00 (1.50–2.50) |",
         "| trials per second | a | 0.50 (0.40–0.60) |",
+        "| speed | 8 tree, 1,000 chain | 1.50 (1.40–1.60) |",
         "| speed | big, adam | 1.05 (1.01–1.10) |",
         "<!-- /slower -->",
         "After",
@@ -352,6 +354,7 @@ def test_a_study_s_table_shows_fresh_seeds_and_percent_of_the_baseline():
         (["a.py"], ["a.py"]),
         (["a.py", "--out", "docs/a"], ["a.py"]),
         (["a.py", "--out", "docs/a", "--task", "text"], ["a.py", "--task", "text"]),
+        (["a.py", "--out=docs/a", "--task", "text"], ["a.py", "--task", "text"]),
     ],
 )
 def test_the_command_of_a_study_is_shown_without_its_folder(command, shown):

@@ -272,6 +272,21 @@ def test_the_command_is_installed():
     assert callable(command.load())
 
 
+def test_the_command_says_in_a_sentence_which_package_is_missing(tmp_path):
+    code = (
+        "import sys, runpy; sys.modules['typer'] = None; sys.argv = ['adaptive-optax', '--help']; "
+        "runpy.run_module('adaptive_optax', run_name='__main__')"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert ran.returncode == 1 and ran.stdout == ""
+    assert ran.stderr.startswith("adaptive-optax: ") and "typer" in ran.stderr
+    assert len(ran.stderr.splitlines()) == 1
+    helped = subprocess.run(
+        [sys.executable, "-m", "adaptive_optax", "--help"], capture_output=True, text=True
+    )
+    assert helped.returncode == 0 and "compare" in helped.stdout
+
+
 def test_the_contents_name_every_public_function():
     page = (ROOT / "docs" / "contents.md").read_text()
     named = set(re.findall(r"\w+", page))
