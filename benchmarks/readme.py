@@ -35,7 +35,7 @@ _CELL = re.compile(
     r"(?P<size> \| size)?) -->[^<\n]*<!-- /cell -->"
 )
 _SLOWER = re.compile(r"<!-- slower -->\n(?:(?!<!-- slower).)*?<!-- /slower -->", re.DOTALL)
-_EARLY = re.compile(r"^<!-- cell:[^\n]*", re.MULTILINE)
+_EARLY = re.compile(r"^[ \t]*<!-- cell:[^\n]*", re.MULTILINE)
 _NUMBER = re.compile(r"[+−-]?\d[\d,]*(?:\.\d+)?")
 
 Tables = Mapping[str, Callable[[dict[str, Any]], dict[str, Table]]]
@@ -103,7 +103,7 @@ def render(
 
     def losses(_: re.Match[str]) -> str:
         every = (
-            table
+            (suite, table)
             for suite, by_hardware in results.items()
             for result in by_hardware.values()
             for table in tables[suite](result).values()

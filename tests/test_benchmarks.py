@@ -287,10 +287,10 @@ def test_every_ratio_that_is_clearly_above_1_is_listed():
     text = "Before\n<!-- slower -->\nold\n<!-- /slower -->\nAfter\n"
     found = readme.render(text, {"speed": {"cpu_2_cores": RESULT}}, tables)
     assert found.splitlines()[2:] == [
-        "| table | what | ratio |",
+        "| suite | what | ratio |",
         "| --- | --- | --- |",
         "| speed | 3 leaves, sgd, every step | 2.00 (1.50–2.50) |",
-        "| trials per second | a | 0.50 (0.40–0.60) |",
+        "| speed | a | 0.50 (0.40–0.60) |",
         "| speed | 8 tree, 1,000 chain | 1.50 (1.40–1.60) |",
         "| speed | big, adam | 1.05 (1.01–1.10) |",
         "<!-- /slower -->",
@@ -318,6 +318,14 @@ def test_a_number_of_no_cell_is_refused(mark, message):
             tables,
             {"decay/text": STUDY},
         )
+
+
+@pytest.mark.parametrize("indent", ["", "  "])
+def test_a_number_that_would_end_a_paragraph_or_a_list_is_refused(indent):
+    text = f"- It takes\n{indent}<!-- cell:study decay/text | Adam | peak -->0.01<!-- /cell --> times.\n"
+    with pytest.raises(ValueError, match="begins a line, where Markdown takes it for the end of a paragraph"):
+        readme.render(text, {}, {}, {"decay/text": STUDY})
+    assert readme.render(text.replace("\n" + indent, " "), {}, {}, {"decay/text": STUDY})
 
 
 def test_a_study_s_table_shows_fresh_seeds_and_percent_of_the_baseline():
