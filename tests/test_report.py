@@ -263,7 +263,7 @@ def test_verdict_table_says_what_was_judged(full, page):
         assert row["decision"] == v.decision
         assert close(row["difference"], v.effect)
         assert close(row["in per cent"], 100 * v.relative_effect)
-        assert close(row["best-so-far differencefavours not decaying"], v.best_effect)
+        assert close(row["difference of the bestanywhere in the run; flatters noisy arms"], v.best_effect)
         named = {"interval": v.interval, "95 % intervalthis arm alone": v.interval_95}
         for heading, ends in (named | {"bootstrap 95 %this arm alone": v.bootstrap}).items():
             assert all(map(close, row[heading].split(" to "), ends))

@@ -385,6 +385,6 @@ def _run(record: Record) -> dict[str, str]:
         "Compiled": data and "once per arm" + (f"; once per rate: {', '.join(slow)}" if slow else ""),
         "Devices": ", ".join(f"{n} × {name}" for name, n in Counter(details.devices).items()),
         "Versions": ", ".join(f"{name} {version}" for name, version in details.versions.items()),
-        "Time": duration(details.seconds),
+        "Time": f"{duration(details.seconds)}, of the last call",
     }
     return {name: text for name, text in rows.items() if text}

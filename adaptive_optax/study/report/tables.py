@@ -128,7 +128,7 @@ def statistics_table(record: Record, verdicts: dict[str, Verdict]) -> Table:
         Heading("arm"), Heading("p-value", "of a difference, corrected"),
         Heading("p-value of equivalence", "corrected"), Heading("95 % interval", "this arm alone"),
         Heading("bootstrap 95 %", "this arm alone"), Heading("seeds needed", "for a chance of 80 %"),
-        Heading("best-so-far difference", "favours not decaying"),
+        Heading("difference of the best", "anywhere in the run; flatters noisy arms"),
     ]  # fmt: skip
     rows = []
     for arm, v in verdicts.items():
