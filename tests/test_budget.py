@@ -455,7 +455,7 @@ def test_progress_grows_with_the_plan(capsys):
     shown = capsys.readouterr().err
     trials = len(comparison.table)
     assert f"{trials}/{trials} trials" in shown
-    assert re.search(r"at least 36 trials of 2 steps; .*: at least", " ".join(shown.split()))
+    assert re.search(r"at least 36 trials of 2 steps; .*: about .* for these", " ".join(shown.split()))
 
 
 def test_status_knows_what_the_plan_wants(tmp_path):
