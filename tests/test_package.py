@@ -185,7 +185,7 @@ def test_citation_and_changelog_name_this_version_and_its_date():
 
 
 def test_the_description_on_pypi_has_no_link_into_the_repository():
-    description = importlib.metadata.metadata("adaptive-optax").get_payload()
+    description = importlib.metadata.metadata("adaptive-optax")["Description"]
     links = re.findall(r"\]\(([^)]+)\)", description) + re.findall(r'src(?:set)?="([^"]+)"', description)
     assert len(links) > 25 and all(link.startswith("https://") for link in links), links
     assert f"/v{ao.__version__}/docs/start.md" in description and "<!--" not in description
