@@ -87,9 +87,9 @@ CHECK = """() => {
 
 
 def faults(page: Page, root: str, site: Path) -> list[str]:
-    """Returns what is wrong with the pages, at all widths and in both themes."""
-    found: list[str] = []
-    page.on("pageerror", lambda error: found.append(f"{page.url}: {error}"))
+    """Returns what is wrong with the pages, on a phone in the light theme and on a screen in the dark one."""
+    wrong: list[str] = []
+    page.on("pageerror", lambda error: wrong.append(f"{page.url}: {error}"))
     for path in sorted(site.rglob("*.html")):
         if path.name == "report.html":  # not the site's, and tested by tests/test_report_browser.py
             continue
@@ -98,8 +98,8 @@ def faults(page: Page, root: str, site: Path) -> list[str]:
             page.emulate_media(color_scheme=theme)
             page.goto(f"{root}/{path.relative_to(site).as_posix()}")
             where = f"{path.relative_to(site)} at {width} px, {theme}"
-            found += [f"{where}: {fault}" for fault in page.evaluate(CHECK)]
-    return found
+            wrong += [f"{where}: {fault}" for fault in page.evaluate(CHECK)]
+    return wrong
 
 
 def missed(page: Page) -> int:

@@ -69,7 +69,7 @@ def wrong(metrics: np.ndarray, look: int | None = None) -> np.ndarray:
 
 
 def over_looks(trials: np.ndarray) -> np.ndarray:
-    """Returns which tables are called wrongly at the first look that decides."""
+    """Returns which tables are called wrongly at one of the looks, be they decided before or not."""
     found = np.zeros(len(trials), bool)
     for look, seeds in enumerate(LOOKS, start=1):
         found |= wrong(trials[:, :, :seeds], look)

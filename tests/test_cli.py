@@ -196,6 +196,17 @@ def test_a_function_of_one_argument_is_a_training_function_and_no_task(name, no_
     check_refused(call("lr-find", name), message)
 
 
+def test_a_task_that_needs_a_missing_package_names_the_package(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lacking.py").write_text(
+        "def task():\n    raise ImportError(\"the digits need it: pip install 'extra'.\")\n"
+    )
+    message = "lacking:task cannot import what it needs: ImportError: the digits need it: pip install 'extra'"
+    result = call("compare", "lacking:task")
+    check_refused(result, message)
+    assert ".." not in result.output
+
+
 def test_a_training_function_is_compared(tmp_path):
     arguments = ["--arms", "sgd:constant,sgd:linear", "--rates", "0.1", "--seeds", 5, "--tuning-seeds", 1]
     result = call("compare", "own_script:train_sgd", *arguments, "--steps", 4, "--out", tmp_path)

@@ -81,8 +81,8 @@ def _called(name: str, function: Callable[[], Any], what: str) -> Any:
     """What a function of the user's returns; an error in it is reported with its place."""
     try:
         return function()
-    except ImportError as error:  # not the function's fault
-        raise ValueError(f"{name} lacks a package: {described(error).rstrip('.')}.") from error
+    except ImportError as error:
+        raise ValueError(f"{name} cannot import what it needs: {described(error).rstrip('.')}.") from error
     except (Exception, SystemExit) as error:
         raise ValueError(
             f"{name} must return {what} when called without arguments: {described(error).rstrip('.')}."
